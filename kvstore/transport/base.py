@@ -1,0 +1,131 @@
+"""The network as a port: calls with protobuf messages, streams, and calls on the same host that pass memory.
+
+Implementations: `kvstore.transport.rpc` (gRPC), `kvstore.transport.local` (Unix socket), and the simulator's
+in-memory twin (tests/sim/transport.py) which drops, delays, reorders and partitions.
+A service is any object with one coroutine per `Method`, named by `Method.attribute`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+
+from kvstore.seams import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One call of the proto. `request` or `reply` None: raw frames (bytes) of that stream."""
+
+    service: str  # "Coordinator" | "Worker" | "WorkerLocal"
+    name: str
+    request: type[Message] | None
+    reply: type[Message] | None
+    client_stream: bool = False
+    server_stream: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"/tiered_kvstore.v1.{self.service}/{self.name}"
+
+    @property
+    def attribute(self) -> str:
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower()
+
+
+@dataclass(slots=True)
+class Connection:
+    """One local-socket peer, as the server sees it. Its holds and staging end with it."""
+
+    peer: str
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class CallContext:
+    """What a handler knows about its caller. Made by the interceptor, after authentication."""
+
+    identity: str
+    role: str  # "client" | "node"
+    namespace: str
+    peer: str
+    deadline: float | None = None  # of the server's monotonic clock
+    connection: Connection | None = None  # local socket only
+    attachments: list[tuple[Segment, bool]] = field(default_factory=list)  # (segment, writable) passed with the reply
+
+    def attach(self, segment: Segment, *, writable: bool) -> None:
+        """Pass memory along with the reply. Local socket only."""
+        self.attachments.append((segment, writable))
+
+
+class MappedSegment(Protocol):
+    """Memory a peer passed, mapped here. `view` is read-only unless passed as writable."""
+
+    view: memoryview
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client shows on every call: in gRPC metadata `authorization: Bearer TOKEN` and
+    `kvstore-namespace`, on the local socket in its Hello."""
+
+    namespace: str = "default"
+    token: str = ""
+
+
+class Channel(Protocol):
+    """A client's connection to one address. Errors are `kvstore.errors`, never the transport library's."""
+
+    async def unary(self, method: Method, request: Message, *, timeout_s: float) -> Any: ...
+
+    def stream(
+        self, method: Method, requests: AsyncIterator[Any], *, timeout_s: float | None
+    ) -> AsyncIterator[Any]:
+        """Any method with a stream; a side that is not a stream carries exactly one message.
+        Closing the iterator (`aclose`) cancels the call."""
+
+    async def close(self) -> None: ...
+
+
+class LocalChannel(Protocol):
+    """A client's connection to a worker on its host."""
+
+    async def call(self, method: Method, request: Message, *, timeout_s: float) -> tuple[Any, list[MappedSegment]]: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+class Server(Protocol):
+    address: str  # where it really listens (the port is known now)
+
+    async def close(self, grace_s: float) -> None: ...
+
+
+class Authenticator(Protocol):
+    """The one interceptor of both servers: `kvstore.auth.Authenticator`."""
+
+    def authenticate(self, credentials: Credentials, *, peer: str, method: Method) -> CallContext:
+        """Raises Unauthenticated, or NotGranted. Pure."""
+
+
+class Transport(Protocol):
+    async def connect(self, address: str, credentials: Credentials) -> Channel:
+        """Lazy: fails on the first call, not here."""
+
+    async def serve(self, address: str, services: Mapping[str, object], auth: Authenticator) -> Server:
+        """`services`: name -> object. SetupError when the address can't be bound."""
+
+    async def connect_local(self, path: str, credentials: Credentials) -> LocalChannel:
+        """Connected and greeted (WorkerLocal.Hello), or Unavailable / Unauthenticated / NotGranted / Incompatible."""
+
+    async def serve_local(self, path: str, service: object, auth: Authenticator) -> Server: ...

@@ -1,0 +1,186 @@
+from kvstore.wire import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Ack(_message.Message):
+    __slots__ = ["applied"]
+    class AppliedEntry(_message.Message):
+        __slots__ = ["key", "value"]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    applied: _containers.ScalarMap[str, int]
+    def __init__(self, applied: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class AnnounceReply(_message.Message):
+    __slots__ = ["ack", "coordinators", "fenced", "snapshot_request", "welcome"]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    COORDINATORS_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    ack: Ack
+    coordinators: _containers.RepeatedCompositeFieldContainer[_common_pb2.CoordinatorInfo]
+    fenced: Fenced
+    snapshot_request: SnapshotRequest
+    welcome: Welcome
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ...) -> None: ...
+
+class AnnounceRequest(_message.Message):
+    __slots__ = ["delta", "heartbeat", "register", "snapshot"]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    delta: Delta
+    heartbeat: Heartbeat
+    register: Register
+    snapshot: SnapshotChunk
+    def __init__(self, register: _Optional[_Union[Register, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotChunk, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Change(_message.Message):
+    __slots__ = ["added", "removed"]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    added: _common_pb2.Run
+    removed: _common_pb2.RemovedRun
+    def __init__(self, added: _Optional[_Union[_common_pb2.Run, _Mapping]] = ..., removed: _Optional[_Union[_common_pb2.RemovedRun, _Mapping]] = ...) -> None: ...
+
+class CoordinatorStatus(_message.Message):
+    __slots__ = ["complete", "counters", "directory_blocks", "pid", "self", "workers"]
+    class CountersEntry(_message.Message):
+        __slots__ = ["key", "value"]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    SELF_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    complete: bool
+    counters: _containers.ScalarMap[str, int]
+    directory_blocks: int
+    pid: int
+    self: _common_pb2.CoordinatorInfo
+    workers: _containers.RepeatedCompositeFieldContainer[_common_pb2.WorkerStatus]
+    def __init__(self, self_: _Optional[_Union[_common_pb2.CoordinatorInfo, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[_common_pb2.WorkerStatus, _Mapping]]] = ..., directory_blocks: _Optional[int] = ..., complete: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class Delta(_message.Message):
+    __slots__ = ["changes", "dictionary", "first_seq", "last_seq", "namespace"]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    changes: _containers.RepeatedCompositeFieldContainer[Change]
+    dictionary: _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryEntry]
+    first_seq: int
+    last_seq: int
+    namespace: str
+    def __init__(self, namespace: _Optional[str] = ..., first_seq: _Optional[int] = ..., last_seq: _Optional[int] = ..., dictionary: _Optional[_Iterable[_Union[_common_pb2.DictionaryEntry, _Mapping]]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ...) -> None: ...
+
+class Fenced(_message.Message):
+    __slots__ = ["epoch"]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ["heads", "leaving", "status"]
+    class HeadsEntry(_message.Message):
+        __slots__ = ["key", "value"]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    heads: _containers.ScalarMap[str, int]
+    leaving: bool
+    status: _common_pb2.WorkerStatus
+    def __init__(self, heads: _Optional[_Mapping[str, int]] = ..., status: _Optional[_Union[_common_pb2.WorkerStatus, _Mapping]] = ..., leaving: bool = ...) -> None: ...
+
+class MembersReply(_message.Message):
+    __slots__ = ["boot_id", "coordinators", "members"]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    COORDINATORS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    boot_id: str
+    coordinators: _containers.RepeatedCompositeFieldContainer[_common_pb2.CoordinatorInfo]
+    members: _containers.RepeatedCompositeFieldContainer[_common_pb2.Member]
+    def __init__(self, members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ..., boot_id: _Optional[str] = ...) -> None: ...
+
+class MembersRequest(_message.Message):
+    __slots__ = []
+    def __init__(self) -> None: ...
+
+class Register(_message.Message):
+    __slots__ = ["heads", "hello", "member"]
+    class HeadsEntry(_message.Message):
+        __slots__ = ["key", "value"]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    heads: _containers.ScalarMap[str, int]
+    hello: _common_pb2.HelloRequest
+    member: _common_pb2.Member
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., heads: _Optional[_Mapping[str, int]] = ..., hello: _Optional[_Union[_common_pb2.HelloRequest, _Mapping]] = ...) -> None: ...
+
+class SnapshotChunk(_message.Message):
+    __slots__ = ["dictionary", "first", "last", "namespace", "resume_seq", "runs"]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    RESUME_SEQ_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    dictionary: _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryEntry]
+    first: bool
+    last: bool
+    namespace: str
+    resume_seq: int
+    runs: _containers.RepeatedCompositeFieldContainer[_common_pb2.Run]
+    def __init__(self, namespace: _Optional[str] = ..., resume_seq: _Optional[int] = ..., first: bool = ..., last: bool = ..., dictionary: _Optional[_Iterable[_Union[_common_pb2.DictionaryEntry, _Mapping]]] = ..., runs: _Optional[_Iterable[_Union[_common_pb2.Run, _Mapping]]] = ...) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ["namespace"]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    def __init__(self, namespace: _Optional[str] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ["applied", "heartbeat_ms", "lease_ms", "self"]
+    class AppliedEntry(_message.Message):
+        __slots__ = ["key", "value"]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    SELF_FIELD_NUMBER: _ClassVar[int]
+    applied: _containers.ScalarMap[str, int]
+    heartbeat_ms: int
+    lease_ms: int
+    self: _common_pb2.CoordinatorInfo
+    def __init__(self, self_: _Optional[_Union[_common_pb2.CoordinatorInfo, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., lease_ms: _Optional[int] = ..., applied: _Optional[_Mapping[str, int]] = ...) -> None: ...

@@ -1,0 +1,256 @@
+from kvstore.wire import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+BLOCK_COMMITTED: BlockState
+BLOCK_DROPPED: BlockState
+BLOCK_FOUND: BlockState
+BLOCK_HELD_ALREADY: BlockState
+BLOCK_MISSING: BlockState
+BLOCK_REFUSED: BlockState
+BLOCK_STATE_UNSPECIFIED: BlockState
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class BlockInfo(_message.Message):
+    __slots__ = ["header", "state", "tier"]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    header: bytes
+    state: BlockState
+    tier: _common_pb2.Tier
+    def __init__(self, state: _Optional[_Union[BlockState, str]] = ..., header: _Optional[bytes] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ...) -> None: ...
+
+class ChunkPart(_message.Message):
+    __slots__ = ["block", "first_chunk", "table"]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    first_chunk: int
+    table: bytes
+    def __init__(self, block: _Optional[int] = ..., first_chunk: _Optional[int] = ..., table: _Optional[bytes] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ["blocks", "segment", "spec_json"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[PutBlock]
+    segment: int
+    spec_json: str
+    def __init__(self, spec_json: _Optional[str] = ..., segment: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[PutBlock, _Mapping]]] = ...) -> None: ...
+
+class GetFrame(_message.Message):
+    __slots__ = ["data", "h"]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    H_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    h: GetHeader
+    def __init__(self, h: _Optional[_Union[GetHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class GetHeader(_message.Message):
+    __slots__ = ["blocks", "parts"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
+    parts: _containers.RepeatedCompositeFieldContainer[ChunkPart]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[ChunkPart, _Mapping]]] = ...) -> None: ...
+
+class GetRequest(_message.Message):
+    __slots__ = ["blocks", "layer_count", "layer_first", "least", "redis", "root"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIRST_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    REDIS_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
+    layer_count: int
+    layer_first: int
+    least: _common_pb2.Fidelity
+    redis: bool
+    root: bytes
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ...) -> None: ...
+
+class LocalHelloRequest(_message.Message):
+    __slots__ = ["hello", "namespace", "token"]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    hello: _common_pb2.HelloRequest
+    namespace: str
+    token: str
+    def __init__(self, hello: _Optional[_Union[_common_pb2.HelloRequest, _Mapping]] = ..., namespace: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+
+class OpenBlock(_message.Message):
+    __slots__ = ["generation", "header", "length", "offset", "raw", "segment", "state", "tier"]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    RAW_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    header: bytes
+    length: int
+    offset: int
+    raw: bool
+    segment: int
+    state: BlockState
+    tier: _common_pb2.Tier
+    def __init__(self, state: _Optional[_Union[BlockState, str]] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., generation: _Optional[int] = ..., raw: bool = ..., header: _Optional[bytes] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ["blocks", "hold", "segments"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[OpenBlock]
+    hold: int
+    segments: _containers.RepeatedCompositeFieldContainer[SegmentInfo]
+    def __init__(self, hold: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[OpenBlock, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[SegmentInfo, _Mapping]]] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ["blocks", "deadline_ms", "least", "redis", "root"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    REDIS_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
+    deadline_ms: int
+    least: _common_pb2.Fidelity
+    redis: bool
+    root: bytes
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class ProbeReply(_message.Message):
+    __slots__ = ["results"]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[ProbeResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[ProbeResult, _Mapping]]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = []
+    def __init__(self) -> None: ...
+
+class ProbeResult(_message.Message):
+    __slots__ = ["detail", "fix", "ok", "tier"]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    FIX_FIELD_NUMBER: _ClassVar[int]
+    OK_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    detail: str
+    fix: str
+    ok: bool
+    tier: _common_pb2.Tier
+    def __init__(self, tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., ok: bool = ..., detail: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...
+
+class PurgeReply(_message.Message):
+    __slots__ = ["blocks"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
+class PurgeRequest(_message.Message):
+    __slots__ = ["root"]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    root: bytes
+    def __init__(self, root: _Optional[bytes] = ...) -> None: ...
+
+class PutBlock(_message.Message):
+    __slots__ = ["computed_on", "copy_id", "depth", "group", "key", "offset", "parent", "raw_bytes", "shard"]
+    COMPUTED_ON_FIELD_NUMBER: _ClassVar[int]
+    COPY_ID_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    RAW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    computed_on: int
+    copy_id: int
+    depth: int
+    group: bytes
+    key: bytes
+    offset: int
+    parent: bytes
+    raw_bytes: int
+    shard: _common_pb2.Shard
+    def __init__(self, shard: _Optional[_Union[_common_pb2.Shard, _Mapping]] = ..., key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., group: _Optional[bytes] = ..., depth: _Optional[int] = ..., computed_on: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., copy_id: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class PutFrame(_message.Message):
+    __slots__ = ["data", "h"]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    H_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    h: PutHeader
+    def __init__(self, h: _Optional[_Union[PutHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PutHeader(_message.Message):
+    __slots__ = ["blocks", "spec_json"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[PutBlock]
+    spec_json: str
+    def __init__(self, spec_json: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[PutBlock, _Mapping]]] = ...) -> None: ...
+
+class PutReply(_message.Message):
+    __slots__ = ["states", "token"]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    states: _containers.RepeatedScalarFieldContainer[BlockState]
+    token: _common_pb2.CommitToken
+    def __init__(self, token: _Optional[_Union[_common_pb2.CommitToken, _Mapping]] = ..., states: _Optional[_Iterable[_Union[BlockState, str]]] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = []
+    def __init__(self) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ["holds"]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    holds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, holds: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SegmentInfo(_message.Message):
+    __slots__ = ["bytes", "data_offset", "segment", "writable"]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    data_offset: int
+    segment: int
+    writable: bool
+    def __init__(self, segment: _Optional[int] = ..., bytes: _Optional[int] = ..., data_offset: _Optional[int] = ..., writable: bool = ...) -> None: ...
+
+class ShardKeys(_message.Message):
+    __slots__ = ["keys", "shard"]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    shard: _common_pb2.Shard
+    def __init__(self, shard: _Optional[_Union[_common_pb2.Shard, _Mapping]] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class StageReply(_message.Message):
+    __slots__ = ["segment"]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    segment: SegmentInfo
+    def __init__(self, segment: _Optional[_Union[SegmentInfo, _Mapping]] = ...) -> None: ...
+
+class StageRequest(_message.Message):
+    __slots__ = ["bytes"]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class BlockState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = []
