@@ -1,0 +1,70 @@
+# Everything a newcomer runs. `make demo` and `make test` set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOC_VENV := .venv-proto
+OLDEST := .venv-oldest
+PROTOS := $(wildcard proto/kvstore/wire/*.proto)
+
+.PHONY: help setup demo test test-quick check format proto proto-check sim clean
+
+help:
+	@echo "make demo      set up, then watch two replicas share KV through a Ray cluster (under 4 minutes)"
+	@echo "make test      set up, then run all tests"
+	@echo "make check     format, lint, types, layers, generated code"
+	@echo "make sim       the cluster simulation over 200 seeds (SEEDS=n, FIRST=n)"
+	@echo "make proto     regenerate kvstore/wire from proto/"
+	@echo "make setup     only the virtual environment"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) -r tests/oldest.txt
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/kvstore demo
+
+# Two parts, so that what measures nothing but needs quiet (Ray, processes) does not compete with the rest.
+test: setup
+	$(BIN)/python -m pytest -q -m "not ray" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m ray
+
+test-quick: setup
+	$(BIN)/python -m pytest -q -x -m "not ray and not slow" -n 2
+
+check: setup proto-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+SEEDS ?= 200
+FIRST ?= 0
+sim: setup
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST)
+
+# Generated with the oldest supported protoc, so that engines with an older protobuf can import the client.
+$(PROTOC_VENV)/.installed: tests/oldest-tools.txt
+	$(PYTHON) -m venv $(PROTOC_VENV)
+	$(PROTOC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oldest-tools.txt
+	touch $@
+
+proto: $(PROTOC_VENV)/.installed
+	$(PROTOC_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. $(PROTOS)
+
+proto-check: $(PROTOC_VENV)/.installed
+	rm -rf build/proto && mkdir -p build/proto
+	$(PROTOC_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=build/proto --pyi_out=build/proto $(PROTOS)
+	@for f in build/proto/kvstore/wire/*; do cmp $$f kvstore/wire/$$(basename $$f) \
+	  || { echo "kvstore/wire is not what proto/ says: run 'make proto' and commit"; exit 1; }; done
+
+clean:
+	rm -rf $(VENV) $(PROTOC_VENV) $(OLDEST) build dist *.egg-info
