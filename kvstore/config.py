@@ -7,21 +7,22 @@ Precedence: defaults < file < environment < explicit overrides (command line).
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import json
+import math
 import os
 import re
 import tomllib
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kvstore.errors import ConfigError
+from kvstore.values import convert
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +131,178 @@ class Config:
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+
+
+# --- the loader ---------------------------------------------------------------------------------------------------
+
+ENV_PREFIX = "KVSTORE_"
+ENV_FILE = "KVSTORE_CONFIG"  # path of the file where none is given
+
+Sections = Mapping[str, Mapping[str, object]]
+"""section -> field -> value: the shape of the TOML file and of overrides."""
+
+CODECS = ("lossless", "lz4", "raw")
+POLICIES = ("lru",)
+_ZERO_OK = {"store.hot_bytes", "store.device_bytes", "store.ssd_sync_s", "fleet.workers", "client.negative_cache_s"}
+_ZERO_OK |= {"client.negative_cache_max", "coordinator.match_wait_max_s"}
+
+
+def load_config(
+    path: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Sections | None = None,
+) -> Config:
+    """The configuration of this process: defaults < file < environment < overrides, checked as a whole.
+
+    `path` None: the file named by KVSTORE_CONFIG, or none. `env` None: the process environment.
+    Raises ConfigError that names the key and what to write instead.
+    """
+    env = os.environ if env is None else env
+    path = path or env.get(ENV_FILE) or None
+    layers: list[tuple[str, Sections]] = []
+    if path is not None:
+        layers.append((str(path), _read_toml(Path(path))))
+    layers.append(("environment", _from_env(env)))
+    layers.append(("command line", overrides or {}))
+    config = Config()
+    for origin, sections in layers:
+        config = _apply(config, sections, origin)
+    validate(config)
+    return config
+
+
+def parse_toml(text: str, origin: str = "configuration") -> Config:
+    """A whole configuration from TOML text, without the environment. Inverse of `to_toml`. Raises ConfigError."""
+    config = _apply(Config(), _toml(text, origin), origin)
+    validate(config)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """Every key with its value, as a file that `load_config` reads back to an equal Config."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        values = getattr(config, section.name)
+        # JSON's strings, numbers, booleans and arrays of strings are TOML's.
+        lines += [f"{f.name} = {json.dumps(getattr(values, f.name))}" for f in dataclasses.fields(values)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def override(config: Config, sections: Sections) -> Config:
+    """A copy with some fields changed, checked as a whole. Raises ConfigError."""
+    changed = _apply(config, sections, "override")
+    validate(changed)
+    return changed
+
+
+def settings() -> dict[str, tuple[type, object]]:
+    """Every key "section.field" with its type and default, in the order of the file."""
+    found: dict[str, tuple[type, object]] = {}
+    for section, kind in _sections().items():
+        hints = typing.get_type_hints(kind)
+        default = kind()
+        for f in dataclasses.fields(kind):
+            found[f"{section}.{f.name}"] = (hints[f.name], getattr(default, f.name))
+    return found
+
+
+def validate(config: Config) -> None:
+    """Ranges, and what must hold between fields. Raises ConfigError naming the key. Does not mutate."""
+    for key in settings():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and key not in _ZERO_OK):
+            raise ConfigError(f"{key} = {value}: must be {'at least 0' if key in _ZERO_OK else 'greater than 0'}")
+    for holds, complaint in _relations(config):
+        if not holds:
+            raise ConfigError(complaint)
+
+
+def _relations(c: Config) -> Iterator[tuple[bool, str]]:
+    s, k = c.store, c.client
+    ordered = s.low_watermark < s.high_watermark <= 1.0
+    yield ordered, "store.low_watermark must be below store.high_watermark, and that at most 1.0"
+    yield s.hot_bytes <= s.host_bytes, "store.hot_bytes is a part of store.host_bytes: make it no larger"
+    yield s.ssd_segment_bytes <= s.ssd_bytes, "store.ssd_segment_bytes must not exceed store.ssd_bytes"
+    yield s.staging_bytes <= s.staging_total_bytes, "store.staging_bytes must not exceed store.staging_total_bytes"
+    yield k.staging_bytes <= k.inflight_bytes_max, "client.staging_bytes must not exceed client.inflight_bytes_max"
+    yield s.codec in CODECS, f"store.codec = {s.codec!r}: use one of {', '.join(CODECS)}"
+    yield s.policy in POLICIES, f"store.policy = {s.policy!r}: use one of {', '.join(POLICIES)}"
+    lease = c.coordinator.lease_s >= 2 * c.coordinator.heartbeat_s
+    yield lease, "coordinator.lease_s must be at least twice coordinator.heartbeat_s"
+    yield c.coordinator.match_wait_max_s <= 0.1, "coordinator.match_wait_max_s must be at most 0.1"
+    name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", c.fleet.name, re.ASCII) is not None
+    yield name, f"fleet.name = {c.fleet.name!r}: use 1 to 32 letters, digits, '-', '_' or '.'"
+    where = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})", c.server.bind)
+    yield where is not None and int(where[2]) < 65536, f"server.bind = {c.server.bind!r}: write HOST:PORT (port 0: any)"
+    guarded = is_loopback(c.server.bind) or bool(c.server.token_file or c.server.namespaces_file)
+    yield guarded, f"server.bind = {c.server.bind!r} is not loopback: set server.token_file to a cluster token"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT names this machine alone. Pure: no name is resolved."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
+
+
+def _read_toml(path: Path) -> Sections:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
+    return _toml(text, str(path))
+
+
+def _toml(text: str, origin: str) -> Sections:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin}: not valid TOML: {error}") from error
+
+
+def _from_env(env: Mapping[str, str]) -> Sections:
+    known = {f"{ENV_PREFIX}{key.replace('.', '_').upper()}": key for key in settings()}
+    found: dict[str, dict[str, object]] = {}
+    for variable in sorted(env):
+        if not variable.startswith(ENV_PREFIX) or variable == ENV_FILE:
+            continue
+        if variable not in known:
+            raise ConfigError(f"unknown variable {variable}{_nearest(variable, [*known, ENV_FILE])}")
+        section, name = known[variable].split(".")
+        found.setdefault(section, {})[name] = env[variable]
+    return found
+
+
+def _apply(config: Config, sections: Sections, origin: str) -> Config:
+    known = _sections()
+    changed: dict[str, Any] = {}
+    for section, values in sections.items():
+        if section not in known:
+            raise ConfigError(f"{origin}: unknown section [{section}]{_nearest(section, list(known))}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{origin}: {section} is a section: write [{section}] and its keys below it")
+        hints = typing.get_type_hints(known[section])
+        fields: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in hints:
+                raise ConfigError(f"{origin}: unknown key {section}.{name}{_nearest(name, list(hints), section)}")
+            try:
+                fields[name] = convert(f"{section}.{name}", hints[name], value)
+            except ValueError as error:
+                raise ConfigError(f"{origin}: {section}.{name}: {error}") from error
+        changed[section] = dataclasses.replace(getattr(config, section), **fields)
+    return dataclasses.replace(config, **changed)
+
+
+def _nearest(name: str, known: list[str], section: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {section + '.' if section else ''}{near[0]}?" if near else f"; known: {', '.join(known)}"
