@@ -1,0 +1,169 @@
+"""Lossless codecs of one chunk, by the id stored in the chunk table. docs/FORMAT.md, "Codecs".
+
+0 raw. 1 lz4, one block. 2 split: byte planes of the elements, zstd where a plane gains. All of them fall back to raw
+where they do not gain. `encode` and `decode` hold no shared state (compressors are per thread) and release the GIL
+where the libraries do.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+import lz4.block
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from kvstore.errors import BadRequest, Corrupt, UnknownFormat
+from kvstore.spec import DTYPES
+from kvstore.types import Buffer
+
+RAW, LZ4, SPLIT = 0, 1, 2
+NAMES = {"raw": RAW, "lz4": LZ4, "split": SPLIT}
+KNOWN = (RAW, LZ4, SPLIT)
+
+PLANE_RAW, PLANE_ZSTD = 0, 1
+_PLANE = struct.Struct("<BI")
+SPLIT_ITEMSIZES = (1, 2, 4)
+
+SAMPLES = 4
+SAMPLE_BYTES = 4096
+LEAST_GAIN = 0.03
+"""A plane is compressed only where a sample shrinks by more than this: zstd on noise costs more than it saves."""
+
+_local = threading.local()
+
+
+def codec_for(name: str, dtype: str) -> int:
+    """Codec id of a configured name (`raw`, `lz4`, `split`, `lossless`) for elements of `dtype` ("" where unknown).
+
+    `lossless` splits known element types of 1, 2 or 4 bytes and uses lz4 for the rest.
+    """
+    if name == "lossless":
+        return SPLIT if DTYPES.get(dtype) in SPLIT_ITEMSIZES else LZ4
+    if name not in NAMES:
+        raise BadRequest(f"codec is {name!r}: give one of lossless, {', '.join(NAMES)}")
+    return NAMES[name]
+
+
+def encode(codec: int, raw: memoryview, itemsize: int) -> tuple[int, Buffer]:
+    """(codec used, stored bytes) of contiguous raw bytes. Where nothing is gained: (RAW, raw itself). Pure."""
+    if codec not in KNOWN:
+        raise BadRequest(f"codec {codec} is unknown: give one of {', '.join(map(str, KNOWN))}")
+    stored: Buffer = raw
+    if codec == LZ4:
+        stored = lz4.block.compress(raw, store_size=False)
+    elif codec == SPLIT and itemsize in SPLIT_ITEMSIZES and len(raw) >= itemsize:
+        stored = _encode_split(raw, itemsize)
+    return (codec, stored) if len(stored) < len(raw) else (RAW, raw)
+
+
+def decode(codec: int, stored: Buffer, target: memoryview, itemsize: int) -> None:
+    """Fill `target`, whose length is the raw length. Corrupt for anything else, UnknownFormat for an unknown codec."""
+    if codec == RAW:
+        if len(stored) != len(target):
+            raise Corrupt(f"a raw chunk has {len(stored)} bytes, not {len(target)}")
+        target[:] = stored
+    elif codec == LZ4:
+        target[:] = _exactly(_decode_lz4(stored, len(target)), len(target), "lz4 chunk")
+    elif codec == SPLIT:
+        _decode_split(memoryview(stored), target, itemsize)
+    else:
+        raise UnknownFormat(f"chunk codec {codec} is unknown to this build")
+
+
+def _exactly(data: bytes, length: int, what: str) -> bytes:
+    if len(data) != length:
+        raise Corrupt(f"{what} decodes to {len(data)} bytes, not {length}")
+    return data
+
+
+def _decode_lz4(stored: Buffer, length: int) -> bytes:
+    try:
+        return bytes(lz4.block.decompress(stored, uncompressed_size=length))
+    except (lz4.block.LZ4BlockError, ValueError) as error:
+        raise Corrupt(f"lz4 chunk does not decode: {error}") from None
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """Of this thread: zstd contexts are not thread-safe. A small hash table and long matches suit byte planes."""
+    made: zstandard.ZstdCompressor | None = getattr(_local, "compressor", None)
+    if made is None:
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            1, hash_log=6, min_match=7, window_log=17, write_content_size=1, write_checksum=0, write_dict_id=0
+        )
+        made = _local.compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    return made
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    made: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
+    if made is None:
+        made = _local.decompressor = zstandard.ZstdDecompressor()
+    return made
+
+
+def _gains(plane: NDArray[np.uint8]) -> bool:
+    """Whether a sample of a plane shrinks enough. Deterministic: evenly spaced pieces."""
+    if plane.size <= SAMPLES * SAMPLE_BYTES:
+        return True
+    step = (plane.size - SAMPLE_BYTES) // (SAMPLES - 1)
+    sample = b"".join(plane[i * step : i * step + SAMPLE_BYTES].tobytes() for i in range(SAMPLES))
+    return len(_compressor().compress(sample)) < len(sample) * (1 - LEAST_GAIN)
+
+
+def _encode_split(raw: memoryview, itemsize: int) -> bytes:
+    count = len(raw) // itemsize
+    elements = np.frombuffer(raw, np.uint8, count * itemsize).reshape(count, itemsize)
+    head: list[bytes] = []
+    planes: list[Buffer] = []
+    for index in range(itemsize):
+        plane = np.ascontiguousarray(elements[:, index])
+        method, stored = PLANE_RAW, plane.data.cast("B")
+        if _gains(plane):
+            packed = memoryview(_compressor().compress(plane))
+            if len(packed) < plane.size:
+                method, stored = PLANE_ZSTD, packed
+        head.append(_PLANE.pack(method, len(stored)))
+        planes.append(stored)
+    return b"".join((*head, *planes, raw[count * itemsize :]))
+
+
+def _decode_split(stored: memoryview, target: memoryview, itemsize: int) -> None:
+    if itemsize not in SPLIT_ITEMSIZES:
+        raise UnknownFormat(f"split chunk of {itemsize}-byte elements is unknown to this build")
+    count = len(target) // itemsize
+    start = itemsize * _PLANE.size
+    if len(stored) < start:
+        raise Corrupt("split chunk is shorter than its head")
+    whole = np.frombuffer(target, np.uint8)
+    elements = whole[: count * itemsize].reshape(count, itemsize)
+    for index in range(itemsize):
+        method, length = _PLANE.unpack_from(stored, index * _PLANE.size)
+        plane = stored[start : start + length]
+        if len(plane) != length:
+            raise Corrupt("split chunk is shorter than its planes")
+        start += length
+        elements[:, index] = np.frombuffer(_plane(method, plane, count), np.uint8)
+    rest = stored[start:]
+    if len(rest) != len(target) - count * itemsize:
+        raise Corrupt(f"split chunk has {len(rest)} bytes after its planes")
+    target[count * itemsize :] = rest
+
+
+def _plane(method: int, plane: memoryview, count: int) -> Buffer:
+    """`count` bytes of one plane. The frame's own length is checked first: it is what zstd would allocate."""
+    if method == PLANE_RAW:
+        if len(plane) != count:
+            raise Corrupt(f"a raw plane has {len(plane)} bytes, not {count}")
+        return plane
+    if method != PLANE_ZSTD:
+        raise UnknownFormat(f"plane method {method} is unknown to this build")
+    try:
+        if zstandard.get_frame_parameters(plane).content_size != count:
+            raise Corrupt("a plane's frame has another length than its chunk")
+        data = _decompressor().decompress(plane, max_output_size=count, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Corrupt(f"a plane does not decode: {error}") from None
+    return _exactly(data, count, "plane")
