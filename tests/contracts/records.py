@@ -1,0 +1,130 @@
+"""Blocks for tests: a small model, chains of it, raw bytes that are a function of the block, and stored records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from kvstore.catalog import Catalog
+from kvstore.checksum import xxh3
+from kvstore.format import Header, decode_record, encode_record, parse_record
+from kvstore.keys import chain
+from kvstore.layout import block_bytes
+from kvstore.spec import Group, ModelSpec, Shard, namespace_digest
+from kvstore.types import Fidelity
+
+NAMESPACE = "default"
+
+
+@lru_cache
+def small_spec(model: str = "small", layers: int = 2, block_tokens: int = 16) -> ModelSpec:
+    """A block of two layers has 8 KiB raw."""
+    group = Group(layers=layers, kv_heads=2, k_dim=32, v_dim=32)
+    return ModelSpec(model=model, groups=(group,), dtype="bfloat16", block_tokens=block_tokens)
+
+
+def catalog_of(*specs: ModelSpec, namespaces: tuple[str, ...] = (NAMESPACE,)) -> Catalog:
+    """A catalog that knows the specs, their whole shards and the namespaces."""
+    catalog = Catalog()
+    for spec in specs or (small_spec(),):
+        catalog.learn_spec(spec)
+        for group in range(len(spec.groups)):
+            catalog.learn_shard(Shard.whole(spec, group))
+    for namespace in namespaces:
+        catalog.learn_namespace(namespace)
+    return catalog
+
+
+@lru_cache
+def keys_of(spec: ModelSpec, session: int, blocks: int) -> tuple[bytes, ...]:
+    """Keys of one prompt of `blocks` blocks; another `session` is another prompt."""
+    tokens = np.arange(blocks * spec.block_tokens, dtype=np.uint32) + np.uint32(session * 1_000_003)
+    return tuple(chain(spec, tokens).keys)
+
+
+def raw_of(spec: ModelSpec, shard: Shard, key: bytes, *, compressible: bool = True) -> bytes:
+    """Raw bytes of a block: a function of its key and shard."""
+    seed = int.from_bytes(key[:4], "little") ^ int.from_bytes(shard.digest[:4], "little")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    size = block_bytes(spec, shard)
+    if not compressible:
+        return rng.bytes(size)
+    floats = rng.standard_normal(size // 2, dtype=np.float32)
+    return (floats.view(np.uint32) >> 16).astype(np.uint16).tobytes() + rng.bytes(size % 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One block, raw and as a stored record."""
+
+    namespace: str
+    spec: ModelSpec
+    shard: Shard
+    header: Header  # of the record
+    raw: bytes
+    record: bytes
+
+
+def header_of(
+    namespace: str,
+    spec: ModelSpec,
+    shard: Shard,
+    session: int,
+    depth: int,
+    raw: bytes,
+    *,
+    fidelity: Fidelity = Fidelity.EXACT,
+) -> Header:
+    """The header of a raw block, as a put carries it."""
+    keys = keys_of(spec, session, depth + 1)
+    return Header(
+        key=keys[depth],
+        parent=keys[depth - 1] if depth else spec.root,
+        root=spec.root,
+        group=keys[depth - depth % spec.group_blocks],
+        depth=depth,
+        namespace=namespace_digest(namespace),
+        shard=shard.digest,
+        copy_id=xxh3(raw),
+        computed_on=fidelity,
+        stored=Fidelity.EXACT,
+        tokens=spec.block_tokens,
+        raw_length=len(raw),
+    )
+
+
+def sample(
+    depth: int = 0,
+    *,
+    session: int = 0,
+    namespace: str = NAMESPACE,
+    spec: ModelSpec | None = None,
+    shard: Shard | None = None,
+    codec: int = 0,
+    salt: bytes = b"",
+    fidelity: Fidelity = Fidelity.EXACT,
+) -> Sample:
+    """Block `depth` of a prompt with its record. Another `salt` is another copy: other bytes under the same id."""
+    spec = spec or small_spec()
+    shard = shard or Shard.whole(spec)
+    key = keys_of(spec, session, depth + 1)[depth]
+    raw = raw_of(spec, shard, key + salt if salt else key)
+    if salt:
+        raw = salt + raw[len(salt) :]
+    header = header_of(namespace, spec, shard, session, depth, raw, fidelity=fidelity)
+    stored, parts = encode_record(header, memoryview(raw), spec, shard, codec)
+    return Sample(namespace, spec, shard, stored, raw, b"".join(bytes(part) for part in parts))
+
+
+def decoded(found: Sample, record: bytes) -> bytes:
+    """Raw bytes of a record read back, verified against the sample's spec."""
+    target = bytearray(len(found.raw))
+    decode_record(parse_record(memoryview(record)), found.spec, found.shard, memoryview(target))
+    return bytes(target)
+
+
+def renamed(header: Header, key: bytes) -> Header:
+    """The same header under another key, for binding tests."""
+    return replace(header, key=key)
