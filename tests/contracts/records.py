@@ -9,10 +9,10 @@ import numpy as np
 
 from kvstore.catalog import Catalog
 from kvstore.checksum import xxh3
-from kvstore.format import Header, decode_record, encode_record, parse_record
+from kvstore.format import Header, Record, decode_record, encode_record
 from kvstore.keys import chain
 from kvstore.layout import block_bytes
-from kvstore.spec import Group, ModelSpec, Shard, namespace_digest
+from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity
 
 NAMESPACE = "default"
@@ -44,13 +44,10 @@ def keys_of(spec: ModelSpec, session: int, blocks: int) -> tuple[bytes, ...]:
     return tuple(chain(spec, tokens).keys)
 
 
-def raw_of(spec: ModelSpec, shard: Shard, key: bytes, *, compressible: bool = True) -> bytes:
-    """Raw bytes of a block: a function of its key and shard."""
-    seed = int.from_bytes(key[:4], "little") ^ int.from_bytes(shard.digest[:4], "little")
-    rng = np.random.Generator(np.random.PCG64(seed))
+def raw_of(spec: ModelSpec, shard: Shard, key: bytes, salt: bytes = b"") -> bytes:
+    """Raw bytes of a block, like KV in bfloat16: a function of its key, its shard and a salt."""
+    rng = np.random.Generator(np.random.PCG64(xxh3(key + shard.digest + salt)))
     size = block_bytes(spec, shard)
-    if not compressible:
-        return rng.bytes(size)
     floats = rng.standard_normal(size // 2, dtype=np.float32)
     return (floats.view(np.uint32) >> 16).astype(np.uint16).tobytes() + rng.bytes(size % 2)
 
@@ -79,19 +76,16 @@ def header_of(
 ) -> Header:
     """The header of a raw block, as a put carries it."""
     keys = keys_of(spec, session, depth + 1)
-    return Header(
+    return Header.new(
+        namespace,
+        spec,
+        shard,
         key=keys[depth],
         parent=keys[depth - 1] if depth else spec.root,
-        root=spec.root,
         group=keys[depth - depth % spec.group_blocks],
         depth=depth,
-        namespace=namespace_digest(namespace),
-        shard=shard.digest,
-        copy_id=xxh3(raw),
         computed_on=fidelity,
-        stored=Fidelity.EXACT,
-        tokens=spec.block_tokens,
-        raw_length=len(raw),
+        copy_id=xxh3(raw),
     )
 
 
@@ -110,9 +104,7 @@ def sample(
     spec = spec or small_spec()
     shard = shard or Shard.whole(spec)
     key = keys_of(spec, session, depth + 1)[depth]
-    raw = raw_of(spec, shard, key + salt if salt else key)
-    if salt:
-        raw = salt + raw[len(salt) :]
+    raw = raw_of(spec, shard, key, salt)
     header = header_of(namespace, spec, shard, session, depth, raw, fidelity=fidelity)
     stored, parts = encode_record(header, memoryview(raw), spec, shard, codec)
     return Sample(namespace, spec, shard, stored, raw, b"".join(bytes(part) for part in parts))
@@ -121,7 +113,7 @@ def sample(
 def decoded(found: Sample, record: bytes) -> bytes:
     """Raw bytes of a record read back, verified against the sample's spec."""
     target = bytearray(len(found.raw))
-    decode_record(parse_record(memoryview(record)), found.spec, found.shard, memoryview(target))
+    decode_record(Record.parse(record), found.spec, found.shard, memoryview(target))
     return bytes(target)
 
 
