@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Catalog:
-    """Digest -> ModelSpec, Shard, namespace name. Bounded: a new entry beyond the bound is Overloaded, none is forgotten."""
+    """Digest -> ModelSpec, Shard, namespace name. Bounded: beyond the bound a new one is Overloaded."""
 
     def __init__(self, *, specs_max: int = 4096, shards_max: int = 65536, namespaces_max: int = 65536) -> None:
         self._specs: dict[bytes, ModelSpec] = {}

@@ -26,7 +26,7 @@ def copy_and_checksum(source: Buffer, target: memoryview) -> int:
     out = memoryview(source)
     if not out.c_contiguous or not target.c_contiguous or target.readonly or out.nbytes != target.nbytes:
         raise BadRequest(
-            f"can't copy {out.nbytes} bytes into {target.nbytes}: both must be contiguous, equally long, the target writable"
+            f"can't copy {out.nbytes} bytes into {target.nbytes}: give contiguous, equally long, writable ones"
         )
     if out.nbytes == 0:
         return xxh3(b"")
@@ -38,5 +38,5 @@ def copy_and_checksum(source: Buffer, target: memoryview) -> int:
     for start in range(0, out.nbytes, STEP_BYTES):
         step = there[start : start + STEP_BYTES]
         np.copyto(step, here[start : start + STEP_BYTES])
-        state.update(step)
+        state.update(step.data)
     return int(state.intdigest())

@@ -20,7 +20,6 @@ from kvstore.spec import DTYPES
 from kvstore.types import Buffer
 
 RAW, LZ4, SPLIT = 0, 1, 2
-NAMES = {"raw": RAW, "lz4": LZ4, "split": SPLIT}
 KNOWN = (RAW, LZ4, SPLIT)
 
 PLANE_RAW, PLANE_ZSTD = 0, 1
@@ -36,15 +35,15 @@ _local = threading.local()
 
 
 def codec_for(name: str, dtype: str) -> int:
-    """Codec id of a configured name (`raw`, `lz4`, `split`, `lossless`) for elements of `dtype` ("" where unknown).
+    """Codec id of a configured name (`raw`, `lz4`, `lossless`) for elements of `dtype` ("" where unknown).
 
     `lossless` splits known element types of 1, 2 or 4 bytes and uses lz4 for the rest.
     """
     if name == "lossless":
         return SPLIT if DTYPES.get(dtype) in SPLIT_ITEMSIZES else LZ4
-    if name not in NAMES:
-        raise BadRequest(f"codec is {name!r}: give one of lossless, {', '.join(NAMES)}")
-    return NAMES[name]
+    if name not in ("raw", "lz4"):
+        raise BadRequest(f"codec is {name!r}: give lossless, lz4 or raw")
+    return LZ4 if name == "lz4" else RAW
 
 
 def encode(codec: int, raw: memoryview, itemsize: int) -> tuple[int, Buffer]:
@@ -120,9 +119,9 @@ def _encode_split(raw: memoryview, itemsize: int) -> bytes:
     planes: list[Buffer] = []
     for index in range(itemsize):
         plane = np.ascontiguousarray(elements[:, index])
-        method, stored = PLANE_RAW, plane.data.cast("B")
+        method, stored = PLANE_RAW, plane.data
         if _gains(plane):
-            packed = memoryview(_compressor().compress(plane))
+            packed = memoryview(_compressor().compress(plane.data))
             if len(packed) < plane.size:
                 method, stored = PLANE_ZSTD, packed
         head.append(_PLANE.pack(method, len(stored)))

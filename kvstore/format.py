@@ -194,7 +194,7 @@ def decode_record(record: Record, spec: ModelSpec, shard: Shard, target: memoryv
     """
     header = record.header
     check_header(header, spec, shard)
-    _check_target(target, header.raw_length)
+    target = _writable(target, header.raw_length)
     rows: list[Entry] = record.table.tolist()
     pieces = chunks(spec, shard)
     if len(rows) != len(pieces):
@@ -217,13 +217,13 @@ def decode_chunks(
 ) -> int:
     """Decode consecutive chunks from a wire into their places in `target` (block_bytes long); returns their number.
 
-    `table` holds the entries of chunks first_chunk.. (40 bytes each), `data` their stored bytes back to back; offsets in
-    the entries are not read. Corrupt or UnknownFormat for whatever does not hold. The caller checks the whole block's
+    `table` holds the entries of chunks first_chunk.. (40 bytes each), `data` their stored bytes back to back; offsets
+    in the entries are not read. Corrupt or UnknownFormat for whatever does not hold. The caller checks the block's
     copy_id when all chunks have arrived.
     """
     rows_view, view = memoryview(table).cast("B"), memoryview(data).cast("B")
     pieces = chunks(spec, shard)
-    _check_target(target, pieces[-1].offset + pieces[-1].nbytes)
+    target = _writable(target, pieces[-1].offset + pieces[-1].nbytes)
     count, rest = divmod(len(rows_view), ENTRY_BYTES)
     if rest or not 0 <= first_chunk <= len(pieces) - count:
         raise Corrupt(f"a table part of {len(rows_view)} bytes from chunk {first_chunk} on, of {len(pieces)} chunks")
@@ -239,9 +239,10 @@ def decode_chunks(
     return count
 
 
-def _check_target(target: memoryview, nbytes: int) -> None:
+def _writable(target: memoryview, nbytes: int) -> memoryview:
     if target.readonly or not target.c_contiguous or target.nbytes != nbytes:
         raise BadRequest(f"the target has {target.nbytes} bytes: give {nbytes}, contiguous and writable")
+    return target.cast("B")
 
 
 def _check_entry(row: Entry, piece: Chunk) -> None:

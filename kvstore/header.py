@@ -1,4 +1,4 @@
-"""The fixed header of a stored block: 160 bytes, the same in memory, on disk, in Redis and on the wire. docs/FORMAT.md."""
+"""The fixed header of a stored block: 160 bytes, the same on every tier and on the wire. docs/FORMAT.md."""
 
 from __future__ import annotations
 
@@ -135,14 +135,14 @@ class Header:
         if view.nbytes < HEADER_BYTES or view[:4] != MAGIC:
             raise Corrupt(f"no block header: {view.nbytes} bytes that begin with {bytes(view[:4])!r}")
         (_, version, length, flags, key, parent, root, group, depth, namespace, shard, copy_id, computed_on, stored,
-         tokens, chunk_count, raw_length, stored_length, validity_length, check, checksum) = _STRUCT.unpack(view)  # fmt: skip
+         tokens, chunk_count, raw_length, stored_length, validity, check, checksum) = _STRUCT.unpack(view)  # fmt: skip
         if version != VERSION or length != HEADER_BYTES:
             raise UnknownFormat(f"block header of version {version} with {length} bytes: this build reads {VERSION}")
         if check != short_check(view):
             raise Corrupt("block header fails its check")
-        if flags or validity_length:
+        if flags or validity:
             raise UnknownFormat(
-                f"block header with flags {flags:#x} and a bitmap of {validity_length} bytes: unknown to this build"
+                f"block header with flags {flags:#x} and a bitmap of {validity} bytes: unknown to this build"
             )
         try:
             header = cls(
@@ -160,7 +160,7 @@ class Header:
                 raw_length=raw_length,
                 chunk_count=chunk_count,
                 stored_length=stored_length,
-                validity_length=validity_length,
+                validity_length=validity,
                 checksum=checksum,
             )
         except ValueError:
@@ -206,6 +206,7 @@ def check_header(header: Header, spec: ModelSpec, shard: Shard) -> None:
 
 def expect(found: Header, wanted: Header | BlockId, root: bytes | None = None) -> None:
     """The binding: Corrupt unless `found` is the object asked for, and the same copy where `wanted` names one. Pure."""
+    names: list[tuple[str, object, object]]
     if isinstance(wanted, BlockId):
         names = [("key", found.key, wanted.key), ("shard", found.shard, wanted.shard)]
         names.append(("namespace", found.namespace, namespace_digest(wanted.namespace)))

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +47,15 @@ class Extra:
 def token_bytes(tokens: Tokens) -> memoryview:
     """Token ids as u32 LE bytes, one copy at most. BadRequest for an id outside u32."""
     if isinstance(tokens, np.ndarray):
-        return memoryview(_array_u32(tokens)).cast("B")
+        return _array_u32(tokens).view(np.uint8).data
+    if isinstance(tokens, (str, bytes, bytearray, memoryview)):
+        raise BadRequest(f"tokens are {type(tokens).__name__}: give a list or an array of integers")
     try:
         ids = array("I", tokens)
     except (OverflowError, TypeError, ValueError) as error:
         raise BadRequest(f"token ids must be integers from 0 to 2^32-1: {error}") from None
-    if ids.itemsize != 4 or sys.byteorder != "little":
-        return memoryview(np.frombuffer(ids, dtype=f"u{ids.itemsize}").astype("<u4")).cast("B")
+    if sys.byteorder != "little":
+        ids.byteswap()
     return memoryview(ids).cast("B")
 
 
@@ -67,7 +70,7 @@ def _array_u32(tokens: NDArray[np.integer]) -> NDArray[np.uint32]:
 def extras_bytes(extras: Iterable[Extra]) -> bytes:
     """u32 LE count, then per extra u32 LE tag length, tag, u32 LE length, bytes, sorted by tag. BadRequest on twins."""
     pairs = sorted((_tag_bytes(extra), bytes(extra.value)) for extra in extras)
-    for (tag, _), (following, _) in zip(pairs, pairs[1:], strict=False):
+    for (tag, _), (following, _) in pairwise(pairs):
         if tag == following:
             raise BadRequest(f"extra {tag.decode()!r} occurs twice in one block: give each tag once")
     parts = [len(pairs).to_bytes(4, "little")]
@@ -83,6 +86,8 @@ def _tag_bytes(extra: Extra) -> bytes:
         raise BadRequest("an extra's tag is no valid Unicode text: give a string that encodes as UTF-8") from None
     if not 1 <= len(tag) <= MAX_TAG_BYTES:
         raise BadRequest(f"an extra's tag has {len(tag)} bytes: give 1 to {MAX_TAG_BYTES}")
+    if not isinstance(extra.value, (bytes, bytearray, memoryview)):
+        raise BadRequest(f"extra {extra.tag!r} has a {type(extra.value).__name__}: give bytes")
     if len(extra.value) > MAX_EXTRA_BYTES:
         raise BadRequest(
             f"extra {extra.tag!r} has {len(extra.value)} bytes: give a digest, or at most {MAX_EXTRA_BYTES} bytes"
@@ -186,11 +191,10 @@ class ChainBuilder:
 def _suffixes(spec: ModelSpec, extras: Iterable[Extra]) -> dict[int, bytes]:
     """Encoded extras of the blocks that have any, by depth."""
     by_depth: dict[int, list[Extra]] = {}
-    count = 0
-    for extra in extras:
-        count += 1
-        if count > MAX_EXTRAS:
-            raise BadRequest(f"more than {MAX_EXTRAS} extras in one chain")
+    given = list(islice(extras, MAX_EXTRAS + 1))
+    if len(given) > MAX_EXTRAS:
+        raise BadRequest(f"more than {MAX_EXTRAS} extras in one chain: give a digest of several")
+    for extra in given:
         if extra.token < 0:
             raise BadRequest(f"extra {extra.tag!r} begins at token {extra.token}: give its index in the prompt")
         depth, index = divmod(extra.token, spec.block_tokens)

@@ -43,7 +43,7 @@ def dtype_of(spec: ModelSpec) -> np.dtype[np.generic]:
 
 @lru_cache(maxsize=1024)
 def chunks(spec: ModelSpec, shard: Shard) -> tuple[Chunk, ...]:
-    """Chunks in canonical order (layer, component, head group); opaque in order (layer, page). BadRequest as `check`."""
+    """Chunks in canonical order (layer, component, head group; opaque: layer, page). BadRequest as `Shard.check`."""
     shard.check(spec)
     group = spec.groups[shard.group]
     pieces = _layer(spec, shard, group)

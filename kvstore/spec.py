@@ -55,8 +55,8 @@ def canonical(value: Any) -> Any:
         if not f.init:
             continue
         item = getattr(value, f.name)
-        required = f.default is MISSING and f.default_factory is MISSING
-        if required or item != (f.default if f.default is not MISSING else f.default_factory()):  # type: ignore[misc]
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if default is MISSING or item != default:
             plain[f.name] = canonical(item)
     return plain
 
@@ -117,9 +117,7 @@ class Group:
                 f"page_bytes {self.page_bytes} is no multiple of kv_heads {self.kv_heads}: give bytes of all heads"
             )
         if self.page_dtype and (not paged or self.page_dtype not in DTYPES):
-            raise BadRequest(
-                f"page_dtype is {self.page_dtype!r}: leave it out, or for pages and states name one of {', '.join(DTYPES)}"
-            )
+            raise BadRequest(f"page_dtype is {self.page_dtype!r}: leave it out, or give one of {', '.join(DTYPES)}")
 
     def _only(self, name: str, used: bool, high: int) -> None:
         """A field that this kind needs (1..high) or must not have (0)."""
@@ -170,7 +168,7 @@ class ModelSpec:
         for group in self.groups:
             if group.kind != "state" and (group.kind == "opaque") != opaque:
                 raise BadRequest(
-                    f"a group of kind {group.kind} does not fit layout {self.layout!r}: opaque pages need an opaque layout and no other"
+                    f"a group of kind {group.kind} does not fit layout {self.layout!r}: opaque pages need an opaque one"
                 )
             if group.kind == "opaque" and self.block_tokens % group.page_tokens:
                 raise BadRequest(
