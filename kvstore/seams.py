@@ -36,6 +36,9 @@ class File(Protocol):
     def pread_into(self, offset: int, target: memoryview) -> int:
         """Bytes read; fewer than asked only at the end of the file."""
 
+    def preadv_into(self, offset: int, targets: Sequence[memoryview]) -> int:
+        """Fill several targets back to back, as one call. Bytes read; fewer than asked only at the end of the file."""
+
     def pwritev(self, offset: int, parts: Sequence[Buffer]) -> int:
         """Bytes written; may be short, as the system call may."""
 
