@@ -33,14 +33,19 @@ class FolderFile:
         return self._fd
 
     def pread_into(self, offset: int, target: memoryview) -> int:
-        done = 0
-        while done < len(target):
-            got = os.preadv(self.fileno(), [target[done:]], offset + done)
+        return self.preadv_into(offset, [target])
+
+    def preadv_into(self, offset: int, targets: Sequence[memoryview]) -> int:
+        done, rest = 0, [target for target in targets[:IOV_MAX] if len(target)]
+        while rest:
+            got = os.preadv(self.fileno(), rest, offset + done)
             done += got
-            if got == 0 or (
-                self.direct and got % ALIGNMENT
-            ):  # a direct read ends unaligned only at the end of the file
+            if got == 0 or (self.direct and got % ALIGNMENT):  # unaligned: a direct read reached the end of the file
                 break
+            while rest and got >= len(rest[0]):
+                got -= len(rest.pop(0))
+            if got:
+                rest[0] = rest[0][got:]
         return done
 
     def pwritev(self, offset: int, parts: Sequence[Buffer]) -> int:
@@ -138,7 +143,9 @@ class FolderDisk:
             return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
     def remove(self, name: str) -> None:
+        """Gone for good when it returns, also after a power loss."""
         os.unlink(self._path(name))
+        self._sync_folder()
 
     def replace(self, name: str, content: bytes) -> None:
         path = self._path(name)
