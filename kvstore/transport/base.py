@@ -77,7 +77,7 @@ class Credentials:
     `kvstore-namespace`, on the local socket in its Hello."""
 
     namespace: str = "default"
-    token: str = ""
+    token: str = field(default="", repr=False)
 
 
 class Channel(Protocol):
@@ -85,9 +85,7 @@ class Channel(Protocol):
 
     async def unary(self, method: Method, request: Message, *, timeout_s: float) -> Any: ...
 
-    def stream(
-        self, method: Method, requests: AsyncIterator[Any], *, timeout_s: float | None
-    ) -> AsyncIterator[Any]:
+    def stream(self, method: Method, requests: AsyncIterator[Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
         """Any method with a stream; a side that is not a stream carries exactly one message.
         Closing the iterator (`aclose`) cancels the call."""
 
