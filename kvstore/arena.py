@@ -80,6 +80,7 @@ class Arena:
             raise SetupError(f"an arena of {capacity} bytes holds nothing: give host_bytes at least {UNIT_BYTES}")
         self.capacity = capacity
         self.segment_bytes = max(UNIT_BYTES, min(segment_bytes, capacity // 8) // UNIT_BYTES * UNIT_BYTES)
+        self._segment_max = segment_bytes
         self.reserved = 0  # data bytes of all segments, the spare one included; never above capacity
         self.used = 0  # bytes of live slots in whole pages, limbo included
         self.memory_refusals = 0  # times the kernel had no memory for a segment
@@ -219,7 +220,7 @@ class Arena:
         if room < need:
             return False
         # Several of a size to a segment, or the rest of each would be lost; a foreign namespace still finds its own.
-        wanted = max(self.segment_bytes, min(8 * need, self.capacity // 2 // PAGE_BYTES * PAGE_BYTES), need)
+        wanted = max(self.segment_bytes, min(8 * need, self.capacity // 2, self._segment_max), need)
         data_bytes = min(wanted, room) // need * need
         try:
             segment = self.make(data_bytes)
