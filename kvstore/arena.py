@@ -124,10 +124,15 @@ class Arena:
         else:
             self._reclaim(slot)
 
-    def hold(self, slot: Slot) -> None:
-        """Keep the slot's bytes as they are until `release`, freed or not. Counted."""
-        place = (slot.segment, self._segments[slot.segment].unit(slot.offset))
-        self._held[place] = self._held.get(place, 0) + 1
+    def hold(self, slot: Slot) -> int:
+        """Keep the slot's bytes as they are until `release`, freed or not. Counted. Mutates.
+
+        Returns the generation a reader must find: a small neighbour that was freed since may have changed the slot's.
+        """
+        segment = self._segments[slot.segment]
+        unit = segment.unit(slot.offset)
+        self._held[slot.segment, unit] = self._held.get((slot.segment, unit), 0) + 1
+        return segment.generations[unit]
 
     def release(self, slot: Slot) -> None:
         """Undo one `hold`."""

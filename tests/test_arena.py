@@ -273,7 +273,7 @@ class ArenaMachine(RuleBasedStateMachine):
         self.memory = PlainMemory()
         self.arena = Arena(self.memory, 2 * MIB, 256 * KIB)
         self.live: list[tuple[str, Slot, int]] = []
-        self.held: list[tuple[Slot, int]] = []  # freed or not, their bytes must stay
+        self.held: list[tuple[Slot, int, int]] = []  # slot, generation, mark; freed or not, their bytes must stay
         self.count = 0
 
     @rule(namespace=st.sampled_from("ab"), nbytes=st.integers(1, 300_000))
@@ -298,13 +298,12 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:
         _, slot, mark = self.live[data.draw(st.integers(0, len(self.live) - 1))]
-        self.arena.hold(slot)
-        self.held.append((slot, mark))
+        self.held.append((slot, self.arena.hold(slot), mark))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        slot, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        slot, _, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.arena.release(slot)
 
     @invariant()
@@ -312,12 +311,12 @@ class ArenaMachine(RuleBasedStateMachine):
         if not hasattr(self, "arena"):
             return
         self.arena.validate()
-        for slot, mark in [(slot, mark) for _, slot, mark in self.live] + self.held:
-            view = self.arena.view(slot)
-            assert view[0] == view[-1] == mark, "a slot was overwritten"
+        for _, slot, mark in self.live:
+            assert set(self.arena.view(slot)[:: max(1, slot.length - 1)]) == {mark}, "a live slot was overwritten"
+        for slot, generation, mark in self.held:
+            assert set(self.arena.view(slot)[:: max(1, slot.length - 1)]) == {mark}, "a held slot was overwritten"
             segment = self.arena.segment(slot.segment)
-            if (slot, mark) in self.held:
-                assert generation_at(segment.segment.view, segment.data_offset, slot.offset) == slot.generation
+            assert generation_at(segment.segment.view, segment.data_offset, slot.offset) == generation
         assert self.memory.open_bytes <= 2 * MIB + 4096 * 64
 
     def teardown(self) -> None:
