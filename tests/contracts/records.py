@@ -37,11 +37,15 @@ def catalog_of(*specs: ModelSpec, namespaces: tuple[str, ...] = (NAMESPACE,)) ->
     return catalog
 
 
-@lru_cache
-def keys_of(spec: ModelSpec, session: int, blocks: int) -> tuple[bytes, ...]:
+def keys_of(spec: ModelSpec, session: int, blocks: int) -> list[bytes]:
     """Keys of one prompt of `blocks` blocks; another `session` is another prompt."""
+    return _keys(spec, session, max(64, 1 << (blocks - 1).bit_length()))[:blocks]
+
+
+@lru_cache
+def _keys(spec: ModelSpec, session: int, blocks: int) -> list[bytes]:
     tokens = np.arange(blocks * spec.block_tokens, dtype=np.uint32) + np.uint32(session * 1_000_003)
-    return tuple(chain(spec, tokens).keys)
+    return chain(spec, tokens).keys
 
 
 def raw_of(spec: ModelSpec, shard: Shard, key: bytes, salt: bytes = b"") -> bytes:
