@@ -116,6 +116,7 @@ class Group:
             raise BadRequest(
                 f"page_bytes {self.page_bytes} is no multiple of kv_heads {self.kv_heads}: give bytes of all heads"
             )
+        _text("page_dtype", self.page_dtype)
         if self.page_dtype and (not paged or self.page_dtype not in DTYPES):
             raise BadRequest(f"page_dtype is {self.page_dtype!r}: leave it out, or give one of {', '.join(DTYPES)}")
 
@@ -149,6 +150,7 @@ class ModelSpec:
         for name in ("revision", "rope", "numerics", "engine_hash"):
             _text(name, getattr(self, name))
         _text("layout", self.layout, empty=False)
+        _text("dtype", self.dtype, empty=False)
         if self.dtype not in DTYPES:
             raise BadRequest(f"dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
         _whole("block_tokens", self.block_tokens, 1, MAX_BLOCK_TOKENS)

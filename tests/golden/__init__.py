@@ -1,0 +1,1 @@
+"""Golden vectors: made once, read by every later version."""
