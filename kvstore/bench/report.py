@@ -1,7 +1,7 @@
 """What a benchmark prints, and how two things are measured in turns.
 
-A ratio compares A and B measured A B A B ... in one run, by their medians; both absolutes are in `results`. What could not
-be measured is None with a reason, and `ok` is false.
+A ratio compares A and B measured A B A B ... in one run, by their medians; both absolutes are in `results`.
+What could not be measured is None with a reason, and `ok` is false.
 """
 
 from __future__ import annotations
