@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 from kvstore.wire import common_pb2 as kvstore_dot_wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvstore/wire/coordinator.proto\x12\x11tiered_kvstore.v1\x1a\x19kvstore/wire/common.proto\"\x10\n\x0eMembersRequest\"\x85\x01\n\x0cMembersReply\x12*\n\x07members\x18\x01 \x03(\x0b\x32\x19.tiered_kvstore.v1.Member\x12\x38\n\x0c\x63oordinators\x18\x02 \x03(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfo\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"\xa7\x02\n\x11\x43oordinatorStatus\x12\x30\n\x04self\x18\x01 \x01(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfo\x12\x30\n\x07workers\x18\x02 \x03(\x0b\x32\x1f.tiered_kvstore.v1.WorkerStatus\x12\x18\n\x10\x64irectory_blocks\x18\x03 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x44\n\x08\x63ounters\x18\x05 \x03(\x0b\x32\x32.tiered_kvstore.v1.CoordinatorStatus.CountersEntry\x12\x0b\n\x03pid\x18\x06 \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xca\x01\n\x08Register\x12)\n\x06member\x18\x01 \x01(\x0b\x32\x19.tiered_kvstore.v1.Member\x12\x35\n\x05heads\x18\x02 \x03(\x0b\x32&.tiered_kvstore.v1.Register.HeadsEntry\x12.\n\x05hello\x18\x03 \x01(\x0b\x32\x1f.tiered_kvstore.v1.HelloRequest\x1a,\n\nHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa3\x01\n\x05\x44\x65lta\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tfirst_seq\x18\x02 \x01(\x04\x12\x10\n\x08last_seq\x18\x03 \x01(\x04\x12\x36\n\ndictionary\x18\x04 \x03(\x0b\x32\".tiered_kvstore.v1.DictionaryEntry\x12*\n\x07\x63hanges\x18\x05 \x03(\x0b\x32\x19.tiered_kvstore.v1.Change\"m\n\x06\x43hange\x12\'\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\x0b\x32\x16.tiered_kvstore.v1.RunH\x00\x12\x30\n\x07removed\x18\x02 \x01(\x0b\x32\x1d.tiered_kvstore.v1.RemovedRunH\x00\x42\x08\n\x06\x63hange\"\xb1\x01\n\rSnapshotChunk\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\nresume_seq\x18\x02 \x01(\x04\x12\r\n\x05\x66irst\x18\x03 \x01(\x08\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x36\n\ndictionary\x18\x05 \x03(\x0b\x32\".tiered_kvstore.v1.DictionaryEntry\x12$\n\x04runs\x18\x06 \x03(\x0b\x32\x16.tiered_kvstore.v1.Run\"\xb3\x01\n\tHeartbeat\x12\x36\n\x05heads\x18\x01 \x03(\x0b\x32\'.tiered_kvstore.v1.Heartbeat.HeadsEntry\x12/\n\x06status\x18\x02 \x01(\x0b\x32\x1f.tiered_kvstore.v1.WorkerStatus\x12\x0f\n\x07leaving\x18\x03 \x01(\x08\x1a,\n\nHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xde\x01\n\x0f\x41nnounceRequest\x12/\n\x08register\x18\x01 \x01(\x0b\x32\x1b.tiered_kvstore.v1.RegisterH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.tiered_kvstore.v1.DeltaH\x00\x12\x34\n\x08snapshot\x18\x03 \x01(\x0b\x32 .tiered_kvstore.v1.SnapshotChunkH\x00\x12\x31\n\theartbeat\x18\x04 \x01(\x0b\x32\x1c.tiered_kvstore.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"\xcd\x01\n\x07Welcome\x12\x30\n\x04self\x18\x01 \x01(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfo\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x38\n\x07\x61pplied\x18\x04 \x03(\x0b\x32\'.tiered_kvstore.v1.Welcome.AppliedEntry\x1a.\n\x0c\x41ppliedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"k\n\x03\x41\x63k\x12\x34\n\x07\x61pplied\x18\x01 \x03(\x0b\x32#.tiered_kvstore.v1.Ack.AppliedEntry\x1a.\n\x0c\x41ppliedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"$\n\x0fSnapshotRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"\x17\n\x06\x46\x65nced\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x94\x02\n\rAnnounceReply\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.tiered_kvstore.v1.WelcomeH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.tiered_kvstore.v1.AckH\x00\x12>\n\x10snapshot_request\x18\x03 \x01(\x0b\x32\".tiered_kvstore.v1.SnapshotRequestH\x00\x12+\n\x06\x66\x65nced\x18\x04 \x01(\x0b\x32\x19.tiered_kvstore.v1.FencedH\x00\x12\x38\n\x0c\x63oordinators\x18\x05 \x03(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfoB\x06\n\x04\x62ody2\x96\x03\n\x0b\x43oordinator\x12G\n\x05Hello\x12\x1f.tiered_kvstore.v1.HelloRequest\x1a\x1d.tiered_kvstore.v1.HelloReply\x12G\n\x05Match\x12\x1f.tiered_kvstore.v1.MatchRequest\x1a\x1d.tiered_kvstore.v1.MatchReply\x12M\n\x07Members\x12!.tiered_kvstore.v1.MembersRequest\x1a\x1f.tiered_kvstore.v1.MembersReply\x12P\n\x06Status\x12 .tiered_kvstore.v1.StatusRequest\x1a$.tiered_kvstore.v1.CoordinatorStatus\x12T\n\x08\x41nnounce\x12\".tiered_kvstore.v1.AnnounceRequest\x1a .tiered_kvstore.v1.AnnounceReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvstore/wire/coordinator.proto\x12\x11tiered_kvstore.v1\x1a\x19kvstore/wire/common.proto\"\x10\n\x0eMembersRequest\"\x85\x01\n\x0cMembersReply\x12*\n\x07members\x18\x01 \x03(\x0b\x32\x19.tiered_kvstore.v1.Member\x12\x38\n\x0c\x63oordinators\x18\x02 \x03(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfo\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"\xa7\x02\n\x11\x43oordinatorStatus\x12\x30\n\x04self\x18\x01 \x01(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfo\x12\x30\n\x07workers\x18\x02 \x03(\x0b\x32\x1f.tiered_kvstore.v1.WorkerStatus\x12\x18\n\x10\x64irectory_blocks\x18\x03 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\x12\x44\n\x08\x63ounters\x18\x05 \x03(\x0b\x32\x32.tiered_kvstore.v1.CoordinatorStatus.CountersEntry\x12\x0b\n\x03pid\x18\x06 \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xca\x01\n\x08Register\x12)\n\x06member\x18\x01 \x01(\x0b\x32\x19.tiered_kvstore.v1.Member\x12\x35\n\x05heads\x18\x02 \x03(\x0b\x32&.tiered_kvstore.v1.Register.HeadsEntry\x12.\n\x05hello\x18\x03 \x01(\x0b\x32\x1f.tiered_kvstore.v1.HelloRequest\x1a,\n\nHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa3\x01\n\x05\x44\x65lta\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tfirst_seq\x18\x02 \x01(\x04\x12\x10\n\x08last_seq\x18\x03 \x01(\x04\x12\x36\n\ndictionary\x18\x04 \x03(\x0b\x32\".tiered_kvstore.v1.DictionaryEntry\x12*\n\x07\x63hanges\x18\x05 \x03(\x0b\x32\x19.tiered_kvstore.v1.Change\"m\n\x06\x43hange\x12\'\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\x0b\x32\x16.tiered_kvstore.v1.RunH\x00\x12\x30\n\x07removed\x18\x02 \x01(\x0b\x32\x1d.tiered_kvstore.v1.RemovedRunH\x00\x42\x08\n\x06\x63hange\"\xd2\x01\n\rSnapshotChunk\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\nresume_seq\x18\x02 \x01(\x04\x12\r\n\x05\x66irst\x18\x03 \x01(\x08\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x36\n\ndictionary\x18\x05 \x03(\x0b\x32\".tiered_kvstore.v1.DictionaryEntry\x12$\n\x04runs\x18\x06 \x03(\x0b\x32\x16.tiered_kvstore.v1.Run\x12\x10\n\x08snapshot\x18\x07 \x01(\x04\x12\r\n\x05index\x18\x08 \x01(\r\"\xb3\x01\n\tHeartbeat\x12\x36\n\x05heads\x18\x01 \x03(\x0b\x32\'.tiered_kvstore.v1.Heartbeat.HeadsEntry\x12/\n\x06status\x18\x02 \x01(\x0b\x32\x1f.tiered_kvstore.v1.WorkerStatus\x12\x0f\n\x07leaving\x18\x03 \x01(\x08\x1a,\n\nHeadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xde\x01\n\x0f\x41nnounceRequest\x12/\n\x08register\x18\x01 \x01(\x0b\x32\x1b.tiered_kvstore.v1.RegisterH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.tiered_kvstore.v1.DeltaH\x00\x12\x34\n\x08snapshot\x18\x03 \x01(\x0b\x32 .tiered_kvstore.v1.SnapshotChunkH\x00\x12\x31\n\theartbeat\x18\x04 \x01(\x0b\x32\x1c.tiered_kvstore.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"\xcd\x01\n\x07Welcome\x12\x30\n\x04self\x18\x01 \x01(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfo\x12\x14\n\x0cheartbeat_ms\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x38\n\x07\x61pplied\x18\x04 \x03(\x0b\x32\'.tiered_kvstore.v1.Welcome.AppliedEntry\x1a.\n\x0c\x41ppliedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"k\n\x03\x41\x63k\x12\x34\n\x07\x61pplied\x18\x01 \x03(\x0b\x32#.tiered_kvstore.v1.Ack.AppliedEntry\x1a.\n\x0c\x41ppliedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"$\n\x0fSnapshotRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"\x17\n\x06\x46\x65nced\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x94\x02\n\rAnnounceReply\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.tiered_kvstore.v1.WelcomeH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.tiered_kvstore.v1.AckH\x00\x12>\n\x10snapshot_request\x18\x03 \x01(\x0b\x32\".tiered_kvstore.v1.SnapshotRequestH\x00\x12+\n\x06\x66\x65nced\x18\x04 \x01(\x0b\x32\x19.tiered_kvstore.v1.FencedH\x00\x12\x38\n\x0c\x63oordinators\x18\x05 \x03(\x0b\x32\".tiered_kvstore.v1.CoordinatorInfoB\x06\n\x04\x62ody2\x96\x03\n\x0b\x43oordinator\x12G\n\x05Hello\x12\x1f.tiered_kvstore.v1.HelloRequest\x1a\x1d.tiered_kvstore.v1.HelloReply\x12G\n\x05Match\x12\x1f.tiered_kvstore.v1.MatchRequest\x1a\x1d.tiered_kvstore.v1.MatchReply\x12M\n\x07Members\x12!.tiered_kvstore.v1.MembersRequest\x1a\x1f.tiered_kvstore.v1.MembersReply\x12P\n\x06Status\x12 .tiered_kvstore.v1.StatusRequest\x1a$.tiered_kvstore.v1.CoordinatorStatus\x12T\n\x08\x41nnounce\x12\".tiered_kvstore.v1.AnnounceRequest\x1a .tiered_kvstore.v1.AnnounceReply(\x01\x30\x01\x62\x06proto3')
 
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore.wire.coordinator_pb2', globals())
@@ -48,27 +48,27 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _CHANGE._serialized_start=903
   _CHANGE._serialized_end=1012
   _SNAPSHOTCHUNK._serialized_start=1015
-  _SNAPSHOTCHUNK._serialized_end=1192
-  _HEARTBEAT._serialized_start=1195
-  _HEARTBEAT._serialized_end=1374
+  _SNAPSHOTCHUNK._serialized_end=1225
+  _HEARTBEAT._serialized_start=1228
+  _HEARTBEAT._serialized_end=1407
   _HEARTBEAT_HEADSENTRY._serialized_start=691
   _HEARTBEAT_HEADSENTRY._serialized_end=735
-  _ANNOUNCEREQUEST._serialized_start=1377
-  _ANNOUNCEREQUEST._serialized_end=1599
-  _WELCOME._serialized_start=1602
-  _WELCOME._serialized_end=1807
-  _WELCOME_APPLIEDENTRY._serialized_start=1761
-  _WELCOME_APPLIEDENTRY._serialized_end=1807
-  _ACK._serialized_start=1809
-  _ACK._serialized_end=1916
-  _ACK_APPLIEDENTRY._serialized_start=1761
-  _ACK_APPLIEDENTRY._serialized_end=1807
-  _SNAPSHOTREQUEST._serialized_start=1918
-  _SNAPSHOTREQUEST._serialized_end=1954
-  _FENCED._serialized_start=1956
-  _FENCED._serialized_end=1979
-  _ANNOUNCEREPLY._serialized_start=1982
-  _ANNOUNCEREPLY._serialized_end=2258
-  _COORDINATOR._serialized_start=2261
-  _COORDINATOR._serialized_end=2667
+  _ANNOUNCEREQUEST._serialized_start=1410
+  _ANNOUNCEREQUEST._serialized_end=1632
+  _WELCOME._serialized_start=1635
+  _WELCOME._serialized_end=1840
+  _WELCOME_APPLIEDENTRY._serialized_start=1794
+  _WELCOME_APPLIEDENTRY._serialized_end=1840
+  _ACK._serialized_start=1842
+  _ACK._serialized_end=1949
+  _ACK_APPLIEDENTRY._serialized_start=1794
+  _ACK_APPLIEDENTRY._serialized_end=1840
+  _SNAPSHOTREQUEST._serialized_start=1951
+  _SNAPSHOTREQUEST._serialized_end=1987
+  _FENCED._serialized_start=1989
+  _FENCED._serialized_end=2012
+  _ANNOUNCEREPLY._serialized_start=2015
+  _ANNOUNCEREPLY._serialized_end=2291
+  _COORDINATOR._serialized_start=2294
+  _COORDINATOR._serialized_end=2700
 # @@protoc_insertion_point(module_scope)

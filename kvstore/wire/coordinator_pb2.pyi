@@ -145,20 +145,24 @@ class Register(_message.Message):
     def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., heads: _Optional[_Mapping[str, int]] = ..., hello: _Optional[_Union[_common_pb2.HelloRequest, _Mapping]] = ...) -> None: ...
 
 class SnapshotChunk(_message.Message):
-    __slots__ = ["dictionary", "first", "last", "namespace", "resume_seq", "runs"]
+    __slots__ = ["dictionary", "first", "index", "last", "namespace", "resume_seq", "runs", "snapshot"]
     DICTIONARY_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     RESUME_SEQ_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     dictionary: _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryEntry]
     first: bool
+    index: int
     last: bool
     namespace: str
     resume_seq: int
     runs: _containers.RepeatedCompositeFieldContainer[_common_pb2.Run]
-    def __init__(self, namespace: _Optional[str] = ..., resume_seq: _Optional[int] = ..., first: bool = ..., last: bool = ..., dictionary: _Optional[_Iterable[_Union[_common_pb2.DictionaryEntry, _Mapping]]] = ..., runs: _Optional[_Iterable[_Union[_common_pb2.Run, _Mapping]]] = ...) -> None: ...
+    snapshot: int
+    def __init__(self, namespace: _Optional[str] = ..., resume_seq: _Optional[int] = ..., first: bool = ..., last: bool = ..., dictionary: _Optional[_Iterable[_Union[_common_pb2.DictionaryEntry, _Mapping]]] = ..., runs: _Optional[_Iterable[_Union[_common_pb2.Run, _Mapping]]] = ..., snapshot: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ["namespace"]
