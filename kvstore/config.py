@@ -239,14 +239,6 @@ def _relations(c: Config) -> Iterator[tuple[bool, str]]:
     yield name, f"fleet.name = {c.fleet.name!r}: use 1 to 32 letters, digits, '-', '_' or '.'"
     where = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})", c.server.bind)
     yield where is not None and int(where[2]) < 65536, f"server.bind = {c.server.bind!r}: write HOST:PORT (port 0: any)"
-    guarded = is_loopback(c.server.bind) or bool(c.server.token_file or c.server.namespaces_file)
-    yield guarded, f"server.bind = {c.server.bind!r} is not loopback: set server.token_file to a cluster token"
-
-
-def is_loopback(address: str) -> bool:
-    """Whether HOST:PORT names this machine alone. Pure: no name is resolved."""
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def _sections() -> dict[str, type]:
