@@ -1,8 +1,8 @@
 """What a directory remembers of one block: nothing, one copy, or several, as small as Python allows. Internal to it.
 
-A copy is one int: stored bytes | owner (22 bits) | tier (3) | fidelity (2). The bytes are kept to 7 significant bits: they
-only predict a load, and so neighbours mostly are equal and are looked at once. An entry is a copy, or a tuple of copies
-of different owners where there is more than one. An owner is one life of a holder, numbered by the directory.
+A copy is one int: stored bytes | owner (22 bits) | tier (3) | fidelity (2). The bytes are kept to 7 significant bits:
+they only predict a load, and so neighbours mostly are equal and are looked at once. An entry is a copy, or a tuple of
+copies of different owners where there is more than one. An owner is one life of a holder, numbered by the directory.
 """
 
 from __future__ import annotations
