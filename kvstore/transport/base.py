@@ -8,7 +8,7 @@ A service is any object with one coroutine per `Method`, named by `Method.attrib
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,7 +85,9 @@ class Channel(Protocol):
 
     async def unary(self, method: Method, request: Message, *, timeout_s: float) -> Any: ...
 
-    def stream(self, method: Method, requests: AsyncIterator[Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
+    def stream(
+        self, method: Method, requests: AsyncIterator[Any], *, timeout_s: float | None
+    ) -> AsyncGenerator[Any, None]:
         """Any method with a stream; a side that is not a stream carries exactly one message.
         Closing the iterator (`aclose`) cancels the call."""
 

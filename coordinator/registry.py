@@ -1,0 +1,150 @@
+"""What a coordinator knows: members, and a directory per namespace. Soft state; synchronous, `now` is passed in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from kvstore.announce import Inbox, Receiver
+from kvstore.config import CoordinatorConfig
+from kvstore.directory import Directory
+from kvstore.errors import BadRequest
+from kvstore.membership import Accepted, Event, Fenced, Freed, Member, Membership, Returned, Unknown
+from kvstore.plan import REDIS_HOLDER, is_redis
+from kvstore.types import CommitToken
+from kvstore.wire import common_pb2
+
+STALL_SHARE = 1 / 3
+"""Of a lease: a tick that comes later than this makes the coordinator doubt itself before others."""
+
+
+class Registry:
+    """Members and directories of the namespaces that the policy grants. All methods but the queries mutate."""
+
+    def __init__(self, config: CoordinatorConfig, namespaces: Sequence[str], now: float) -> None:
+        blocks_max = max(1, config.blocks_max // max(1, len(namespaces)))
+        self.inboxes = {name: Inbox(Directory(blocks_max=blocks_max)) for name in namespaces}
+        self.membership = Membership(config.lease_s, config.lease_s * STALL_SHARE, workers_max=config.workers_max)
+        self.statuses: dict[str, common_pb2.WorkerStatus] = {}
+        self.counters: Counter[str] = Counter()
+        self._members: dict[str, Member] = {}
+        self._whole_at = now + config.lease_s
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {name: {} for name in namespaces}
+
+    # --- members ---------------------------------------------------------------------------------------------------
+
+    def register(self, member: Member, heads: Mapping[str, int], now: float) -> Accepted | Fenced:
+        """A worker, or Redis as one holder, says who it is. BadRequest for an id that can't be one. Overloaded."""
+        if not member.id or member.epoch < 1:
+            raise BadRequest("a member needs an id and an epoch of 1 or more")
+        if is_redis(member.id) and any(member.id != REDIS_HOLDER + name for name in heads):
+            raise BadRequest(f"{member.id} may announce its own namespace only")
+        outcome = self.membership.register(member.id, member.epoch, now, empty=not any(heads.values()))
+        if isinstance(outcome, Fenced):
+            return outcome
+        self._members[member.id] = member
+        for name, inbox in self.inboxes.items():
+            if outcome.fresh:
+                inbox.forget(member.id)
+            if name in heads:
+                receiver = inbox.open(member.id, member.epoch)
+                if receiver is not None:
+                    receiver.resume()
+                    receiver.expect(heads[name])
+            inbox.directory.show(member.id)
+        self._wake_all()
+        return outcome
+
+    def heartbeat(self, member: str, epoch: int, now: float) -> Fenced | Unknown | None:
+        outcome = self.membership.heartbeat(member, epoch, now)
+        if isinstance(outcome, Fenced | Unknown):
+            return outcome
+        self.take(outcome)
+        return None
+
+    def disconnected(self, accepted: Accepted, now: float) -> None:
+        """Its stream has ended: hidden at once, freed after the lease."""
+        self.take(self.membership.disconnected(accepted.worker, accepted.epoch, now, accepted.session))
+
+    def leave(self, member: str, epoch: int) -> None:
+        self.take(self.membership.leave(member, epoch))
+
+    def tick(self, now: float) -> None:
+        self.take(self.membership.tick(now))
+
+    def take(self, events: Iterable[Event]) -> None:
+        """Do to the directories what membership decided."""
+        for event in events:
+            self.counters[type(event).__name__.lower()] += 1
+            for inbox in self.inboxes.values():
+                if isinstance(event, Freed):
+                    inbox.forget(event.worker)
+                elif isinstance(event, Returned):
+                    inbox.directory.show(event.worker)
+                else:
+                    inbox.directory.hide(event.worker)
+            if isinstance(event, Freed):
+                self._members.pop(event.worker, None)
+                self.statuses.pop(event.worker, None)
+        self._wake_all()
+
+    # --- announcements ---------------------------------------------------------------------------------------------
+
+    def receiver(self, member: str, epoch: int, namespace: str) -> Receiver | None:
+        """Where announcements of this life go; None, counted, for a namespace that does not exist here."""
+        inbox = self.inboxes.get(namespace)
+        if inbox is None or (is_redis(member) and member != REDIS_HOLDER + namespace):
+            self.counters["foreign_namespace"] += 1
+            return None
+        return inbox.open(member, epoch)
+
+    def progressed(self, namespace: str) -> None:
+        """Something was applied: lookups that wait for it look again."""
+        waiting, self._waiting[namespace] = self._waiting[namespace], {}
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _wake_all(self) -> None:
+        for namespace in self._waiting:
+            self.progressed(namespace)
+
+    def progress(self, namespace: str) -> asyncio.Future[None]:
+        """Done with the next `progressed`. As many as lookups are served at a time."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[namespace][future] = None
+        future.add_done_callback(lambda done: self._waiting[namespace].pop(done, None))
+        return future
+
+    # --- queries: pure ---------------------------------------------------------------------------------------------
+
+    def applied(self, namespace: str, token: CommitToken) -> bool:
+        """Whether the commit is in, or its life is over and nothing is to be waited for."""
+        if self.membership.epoch(token.worker) > token.epoch:
+            return True
+        receiver = self.inboxes[namespace].get(token.worker, token.epoch)
+        return receiver is not None and receiver.applied >= token.seq
+
+    def complete(self, namespace: str, now: float) -> bool:
+        """Whether everybody who lives had the time to register, and what they announced is in."""
+        if now < self._whole_at:
+            return False
+        alive = dict.fromkeys(self.membership.alive())
+        return all(r.complete for r in self.inboxes[namespace].receivers() if r.holder in alive)
+
+    def member(self, id: str, now: float) -> Member | None:
+        """As it is now. None: not a member."""
+        known, state = self._members.get(id), self.membership.state(id)
+        if known is None or state is None:
+            return None
+        return replace(known, state=state.value, slow_start=self.membership.slow_start(id, now))
+
+    def members(self, namespace: str, now: float) -> list[Member]:
+        """Workers, and the namespace's own Redis."""
+        found = (self.member(id, now) for id in self.membership.members())
+        return [m for m in found if m is not None and (not is_redis(m.id) or m.id == REDIS_HOLDER + namespace)]
+
+    def blocks(self, namespaces: Iterable[str]) -> int:
+        return sum(self.inboxes[name].directory.blocks for name in namespaces)

@@ -1,0 +1,65 @@
+"""A coordinator process: the service, its server and the heartbeat of membership."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from coordinator.registry import Registry
+from coordinator.service import CoordinatorService
+from kvstore.auth import Authenticator, load_policy
+from kvstore.config import Config
+from kvstore.seams import System
+from kvstore.transport.base import Server, Transport
+from kvstore.wire import common_pb2
+
+TICKS_A_LEASE = 12
+
+
+class CoordinatorRuntime:
+    """Empty at every start; fills from what workers announce. `start`, then `stop`."""
+
+    def __init__(self, config: Config, system: System, transport: Transport) -> None:
+        self._config, self._system, self._transport = config, system, transport
+        self._policy = load_policy(config.server.namespaces_file, config.server.token_file, config.server.bind)
+        self.id = f"c-{system.token_hex(8)}"
+        self.boot_id = system.token_hex(8)
+        self.registry = Registry(config.coordinator, list(self._policy.namespaces), system.clock.monotonic())
+        peers = [common_pb2.CoordinatorInfo(address=address) for address in config.server.coordinators]
+        self.service = CoordinatorService(
+            config.coordinator,
+            system,
+            self.registry,
+            info=common_pb2.CoordinatorInfo(id=self.id, boot_id=self.boot_id),
+            peers=peers,
+            namespaces_digest=self._policy.digest,
+        )
+        self._server: Server | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """Where others reach it; empty before `start`."""
+        return self.service.info.address
+
+    async def start(self) -> None:
+        """Serving when it returns. SetupError when the address can't be bound."""
+        auth = Authenticator(self._policy, os.getuid())
+        self._server = await self._transport.serve(self._config.server.bind, {"Coordinator": self.service}, auth)
+        self.service.info.address = self._config.server.advertise or self._server.address
+        self._ticking = asyncio.create_task(self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            self.registry.tick(self._system.clock.monotonic())
+            await asyncio.sleep(self._config.coordinator.lease_s / TICKS_A_LEASE)
+
+    async def stop(self) -> None:
+        """Idempotent."""
+        ticking, self._ticking = self._ticking, None
+        if ticking is not None:
+            ticking.cancel()
+            await asyncio.wait([ticking])
+        server, self._server = self._server, None
+        if server is not None:
+            await server.close(self._config.server.stop_grace_s)

@@ -1,0 +1,151 @@
+"""The gRPC service `Coordinator`: lookups, members, status, announcements."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from coordinator.registry import Registry
+from coordinator.session import Session
+from kvstore.config import CoordinatorConfig
+from kvstore.errors import BadRequest, Incompatible
+from kvstore.seams import System
+from kvstore.transport.base import CallContext
+from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
+from kvstore.types import CommitToken
+from kvstore.views import visible_status
+from kvstore.wire import common_pb2, coordinator_pb2
+from kvstore.wireform import (
+    AFTER_MAX,
+    SHARDS_MAX,
+    digest_from_wire,
+    keys_from_wire,
+    least_from_wire,
+    match_to_wire,
+    member_to_wire,
+    shard_from_wire,
+    token_from_wire,
+    token_to_wire,
+)
+
+
+class CoordinatorService:
+    """One coroutine per call of the proto; `context.namespace` is granted already."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        system: System,
+        registry: Registry,
+        *,
+        info: common_pb2.CoordinatorInfo,
+        peers: list[common_pb2.CoordinatorInfo],
+        namespaces_digest: str,
+    ) -> None:
+        self._config, self._system, self._registry = config, system, registry
+        self.info = info  # the address is set once it is known
+        self._peers, self._digest = peers, namespaces_digest
+
+    def coordinators(self) -> list[common_pb2.CoordinatorInfo]:
+        """This one, then the others it was told of."""
+        return [self.info, *(peer for peer in self._peers if peer.address != self.info.address)]
+
+    async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
+        """Incompatible for another protocol."""
+        if request.protocol != PROTOCOL_VERSION:
+            raise Incompatible(f"protocol {request.protocol} is not spoken here: use a build with {PROTOCOL_VERSION}")
+        return common_pb2.HelloReply(
+            protocol=PROTOCOL_VERSION,
+            capabilities=CAPABILITIES,
+            software="kvstore",
+            namespaces_digest=self._digest,
+            id=self.info.id,
+            boot_id=self.info.boot_id,
+            host=self._system.host,
+        )
+
+    async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
+        """The longest prefix held, once the commits in `after` are in or the wait is over. BadRequest."""
+        root = digest_from_wire("root", request.root)
+        keys = keys_from_wire(request.keys, self._config.match_keys_max)
+        if not 1 <= len(request.shards) <= SHARDS_MAX:
+            raise BadRequest(f"{len(request.shards)} shards: name 1 to {SHARDS_MAX}")
+        shards = [shard_from_wire(shard) for shard in request.shards]
+        least = least_from_wire(request.least)
+        missing = await self._wait(request, context.namespace)
+        now = self._system.clock.monotonic()
+        found = self._registry.inboxes[context.namespace].directory.match(root, keys, shards, least)
+        reply = match_to_wire(found, lambda holder: self._registry.member(holder, now))
+        reply.not_applied.extend(token_to_wire(token) for token in missing)
+        reply.complete = self._registry.complete(context.namespace, now)
+        reply.boot_id = self.info.boot_id
+        reply.coordinators.extend(self.coordinators())
+        self._registry.counters["matches"] += 1
+        return reply
+
+    async def _wait(self, request: common_pb2.MatchRequest, namespace: str) -> list[CommitToken]:
+        """The commits of `after` that are not applied when the wait is over."""
+        if len(request.after) > AFTER_MAX:
+            raise BadRequest(f"{len(request.after)} commits to wait for: at most {AFTER_MAX}")
+        tokens = [token_from_wire(token) for token in request.after]
+        wait_s = min(request.wait_ms / 1000, self._config.match_wait_max_s)
+        try:
+            async with asyncio.timeout(wait_s):
+                while tokens := [token for token in tokens if not self._registry.applied(namespace, token)]:
+                    await self._registry.progress(namespace)
+        except TimeoutError:
+            return [token for token in tokens if not self._registry.applied(namespace, token)]
+        return []
+
+    async def members(
+        self, request: coordinator_pb2.MembersRequest, context: CallContext
+    ) -> coordinator_pb2.MembersReply:
+        members = self._registry.members(context.namespace, self._system.clock.monotonic())
+        return coordinator_pb2.MembersReply(
+            members=map(member_to_wire, members), coordinators=self.coordinators(), boot_id=self.info.boot_id
+        )
+
+    async def status(
+        self, request: common_pb2.StatusRequest, context: CallContext
+    ) -> coordinator_pb2.CoordinatorStatus:
+        """What heartbeats said; of other namespaces a client sees nothing."""
+        now = self._system.clock.monotonic()
+        whole = context.role == "node"
+        workers = []
+        for member in self._registry.members(context.namespace, now):
+            known = self._registry.statuses.get(member.id, common_pb2.WorkerStatus())
+            status = visible_status(known, context)
+            status.member.CopyFrom(member_to_wire(member))
+            workers.append(status)
+        reply = coordinator_pb2.CoordinatorStatus(
+            workers=workers,
+            directory_blocks=self._registry.blocks(self._registry.inboxes if whole else [context.namespace]),
+            complete=self._registry.complete(context.namespace, now),
+            counters=dict(self._registry.counters) if whole else {},
+            pid=os.getpid(),
+        )
+        reply.self.CopyFrom(self.info)
+        return reply
+
+    async def announce(
+        self, requests: AsyncIterator[coordinator_pb2.AnnounceRequest], context: CallContext
+    ) -> AsyncGenerator[coordinator_pb2.AnnounceReply, None]:
+        """One member's stream, from Register to its end."""
+        session = Session(self._registry, self._system.clock, self._config.lease_s, self._welcome)
+        try:
+            async for request in requests:
+                for reply in session.handle(request):
+                    reply.coordinators.extend(self.coordinators())
+                    yield reply
+                if session.over:
+                    return
+        finally:
+            session.close()
+
+    def _welcome(self) -> coordinator_pb2.Welcome:
+        welcome = coordinator_pb2.Welcome(
+            heartbeat_ms=int(self._config.heartbeat_s * 1000), lease_ms=int(self._config.lease_s * 1000)
+        )
+        welcome.self.CopyFrom(self.info)
+        return welcome

@@ -1,0 +1,146 @@
+"""One Announce stream: what a member says, and what it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from coordinator.registry import Registry
+from kvstore.announce import Verdict
+from kvstore.convert import chunk_from_wire, delta_from_wire, entry_from_wire
+from kvstore.directory import Directory
+from kvstore.errors import BadRequest, Unavailable
+from kvstore.membership import Accepted, Fenced, Unknown
+from kvstore.seams import Clock
+from kvstore.spec import ModelSpec
+from kvstore.wire import common_pb2, coordinator_pb2
+from kvstore.wireform import member_from_wire
+
+Reply = coordinator_pb2.AnnounceReply
+
+
+class Session:
+    """Synchronous. The first message must be Register; `over` when nothing more may come on this stream."""
+
+    def __init__(
+        self, registry: Registry, clock: Clock, lease_s: float, welcome: Callable[[], coordinator_pb2.Welcome]
+    ) -> None:
+        self._registry, self._clock, self._lease_s, self._welcome = registry, clock, lease_s, welcome
+        self._accepted: Accepted | None = None
+        self._asked: dict[str, float] = {}  # namespace -> when its snapshot was asked for, or last went on
+        self.over = False
+
+    def handle(self, request: coordinator_pb2.AnnounceRequest) -> list[Reply]:
+        """Mutates. BadRequest for what no member says; Unavailable where it has to register anew."""
+        kind = request.WhichOneof("body")
+        if kind == "register":
+            return self._register(request.register)
+        if self._accepted is None:
+            raise BadRequest("the first message of an Announce stream must be Register")
+        if not self._registry.membership.current(self._accepted.worker, self._accepted.epoch):
+            return self._replaced()
+        if kind == "delta":
+            return self._delta(request.delta)
+        if kind == "snapshot":
+            return self._snapshot(request.snapshot)
+        if kind == "heartbeat":
+            return self._heartbeat(request.heartbeat)
+        raise BadRequest("an Announce message without a body of a known kind")
+
+    def close(self) -> None:
+        """The stream has ended, for whatever reason."""
+        if self._accepted is not None:
+            self._registry.disconnected(self._accepted, self._clock.monotonic())
+
+    def _register(self, message: coordinator_pb2.Register) -> list[Reply]:
+        if self._accepted is not None:
+            raise BadRequest("this stream is registered already: open another one")
+        member = member_from_wire(message.member)
+        outcome = self._registry.register(member, dict(message.heads), self._clock.monotonic())
+        if isinstance(outcome, Fenced):
+            self.over = True
+            return [Reply(fenced=coordinator_pb2.Fenced(epoch=outcome.epoch))]
+        self._accepted = outcome
+        welcome = self._welcome()
+        for name in message.heads:
+            receiver = self._registry.receiver(member.id, member.epoch, name)
+            if receiver is not None:
+                welcome.applied[name] = receiver.applied
+        return [Reply(welcome=welcome)]
+
+    def _replaced(self) -> list[Reply]:
+        """A newer life of the same member is known, or it was given up."""
+        assert self._accepted is not None
+        known = self._registry.membership.epoch(self._accepted.worker)
+        if known > self._accepted.epoch:
+            self.over = True
+            return [Reply(fenced=coordinator_pb2.Fenced(epoch=known))]
+        raise Unavailable("this coordinator no longer knows the worker: register again")
+
+    def _delta(self, message: coordinator_pb2.Delta) -> list[Reply]:
+        assert self._accepted is not None
+        receiver = self._registry.receiver(self._accepted.worker, self._accepted.epoch, message.namespace)
+        if receiver is None:
+            return []
+        learn(receiver.directory, message.dictionary)
+        verdict = receiver.offer(delta_from_wire(message))
+        self._registry.counters["deltas"] += 1
+        return self._after(message.namespace, verdict)
+
+    def _snapshot(self, message: coordinator_pb2.SnapshotChunk) -> list[Reply]:
+        assert self._accepted is not None
+        receiver = self._registry.receiver(self._accepted.worker, self._accepted.epoch, message.namespace)
+        if receiver is None:
+            return []
+        learn(receiver.directory, message.dictionary)
+        verdict = receiver.snapshot(chunk_from_wire(message))
+        self._asked[message.namespace] = self._clock.monotonic()
+        self._registry.counters["snapshot_parts"] += 1
+        return self._after(message.namespace, verdict)
+
+    def _heartbeat(self, message: coordinator_pb2.Heartbeat) -> list[Reply]:
+        assert self._accepted is not None
+        worker, epoch = self._accepted.worker, self._accepted.epoch
+        if message.leaving:
+            self.over = True
+            self._registry.leave(worker, epoch)
+            return []
+        if isinstance(self._registry.heartbeat(worker, epoch, self._clock.monotonic()), Fenced | Unknown):
+            return self._replaced()
+        if message.HasField("status"):
+            self._registry.statuses[worker] = message.status
+        replies: list[Reply] = []
+        ack = coordinator_pb2.Ack()
+        for name in message.heads:
+            receiver = self._registry.receiver(worker, epoch, name)
+            if receiver is None:
+                continue
+            verdict = receiver.heard(message.heads[name])
+            if receiver.in_flight and verdict != Verdict.GAP and self._stalled(name):
+                verdict = receiver.reset()
+            ack.applied[name] = receiver.applied
+            replies += self._after(name, verdict)
+        return [*replies, Reply(ack=ack)]
+
+    def _stalled(self, namespace: str) -> bool:
+        """Whether a snapshot that was asked for has not gone on for a lease."""
+        now = self._clock.monotonic()
+        return now - self._asked.setdefault(namespace, now) > self._lease_s
+
+    def _after(self, namespace: str, verdict: Verdict) -> list[Reply]:
+        if verdict == Verdict.APPLY:
+            self._registry.progressed(namespace)
+        if verdict != Verdict.GAP:
+            return []
+        self._asked[namespace] = self._clock.monotonic()
+        self._registry.counters["gaps"] += 1
+        return [Reply(snapshot_request=coordinator_pb2.SnapshotRequest(namespace=namespace))]
+
+
+def learn(directory: Directory, dictionary: Iterable[common_pb2.DictionaryEntry]) -> None:
+    """What digests of the following runs stand for. Mutates. BadRequest, Overloaded."""
+    for message in dictionary:
+        entry = entry_from_wire(message)
+        if isinstance(entry, ModelSpec):
+            directory.learn_spec(entry)
+        else:
+            directory.learn_shard(entry)

@@ -1,0 +1,309 @@
+"""`KVClient`: look up, load and store the KV of prefixes. Every failure of the service becomes a miss and a counter.
+
+Only a wrong argument raises (UsageError). Of an event loop; `kvstore.engine_face` is for callers without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from kvstore.auth import client_credentials
+from kvstore.config import ClientConfig
+from kvstore.errors import BadRequest, Corrupt, Incompatible, KVStoreError, NotGranted, ServiceError, Unauthenticated
+from kvstore.fetch import Failed, Fetch, Need, needed_depths
+from kvstore.keys import Chain, Tokens, chain
+from kvstore.layout import block_bytes
+from kvstore.links import Coordinators, Links
+from kvstore.lookup import Lookup
+from kvstore.members import Members
+from kvstore.plan import HitPlan
+from kvstore.recent import Recent
+from kvstore.seams import System
+from kvstore.spec import ModelSpec, Shard
+from kvstore.store_blocks import PutResult, Putter
+from kvstore.transport.base import Credentials, Transport
+from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
+from kvstore.types import CommitToken, Fidelity, Tier
+from kvstore.wire import common_pb2
+
+Buffers = Sequence[Sequence[Any]]
+"""[needed shard][depth] -> a writable contiguous buffer of one raw block; None where the group's rule needs none."""
+
+REFUSALS = (NotGranted, Unauthenticated, Incompatible)
+"""What a server says when the configuration is wrong: told at `connect`, later a miss like anything else."""
+
+SETTLE_SHARE = 0.05
+"""Of a call's time, kept back so that what has arrived when it ends is still counted."""
+
+
+@dataclass(slots=True)
+class GetResult:
+    """What a get delivered. `buffers[shard][depth]` holds a raw block in canonical order where `tiers` names a tier;
+    others hold anything."""
+
+    blocks: int = 0  # leading blocks that every shard has, by its group's rule
+    buffers: list[list[Any]] = field(default_factory=list)
+    tiers: list[list[Tier | None]] = field(default_factory=list)
+    bytes: int = 0  # delivered, raw
+
+
+class KVClient:
+    """One process's view of the service, in one namespace. Make it with `connect`; close it, or use `async with`."""
+
+    def __init__(
+        self, config: ClientConfig, system: System, transport: Transport, credentials: Credentials, *, owns_system: bool
+    ) -> None:
+        self.config = config
+        self.namespace = credentials.namespace
+        self.counters: Counter[str] = Counter()
+        self.system = system
+        self._owns_system = owns_system
+        self._links = Links(config, system, transport, credentials)
+        self.coordinators = Coordinators(config.coordinators, system, transport, credentials)
+        self.members = Members(config, system, self.coordinators)
+        self._failed: Recent[Failed] = Recent(system.clock, config.negative_cache_s, config.negative_cache_max)
+        self._lookup = Lookup(config, system, self._links, self.coordinators, self.members, self._failed, self.counters)
+        self._putter = Putter(config, system, self._links, self.members, self.counters)
+
+    @classmethod
+    async def connect(
+        cls, config: ClientConfig, system: System | None = None, transport: Transport | None = None
+    ) -> KVClient:
+        """A client; nobody has to answer yet. UsageError without any address. NotGranted, Unauthenticated and
+        Incompatible when a server says so now."""
+        if not config.coordinators and not config.workers:
+            raise BadRequest("no coordinator and no worker given: set client.coordinators or client.workers")
+        owns = system is None
+        if system is None:
+            from kvstore.system import real_system
+
+            system = real_system()
+        if transport is None:
+            from kvstore.transport.rpc import GrpcTransport
+
+            transport = GrpcTransport(system.clock, connect_timeout_s=config.connect_timeout_s)
+        client = cls(config, system, transport, client_credentials(config), owns_system=owns)
+        try:
+            await client._greet()
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def _greet(self) -> None:
+        hello = common_pb2.HelloRequest(protocol=PROTOCOL_VERSION, capabilities=CAPABILITIES, software="kvstore")
+        timeout_s = self.config.connect_timeout_s
+        try:
+            if self.config.coordinators:
+                await self.coordinators.call(COORDINATOR["Hello"], hello, timeout_s=timeout_s)
+                await self.members.refresh(timeout_s=timeout_s)
+        except REFUSALS:
+            raise
+        except ServiceError as error:
+            self.counters[f"errors_{type(error).__name__}"] += 1
+        for socket in self.config.workers:
+            try:
+                async with self._links.local.use(socket):
+                    pass
+            except REFUSALS:
+                raise
+            except ServiceError as error:
+                self.counters[f"errors_{type(error).__name__}"] += 1
+
+    async def __aenter__(self) -> KVClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all connections. Idempotent."""
+        await self._links.close()
+        await self.coordinators.close()
+        if self._owns_system:
+            self.system.pool.close()
+
+    # --- lookup ----------------------------------------------------------------------------------------------------
+
+    async def match(
+        self,
+        spec: ModelSpec,
+        prefix: Chain | Tokens,
+        shards: Sequence[Shard] | None = None,
+        least: Fidelity = Fidelity.EXACT,
+        after: Iterable[CommitToken] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> HitPlan:
+        """The longest held prefix of a chain (or of tokens) in every needed shard; `shards` None: whole groups.
+
+        `after`: commits, also other clients', that the answer should know; it waits for them up to 100 ms and names
+        in `not_applied` what it does not know. One round trip. No answer: a plan of 0 blocks.
+        """
+        needed = self._shards(spec, shards)
+        keys = self._chain(spec, prefix).keys
+        if not keys:
+            return HitPlan(spec, (), needed, least)
+        timeout_s = self.config.match_timeout_s if timeout_s is None else timeout_s
+        self._putter.tokens.add(after)
+        shown = self._putter.tokens.pending()
+        plan = await self._lookup.match(spec, keys, needed, least, after=shown, timeout_s=timeout_s)
+        self._putter.tokens.applied(shown, plan.not_applied)
+        self.counters["match_blocks"] += len(keys)
+        self.counters["match_hits"] += plan.blocks
+        return plan
+
+    def _chain(self, spec: ModelSpec, prefix: Chain | Tokens) -> Chain:
+        if not isinstance(prefix, Chain):
+            return chain(spec, prefix)
+        if prefix.spec != spec:
+            raise BadRequest("the chain is of another model spec: make it from this one")
+        return prefix
+
+    def _shards(self, spec: ModelSpec, shards: Sequence[Shard] | None) -> tuple[Shard, ...]:
+        if shards is None:
+            return tuple(Shard.whole(spec, group) for group in range(len(spec.groups)))
+        if not shards:
+            raise BadRequest("no shard is asked for: name at least one")
+        for shard in shards:
+            shard.check(spec)
+        return tuple(shards)
+
+    # --- get -------------------------------------------------------------------------------------------------------
+
+    async def get(self, plan: HitPlan, into: Buffers | None = None, *, timeout_s: float | None = None) -> GetResult:
+        """Deliver the plan's blocks into `into[shard][depth]`, or into new numpy uint8 arrays.
+
+        Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the buffers after
+        this has returned. UsageError for buffers that do not fit.
+        """
+        timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
+        result, needs = self._prepare(plan, into)
+        if not needs:
+            return result
+        fetch = Fetch(
+            plan,
+            self.namespace,
+            needs,
+            links=self._links,
+            system=self.system,
+            config=self.config,
+            failed=self._failed,
+            sockets=self.members.sockets(),
+            addresses=list(self.members.takers().values()),
+            counters=self.counters,
+            end=self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE),
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                await fetch.run()
+        except TimeoutError:
+            self.counters["errors_DeadlineExceeded"] += 1
+        self._conclude(plan, result, needs)
+        return result
+
+    def _prepare(self, plan: HitPlan, into: Buffers | None) -> tuple[GetResult, list[Need]]:
+        if into is not None and len(into) != len(plan.shards):
+            raise BadRequest(f"buffers for {len(into)} shards were given, the plan has {len(plan.shards)}")
+        result = GetResult()
+        needs: list[Need] = []
+        for index, shard in enumerate(plan.shards):
+            depths = needed_depths(plan, shard)
+            size = block_bytes(plan.spec, shard)
+            row: list[Any] = [None] * plan.blocks
+            for depth in depths:
+                row[depth] = np.empty(size, np.uint8) if into is None else _given(into[index], depth)
+                needs.append(Need(index, shard, depth, _writable(row[depth], size)))
+            result.buffers.append(row)
+            result.tiers.append([None] * plan.blocks)
+        return result, needs
+
+    def _conclude(self, plan: HitPlan, result: GetResult, needs: list[Need]) -> None:
+        for need in needs:
+            if need.delivered and need.tier is not None:
+                result.tiers[need.index][need.depth] = need.tier
+                result.bytes += len(need.target)
+                self.counters[f"hits_{need.tier.name.lower()}"] += 1
+            else:
+                self.counters["misses"] += 1
+        result.blocks = delivered_blocks(plan, result.tiers)
+        self.counters["bytes_read"] += result.bytes
+
+    # --- put -------------------------------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        spec: ModelSpec,
+        prefix: Chain,
+        blocks: Sequence[Any],
+        first: int = 0,
+        shard: Shard | None = None,
+        computed_on: Fidelity = Fidelity.EXACT,
+        *,
+        timeout_s: float | None = None,
+    ) -> PutResult:
+        """Store raw blocks (canonical order, `block_bytes` each) of one shard at depths `first`.. of a chain.
+
+        `shard` None: the whole of group 0. `computed_on`: the worst fidelity of the prefix they were computed on. On
+        this host's worker, else on the one the placement group belongs to; what nobody takes is "dropped".
+        """
+        chained = self._chain(spec, prefix)
+        shard = self._shards(spec, None if shard is None else [shard])[0]
+        if first < 0 or first + len(blocks) > len(chained):
+            raise BadRequest(f"blocks {first}..{first + len(blocks) - 1} are not in a chain of {len(chained)}")
+        size = block_bytes(spec, shard)
+        raws = [_readable(block, size) for block in blocks]
+        timeout_s = self.config.put_timeout_s if timeout_s is None else timeout_s
+        result = await self._putter.put(chained, raws, first, shard, computed_on, timeout_s=timeout_s)
+        for token in result.tokens:
+            for depth in range(first, first + len(blocks)):
+                self._failed.discard((token.worker, shard.digest, chained.keys[depth]))
+        return result
+
+
+def delivered_blocks(plan: HitPlan, tiers: Sequence[Sequence[Tier | None]]) -> int:
+    """The longest prefix whose needed blocks were all delivered. Pure."""
+    for blocks in range(plan.blocks, 0, -1):
+        shorter = replace(plan, keys=plan.keys[:blocks])
+        if all(
+            tiers[index][depth] is not None
+            for index, shard in enumerate(plan.shards)
+            for depth in needed_depths(shorter, shard)
+        ):
+            return blocks
+    return 0
+
+
+def _given(row: Sequence[Any], depth: int) -> Any:
+    if depth >= len(row) or row[depth] is None:
+        raise BadRequest(f"no buffer was given for block {depth}")
+    return row[depth]
+
+
+def _writable(buffer: Any, size: int) -> memoryview:
+    view = _readable(buffer, size)
+    if view.readonly:
+        raise BadRequest("a buffer to load into is read-only")
+    return view
+
+
+def _readable(buffer: Any, size: int) -> memoryview:
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        raise BadRequest(f"a {type(buffer).__name__} has no buffer: give numpy arrays, memoryviews or bytes") from None
+    if not view.c_contiguous or view.nbytes != size:
+        raise BadRequest(f"a buffer of {view.nbytes} bytes was given: a block of this shard is {size}, contiguous")
+    return view.cast("B")
+
+
+__all__ = ["Corrupt", "GetResult", "KVClient", "KVStoreError", "PutResult", "delivered_blocks"]

@@ -1,0 +1,220 @@
+"""The loop of a get: every needed block from its nearest holder, then the next holder, the next tier, then a miss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvstore.config import ClientConfig
+from kvstore.errors import DataError, ServiceError
+from kvstore.layout import block_bytes
+from kvstore.links import Links
+from kvstore.matching import make_plan, rule_of
+from kvstore.membership import Member
+from kvstore.plan import HitPlan, PlanRun, is_redis, stored_shards, ways
+from kvstore.recent import Recent
+from kvstore.seams import System
+from kvstore.sources import Asked, Piece, read_local
+from kvstore.spec import Shard
+from kvstore.stream_source import read_remote
+from kvstore.types import Tier
+
+Failed = tuple[str, bytes, bytes]
+"""(holder, stored shard, key) that failed."""
+
+CALL_BLOCKS_MAX = 4096
+"""Blocks asked for in one call."""
+
+_NEARNESS = {Tier.HOT: 0, Tier.HOST: 1, Tier.SSD: 4, Tier.REDIS: 7}
+_REMOTE = 2
+"""What another host adds: its memory is nearer than this host's disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to reach a holder's blocks: a socket on this host or an address elsewhere."""
+
+    socket: str
+    address: str
+
+
+@dataclass(slots=True)
+class Need:
+    """One needed block: a raw block of `shard` at `depth`, into `target`."""
+
+    index: int  # of the shard among the needed ones
+    shard: Shard
+    depth: int
+    target: memoryview
+    lost: dict[Shard, None] = field(default_factory=dict)  # stored rectangles no holder could give
+    open: dict[int, Piece] = field(default_factory=dict)  # pieces still on their way, by identity
+    failed: bool = False
+    tier: Tier | None = None  # the slowest that served a piece of it
+
+    @property
+    def delivered(self) -> bool:
+        return self.tier is not None and not self.failed and not self.open
+
+
+class Fetch:
+    """One get. `run` returns when every need is delivered or missed; cancelled, it waits for byte movers first."""
+
+    def __init__(
+        self,
+        plan: HitPlan,
+        namespace: str,
+        needs: Sequence[Need],
+        *,
+        links: Links,
+        system: System,
+        config: ClientConfig,
+        failed: Recent[Failed],
+        sockets: Sequence[str],
+        addresses: Sequence[str],
+        counters: Counter[str],
+        end: float,
+    ) -> None:
+        self._plan, self._namespace, self._needs = plan, namespace, needs
+        self._links, self._system, self._config = links, system, config
+        self._failed, self._counters, self._end = failed, counters, end
+        self._any = [*(Route(socket, "") for socket in sockets), *(Route("", address) for address in addresses)]
+        self._stored = stored_shards(plan)
+        self._runs: dict[Shard, list[PlanRun]] = {shard: [] for shard in self._stored}
+        for run in sorted(plan.runs, key=self._distance):
+            self._runs[run.shard].append(run)
+        shards = list(dict.fromkeys(need.shard for need in needs))
+        covers = [make_plan(plan.spec, [shard], self._stored).covers[0] for shard in shards]
+        self._covers = dict(zip(shards, covers, strict=True))
+        self._owners: dict[int, Need] = {}  # piece identity -> its need, while open
+
+    async def run(self) -> None:
+        pieces = [piece for need in self._needs for piece in self._begin(need)]
+        await self._dispatch(pieces)
+
+    def _distance(self, run: PlanRun) -> int:
+        holder = self._plan.holders.get(run.holder)
+        here = holder is not None and (is_redis(holder.id) or self._here(holder))
+        return _NEARNESS[run.tier] + (0 if here else _REMOTE)
+
+    def _here(self, member: Member) -> bool:
+        return bool(member.socket) and member.host == self._system.host
+
+    def _begin(self, need: Need) -> list[Piece]:
+        """Pieces that together make the need; none, and the need is a miss, where nothing covers it."""
+        chosen = ways(
+            need.shard,
+            self._stored,
+            self._covers[need.shard],
+            lambda shard: shard not in need.lost and self._next(shard, need.depth, ()) is not None,
+        )
+        need.failed, need.tier = not chosen, None
+        key = self._plan.keys[need.depth]
+        pieces = [Piece(shard, need.shard, need.depth, key, need.target) for shard in chosen]
+        for piece in pieces:
+            need.open[id(piece)] = piece
+            self._owners[id(piece)] = need
+        return pieces
+
+    def _next(self, shard: Shard, depth: int, tried: Sequence[str] | dict[str, None]) -> str | None:
+        """The nearest holder of a stored block that was not tried and did not fail lately."""
+        key = self._plan.keys[depth]
+        for run in self._runs[shard]:
+            if not run.first_depth <= depth < run.first_depth + run.count or run.holder in tried:
+                continue
+            if (run.holder, shard.digest, key) not in self._failed and run.holder in self._plan.holders:
+                return run.holder
+        return None
+
+    async def _dispatch(self, pieces: Sequence[Piece]) -> None:
+        """Read all pieces, each from its next holder, all holders at once."""
+        by_holder: dict[str, list[Piece]] = {}
+        for piece in pieces:
+            holder = self._next(piece.shard, piece.depth, piece.tried)
+            assert holder is not None, "a piece without a holder was dispatched"
+            piece.tried[holder] = None
+            by_holder.setdefault(holder, []).append(piece)
+        if len(by_holder) == 1:
+            [(holder, mine)] = by_holder.items()
+            await self._serve(holder, mine)
+        elif by_holder:
+            async with asyncio.TaskGroup() as group:
+                for holder, mine in by_holder.items():
+                    group.create_task(self._serve(holder, mine))
+
+    async def _serve(self, holder: str, pieces: list[Piece]) -> None:
+        """Read pieces from one holder in bounded calls; what fails goes on to the next one."""
+        for batch in self._batches(pieces):
+            try:
+                await self._read(holder, batch)
+            finally:  # also when the deadline cuts it short: the next lookup looks elsewhere
+                for piece in batch:
+                    if piece.tier is None:
+                        self._failed.add((holder, piece.shard.digest, piece.key))
+            await self._dispatch([piece for tried in batch for piece in self._settle(tried)])
+
+    def _settle(self, piece: Piece) -> list[Piece]:
+        """Note how an attempt ended; what is to be read now."""
+        need = self._owners[id(piece)]
+        if piece.tier is None:
+            self._counters[f"failed_{piece.problem or 'unanswered'}"] += 1
+            if self._next(piece.shard, piece.depth, piece.tried) is not None:
+                return [piece]
+            need.lost[piece.shard] = None
+            need.failed = True
+        del need.open[id(piece)], self._owners[id(piece)]
+        if piece.tier is not None:
+            need.tier = max(need.tier or piece.tier, piece.tier)
+        if need.open:
+            return []  # others still write to the target: begin anew only when they are done
+        return self._begin(need) if need.failed else []
+
+    def _batches(self, pieces: list[Piece]) -> list[list[Piece]]:
+        limit = max(1, self._config.inflight_bytes_max // 4)
+        batches: list[list[Piece]] = [[]]
+        nbytes = 0
+        for piece in pieces:
+            size = block_bytes(self._plan.spec, piece.shard)
+            if batches[-1] and (nbytes + size > limit or len(batches[-1]) >= CALL_BLOCKS_MAX):
+                batches.append([])
+                nbytes = 0
+            batches[-1].append(piece)
+            nbytes += size
+        return batches
+
+    async def _read(self, holder: str, pieces: list[Piece]) -> None:
+        """One call to one holder. Service trouble is counted and leaves its pieces undelivered."""
+        asked = Asked(self._namespace, self._plan.spec, self._plan.least, is_redis(holder))
+        routes = self._routes(holder)
+        for index, route in enumerate(routes):
+            left = self._end - self._system.clock.monotonic()
+            if left <= 0:
+                return
+            if index + 1 < len(routes) or any(self._next(p.shard, p.depth, p.tried) is not None for p in pieces):
+                left /= 2  # a holder that hangs leaves time for another
+            try:
+                if route.socket:
+                    async with self._links.local.use(route.socket) as link:
+                        await read_local(link, self._system.pool, asked, pieces, timeout_s=left)
+                else:
+                    async with self._links.remote.use(route.address) as channel:
+                        await read_remote(channel, self._system.pool, asked, pieces, timeout_s=left)
+                return
+            except (ServiceError, DataError) as error:
+                self._counters[f"errors_{type(error).__name__}"] += 1
+                if any(piece.tier is not None for piece in pieces):
+                    return  # it did answer: what is left is tried elsewhere
+
+    def _routes(self, holder: str) -> list[Route]:
+        """Ways to the holder's blocks, the best first. Redis is read through any worker, at most two of them."""
+        if not is_redis(holder):
+            member = self._plan.holders[holder]
+            here = [Route(member.socket, "")] if self._here(member) else []
+            return [*here, *([Route("", member.address)] if member.address else [])]
+        return self._any[:2]
+
+
+def needed_depths(plan: HitPlan, shard: Shard) -> range:
+    """The blocks of the plan's prefix that a rectangle's group really reads, by its rule."""
+    return range(rule_of(plan.spec, shard.group).first_needed(plan.blocks), plan.blocks)

@@ -1,0 +1,221 @@
+"""A client's connections: to coordinators, with failover, and to workers, by socket or by gRPC.
+
+Every table is bounded. A failure is remembered for a short while: a dead peer costs one wait, not one a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+from google.protobuf.message import Message
+
+from kvstore.config import ClientConfig
+from kvstore.errors import DeadlineExceeded, Overloaded, ServiceError, Unavailable
+from kvstore.host_link import HostLink
+from kvstore.recent import Recent
+from kvstore.seams import System
+from kvstore.transport.base import Channel, Credentials, Method, Transport
+from kvstore.wire.common_pb2 import CoordinatorInfo
+
+COORDINATORS_MAX = 64
+"""Addresses kept, configured and learnt."""
+
+DOWN_S = 0.5
+"""How long a peer that did not answer is left alone."""
+
+ATTEMPTS_MAX = 3
+"""Coordinators asked within one call."""
+
+RETRIED = (Unavailable, DeadlineExceeded, Overloaded)
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closable)
+
+
+class _Entry(Generic[C]):
+    def __init__(self, opening: asyncio.Task[C]) -> None:
+        self.opening = opening
+        self.users = 0
+
+
+class Pooled(Generic[C]):
+    """Connections by address: opened once for all who wait, at most `bound`, the longest unused closed first.
+
+    `broken` says of a connection that it is of no more use: it is replaced.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        open_: Callable[[str], Awaitable[C]],
+        bound: int,
+        broken: Callable[[C], bool] = lambda connection: False,
+    ) -> None:
+        self._open, self._bound, self._broken = open_, bound, broken
+        self._entries: OrderedDict[str, _Entry[C]] = OrderedDict()
+        self.down: Recent[str] = Recent(system.clock, DOWN_S, 4 * bound)
+        self._closing: dict[asyncio.Task[None], None] = {}
+
+    @asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[C]:
+        """The connection for the time of the block. ServiceError when it can't be had, or failed a moment ago."""
+        if address in self.down:
+            raise Unavailable(f"{address} did not answer a moment ago")
+        entry = self._entries.get(address)
+        if entry is not None and self._is_broken(entry):
+            self.drop(address, entry)
+            entry = None
+        if entry is None:
+            self._make_room()
+            entry = self._entries[address] = _Entry(asyncio.ensure_future(self._connect(address)))
+        self._entries.move_to_end(address)
+        entry.users += 1
+        try:
+            try:
+                connection = await asyncio.shield(entry.opening)
+            except ServiceError:
+                self.drop(address, entry)
+                self.down.add(address)
+                raise
+            yield connection
+        finally:
+            entry.users -= 1
+
+    def _is_broken(self, entry: _Entry[C]) -> bool:
+        opening = entry.opening
+        if not opening.done():
+            return False
+        return opening.cancelled() or opening.exception() is not None or self._broken(opening.result())
+
+    async def _connect(self, address: str) -> C:
+        return await self._open(address)
+
+    def _make_room(self) -> None:
+        while len(self._entries) >= self._bound:
+            idle = next((address for address, entry in self._entries.items() if entry.users == 0), None)
+            if idle is None:
+                raise Overloaded(f"all {self._bound} connections are in use: raise client.connections_max")
+            self.drop(idle, self._entries[idle])
+
+    def drop(self, address: str, entry: _Entry[C] | None = None) -> None:
+        """Forget a connection and close it; the next use opens a new one. Idempotent."""
+        known = self._entries.get(address)
+        if known is None or (entry is not None and known is not entry):
+            return
+        del self._entries[address]
+        task = asyncio.ensure_future(self._close(known))
+        self._closing[task] = None
+        task.add_done_callback(lambda done: self._closing.pop(done, None))
+
+    async def _close(self, entry: _Entry[C]) -> None:
+        if not entry.opening.done():
+            entry.opening.cancel()
+        try:
+            connection = await entry.opening
+        except (ServiceError, asyncio.CancelledError):
+            return  # never opened: nothing to close
+        await connection.close()
+
+    async def close(self) -> None:
+        for address in list(self._entries):
+            self.drop(address)
+        while self._closing:
+            await asyncio.wait(list(self._closing))
+
+
+class Links:
+    """Connections to workers."""
+
+    def __init__(self, config: ClientConfig, system: System, transport: Transport, credentials: Credentials) -> None:
+        self._transport, self._credentials = transport, credentials
+        self._connect_timeout_s = config.connect_timeout_s
+
+        async def open_local(path: str) -> HostLink:
+            try:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    return HostLink(await transport.connect_local(path, credentials), system)
+            except TimeoutError:
+                raise DeadlineExceeded(f"{path} did not greet in {self._connect_timeout_s} s") from None
+
+        async def open_remote(address: str) -> Channel:
+            return await transport.connect(address, credentials)
+
+        self.local: Pooled[HostLink] = Pooled(system, open_local, config.connections_max, lambda link: link.broken)
+        self.remote: Pooled[Channel] = Pooled(system, open_remote, config.connections_max)
+
+    async def close(self) -> None:
+        await self.local.close()
+        await self.remote.close()
+
+
+class Coordinators:
+    """All coordinators a process knows. A call goes to one that answers; the rest are its replacements."""
+
+    def __init__(
+        self, addresses: Iterable[str], system: System, transport: Transport, credentials: Credentials
+    ) -> None:
+        self._addresses = dict.fromkeys(addresses)
+        self._system = system
+        self._preferred = ""
+        self._channels: Pooled[Channel] = Pooled(
+            system, lambda address: transport.connect(address, credentials), COORDINATORS_MAX
+        )
+
+    @property
+    def addresses(self) -> list[str]:
+        return list(self._addresses)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether any is known that did not fail a moment ago."""
+        return any(address not in self._channels.down for address in self._addresses)
+
+    def learn(self, coordinators: Iterable[CoordinatorInfo]) -> None:
+        """Remember the addresses a reply named. Mutates; bounded."""
+        for info in coordinators:
+            if info.address and len(self._addresses) < COORDINATORS_MAX:
+                self._addresses.setdefault(info.address)
+
+    async def call(self, method: Method, request: Message, *, timeout_s: float) -> Any:
+        """The reply of the first that gives one. ServiceError: the last one's where none does, Unavailable at once
+        where all failed a moment ago. A refusal (NotGranted, Unauthenticated, ...) is an answer and raised as it is."""
+        end = self._system.clock.monotonic() + timeout_s
+        last: ServiceError = Unavailable("no coordinator answers: check --coordinators, or start one")
+        order = self._order()
+        for index, address in enumerate(order):
+            left = end - self._system.clock.monotonic()
+            if left <= 0:
+                break
+            try:
+                async with self._channels.use(address) as channel:
+                    reply = await channel.unary(method, request, timeout_s=left / (len(order) - index))
+            except RETRIED as error:
+                last = error
+                if not isinstance(error, Overloaded):
+                    self._channels.down.add(address)
+                if self._preferred == address:
+                    self._preferred = ""
+                continue
+            self._preferred = address
+            self._channels.down.discard(address)
+            return reply
+        raise last
+
+    def _order(self) -> list[str]:
+        live = [address for address in self._addresses if address not in self._channels.down]
+        self._system.rng.shuffle(live)  # so that many clients do not all take the first
+        if self._preferred in live:
+            live.remove(self._preferred)
+            live.insert(0, self._preferred)
+        return live[:ATTEMPTS_MAX]
+
+    async def close(self) -> None:
+        await self._channels.close()

@@ -1,0 +1,201 @@
+"""Reading stored blocks of a worker on another host: a Get stream, decoded as its frames arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from kvstore.checksum import xxh3
+from kvstore.errors import BadRequest, Corrupt, DataError, ServiceError
+from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header, decode_chunks
+from kvstore.layout import block_bytes, chunks
+from kvstore.seams import Pool
+from kvstore.sources import Asked, Piece, bound, shard_keys
+from kvstore.transport import frames
+from kvstore.transport.base import Channel
+from kvstore.transport.methods import WORKER
+from kvstore.types import Tier
+from kvstore.wire import worker_pb2
+
+FRAMES_AHEAD = 4
+"""Frames of a stream that may wait for a byte mover while the next ones arrive."""
+
+Landed = list[tuple[int, int, int]]
+"""(block, first chunk, chunks; -1 where they are no good) of each part of a frame."""
+
+
+async def read_remote(channel: Channel, pool: Pool, asked: Asked, pieces: Sequence[Piece], *, timeout_s: float) -> None:
+    """One Get stream. Sets `tier` or `problem` of every piece; what was whole before an error counts.
+
+    ServiceError, DataError: the stream ended early.
+    """
+    blocks, ordered = shard_keys(pieces)
+    request = worker_pb2.GetRequest(
+        root=asked.spec.root,
+        blocks=blocks,
+        least=int(asked.least),  # type: ignore[arg-type]
+        redis=asked.redis,
+    )
+    arrivals = Arrivals(pool, asked, ordered)
+    failure: ServiceError | DataError | None = None
+    try:
+        async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=timeout_s)) as stream:
+            async for frame in stream:
+                await arrivals.take(frame)
+    except (ServiceError, DataError) as error:
+        failure = error
+    finally:
+        await arrivals.settle()
+    await arrivals.finish()
+    if failure is not None:
+        raise failure
+
+
+async def _once(request: worker_pb2.GetRequest) -> AsyncIterator[worker_pb2.GetRequest]:
+    yield request
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """A block on its way in. `raw` is the target itself, or scratch for one that is cut at the end."""
+
+    piece: Piece
+    header: Header
+    tier: Tier
+    raw: memoryview
+    missing: dict[int, None]  # chunks
+
+
+class Arrivals:
+    """The blocks of one stream. `take` each frame, then `settle`, then `finish`."""
+
+    def __init__(self, pool: Pool, asked: Asked, ordered: list[Piece]) -> None:
+        self._pool, self._asked, self._ordered = pool, asked, ordered
+        self._blocks: list[_Arriving | None] = []
+        self._landing: deque[asyncio.Task[Landed]] = deque()
+        for piece in ordered:
+            piece.problem = "missing"
+
+    async def take(self, frame: bytes) -> None:
+        """Mutates. Corrupt where the stream is none: it is of no more use then."""
+        if not self._blocks:
+            self._blocks = [self._announced(piece, info) for piece, info in self._infos(frame)]
+        self._landing.append(asyncio.ensure_future(self._pool.run(self._land, frame)))
+        while len(self._landing) >= FRAMES_AHEAD:
+            self._note(await asyncio.shield(self._landing[0]))
+            self._landing.popleft()
+
+    def _infos(self, frame: bytes) -> list[tuple[Piece, worker_pb2.BlockInfo]]:
+        infos = _header(frame)[0].blocks
+        if len(infos) != len(self._ordered):
+            raise Corrupt(f"{len(self._ordered)} blocks were asked for and {len(infos)} answered")
+        return list(zip(self._ordered, infos, strict=True))
+
+    def _announced(self, piece: Piece, info: worker_pb2.BlockInfo) -> _Arriving | None:
+        if info.state != worker_pb2.BLOCK_FOUND:
+            return None
+        try:
+            header, tier = bound(self._asked, piece, info.header), Tier(info.tier)
+        except (DataError, ValueError) as error:
+            piece.problem = type(error).__name__
+            return None
+        spec, direct = self._asked.spec, piece.shard == piece.wanted
+        raw = piece.target if direct else memoryview(bytearray(block_bytes(spec, piece.shard)))
+        return _Arriving(piece, header, tier, raw, dict.fromkeys(range(len(chunks(spec, piece.shard)))))
+
+    def _land(self, frame: bytes) -> Landed:
+        """Runs in a byte mover: decode the chunks of a frame to their places."""
+        header, data = _header(frame)
+        landed: Landed = []
+        start = 0
+        for part in header.parts:
+            if part.block >= len(self._blocks):
+                raise Corrupt("chunks came of a block that was not announced")
+            nbytes = _stored_bytes(part.table)
+            item = self._blocks[part.block]
+            count = -1
+            if item is not None:
+                try:
+                    count = decode_chunks(
+                        part.table,
+                        data[start : start + nbytes],
+                        self._asked.spec,
+                        item.piece.shard,
+                        item.raw,
+                        part.first_chunk,
+                    )
+                except (DataError, BadRequest) as error:
+                    item.piece.problem = type(error).__name__
+            landed.append((part.block, part.first_chunk, count))
+            start += nbytes
+        return landed
+
+    def _note(self, landed: Landed) -> None:
+        for block, first, count in landed:
+            item = self._blocks[block]
+            if item is None:
+                continue
+            if count < 0:
+                self._blocks[block] = None
+                continue
+            for chunk in range(first, first + count):
+                item.missing.pop(chunk, None)
+
+    async def settle(self) -> None:
+        """Wait for every byte mover: until then buffers are in use, so a cancellation waits too."""
+        cancelled = False
+        while self._landing:
+            task = self._landing[0]
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                cancelled = True
+                continue
+            self._landing.popleft()
+            if task.cancelled():
+                continue
+            error = task.exception()
+            if error is None:
+                self._note(task.result())
+            elif not isinstance(error, DataError):
+                raise error
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def finish(self) -> None:
+        """Check the copy of every block that is whole, cut it where it must be, and note what was delivered."""
+        whole = [item for item in self._blocks if item is not None and not item.missing]
+        for item, problem in zip(whole, await self._pool.run(self._check, whole), strict=True):
+            item.piece.problem = problem
+            item.piece.tier = None if problem else item.tier
+
+    def _check(self, whole: list[_Arriving]) -> list[str]:
+        """Runs in a byte mover. Empty for a block whose bytes are those of its copy."""
+        problems = []
+        for item in whole:
+            same = xxh3(item.raw) == item.header.copy_id
+            if same and item.piece.shard != item.piece.wanted:
+                item.piece.fill(self._asked.spec, item.raw)
+            problems.append("" if same else "Corrupt")
+        return problems
+
+
+def _header(frame: bytes) -> tuple[worker_pb2.GetHeader, memoryview]:
+    packed, data = frames.decode(frame)
+    try:
+        return worker_pb2.GetHeader.FromString(packed or b""), data
+    except DecodeError:
+        raise Corrupt("a frame of the stream has no readable header") from None
+
+
+def _stored_bytes(table: bytes) -> int:
+    """Stored bytes of all entries of a part of a chunk table."""
+    if len(table) % ENTRY_BYTES:
+        raise Corrupt(f"a table part of {len(table)} bytes is no whole number of entries")
+    return int(np.frombuffer(table, ENTRY_DTYPE)["stored"].sum(dtype=np.uint64))
