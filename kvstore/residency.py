@@ -1,0 +1,291 @@
+"""What lies where in one worker, who is pinned, and who leaves next. Pure: no bytes, clock, or waiting.
+
+A block is a row (`kvstore.rows`). It is present at some levels, each a whole clean copy; levels are ordered, the
+fastest first. The store asks (`victim`, `elsewhere`), moves bytes, then tells (`add`, `drop`). Leaf first: a block of a
+full-attention group may leave a level while none of its children lies there or at a faster one, or when it has another
+copy; blocks of sliding-window and state groups are free to go in the policy's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kvstore.family import Family, top_of
+from kvstore.header import Header
+from kvstore.policy import Policy
+from kvstore.rows import Rows
+from kvstore.tiers.base import Location
+from kvstore.types import BlockId, Fidelity, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One local level of the stack."""
+
+    tier: Tier
+    capacity: int
+    granule: int = 1  # bytes are counted in multiples of it
+    raw: bool = False  # raw bytes, not a record
+
+    def footprint(self, nbytes: int) -> int:
+        return -(-nbytes // self.granule) * self.granule
+
+
+class Residency:
+    """At most 8 levels, 2^31 blocks."""
+
+    def __init__(self, levels: Sequence[Level], policy: Callable[[], Policy]) -> None:
+        assert 0 < len(levels) <= 8
+        self.levels = tuple(levels)
+        self.rows = Rows(len(levels))
+        self.policies = tuple(policy() for _ in levels)
+        self.family = Family(self.rows, self.policies)
+        self.used = [0] * len(levels)  # footprints of the present copies, by level
+        self.leaving_bytes = [0] * len(levels)  # of these, on their way down
+        self.raw_bytes = [0] * len(levels)  # what they decode to
+        self.blocks = [0] * len(levels)
+        self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
+        self._names: list[tuple[str, bytes]] = []
+        self._index: list[dict[bytes, int]] = []  # by space: key -> row, every live block
+
+    # ---- questions
+
+    def find(self, namespace: str, shard: bytes, key: bytes) -> int | None:
+        space = self._spaces.get((namespace, shard))
+        return None if space is None else self._index[space].get(key)
+
+    def id(self, row: int) -> BlockId:
+        namespace, shard = self._names[self.rows.space[row]]
+        return BlockId(namespace, shard, self.rows.header(row).key)
+
+    def namespace(self, row: int) -> str:
+        return self._names[self.rows.space[row]][0]
+
+    def header(self, row: int) -> Header:
+        return self.rows.header(row)
+
+    def fidelity(self, row: int) -> Fidelity:
+        return Fidelity(self.rows.fidelity[row])
+
+    def location(self, row: int, level: int) -> Location:
+        assert self.rows.present[row] >> level & 1, f"row {row} is not at level {level}"
+        return self.rows.location(row, level)
+
+    def present(self, row: int, level: int) -> bool:
+        return bool(self.rows.present[row] >> level & 1)
+
+    def writing(self, row: int, level: int) -> bool:
+        """Whether a copy is being made there."""
+        return bool(self.rows.writing[row] >> level & 1)
+
+    def gone(self, row: int) -> bool:
+        """Removed while pinned or busy."""
+        return bool(self.rows.gone[row])
+
+    def pinned(self, row: int) -> bool:
+        return self.rows.pins[row] > 0
+
+    def top(self, row: int) -> int:
+        """The fastest level that has it: what is announced. Only for a block that is somewhere."""
+        return top_of(self.rows.present[row])
+
+    def elsewhere(self, row: int, level: int) -> bool:
+        """Whether a copy that stays lies at another level."""
+        return bool(self.rows.present[row] & ~self.rows.leaving[row] & ~(1 << level))
+
+    def may_leave(self, row: int, level: int) -> bool:
+        """What `victim` asks: present, unpinned, not leaving, and a leaf or a copy among several."""
+        rows, bit = self.rows, 1 << level
+        return bool(
+            rows.present[row] & bit
+            and not rows.leaving[row] & bit
+            and not rows.pins[row]
+            and (not rows.leaf_first[row] or not rows.below[level][row] or self.elsewhere(row, level))
+        )
+
+    def victim(self, level: int) -> int | None:
+        """Who leaves a level next; None when all that is there is pinned or leaving.
+
+        Where every block has children in the way, the policy's first goes all the same, and its subtree after it.
+        """
+        row = self.policies[level].victim(lambda row: self.may_leave(row, level))
+        return self._forced(level) if row is None else row
+
+    def _forced(self, level: int) -> int | None:
+        rows, bit, order = self.rows, 1 << level, self.policies[level].order
+        found = (
+            row
+            for row, present in enumerate(rows.present)
+            if present & bit and not rows.leaving[row] & bit and not rows.pins[row]
+        )
+        return min(found, key=order, default=None)
+
+    def namespaces(self) -> list[str]:
+        return list(dict.fromkeys(namespace for namespace, _ in self._names))
+
+    def of(self, namespace: str) -> Iterator[int]:
+        """Rows of a namespace, in the order they came within each shard."""
+        for (name, _), index in zip(self._names, self._index, strict=True):
+            if name == namespace:
+                yield from index.values()
+
+    def at(self, level: int, segment: int) -> list[int]:
+        """Rows whose copy at a level lies in a segment. O(rows)."""
+        present, segments, bit = self.rows.present, self.rows.segment[level], 1 << level
+        return [row for row, here in enumerate(segments) if here == segment and present[row] & bit]
+
+    def __len__(self) -> int:
+        return sum(len(index) for index in self._index)
+
+    # ---- changes
+
+    def admit(self, namespace: str, header: Header, level: int, location: Location, *, leaf_first: bool) -> int:
+        """A new block with its first copy; its row. Mutates."""
+        space = self._space(namespace, header.shard)
+        index = self._index[space]
+        assert header.key not in index, "a block is admitted twice"
+        rows = self.rows
+        row = rows.take()
+        rows.space[row] = space
+        rows.leaf_first[row] = leaf_first
+        rows.fidelity[row] = header.fidelity
+        rows.depth[row] = header.depth
+        rows.raw[row] = header.raw_length
+        rows.set_header(row, header)
+        index[header.key] = row
+        if leaf_first:
+            self.family.join(row, header.parent, index.get(header.parent) if header.depth else None, header.key)
+        self.add(row, level, location)
+        return row
+
+    def add(self, row: int, level: int, location: Location) -> None:
+        """A copy is complete at a level. Mutates."""
+        rows, bit = self.rows, 1 << level
+        assert not rows.present[row] & bit and not rows.gone[row], f"row {row} is at level {level} already, or gone"
+        before = self.family.stays(row)
+        rows.present[row] |= bit
+        rows.set_location(row, level, location)
+        footprint = self.levels[level].footprint(location.length)
+        self.used[level] += footprint
+        self.raw_bytes[level] += rows.raw[row]
+        self.blocks[level] += 1
+        self.family.moved(row, before, before | bit)
+        self.policies[level].admit(row, self._ident(row), footprint)
+        self._ready(row)
+
+    def drop(self, row: int, level: int, *, evicted: bool = True, force: bool = False) -> Location:
+        """A copy is given up; where it lay. With the last copy the block is gone and its subtree next in line. Mutates.
+
+        Pinned blocks keep their copies unless `force` (purge, corruption: the bytes stay until their holds end).
+        """
+        rows, bit = self.rows, 1 << level
+        before = self.family.stays(row)
+        assert rows.present[row] & bit, f"row {row} is not at level {level}"
+        assert force or not rows.pins[row], f"row {row} is pinned"
+        location = rows.location(row, level)
+        footprint = self.levels[level].footprint(location.length)
+        self.used[level] -= footprint
+        if rows.leaving[row] & bit:
+            self.leaving_bytes[level] -= footprint
+        rows.present[row] &= ~bit
+        rows.leaving[row] &= ~bit
+        self.raw_bytes[level] -= rows.raw[row]
+        self.blocks[level] -= 1
+        self.policies[level].remove(row, evicted=evicted)
+        self.family.moved(row, before, self.family.stays(row))
+        if not rows.present[row]:
+            self._remove(row)
+        return location
+
+    def replace_header(self, row: int, header: Header) -> None:
+        """The same copy, now with the header of its record. Mutates."""
+        self.rows.set_header(row, header)
+
+    def touch(self, row: int) -> None:
+        """It was used. Mutates."""
+        present = self.rows.present[row]
+        for level, policy in enumerate(self.policies):
+            if present >> level & 1:
+                policy.touch(row)
+
+    def pin(self, row: int) -> None:
+        """Keep every copy where it is. Counted. Mutates."""
+        assert not self.rows.gone[row]
+        self.rows.pins[row] += 1
+
+    def unpin(self, row: int) -> None:
+        """Mutates."""
+        assert self.rows.pins[row] > 0, f"row {row} is unpinned more often than pinned"
+        self.rows.pins[row] -= 1
+        self._settle(row)
+
+    def work(self, row: int, writing: int | None = None) -> None:
+        """Bytes are moving for this row (to level `writing`): it is not reused until `done`. Mutates."""
+        self.rows.busy[row] += 1
+        if writing is not None:
+            self.rows.writing[row] |= 1 << writing
+
+    def done(self, row: int, writing: int | None = None) -> None:
+        """Undo one `work`. Mutates."""
+        assert self.rows.busy[row] > 0
+        self.rows.busy[row] -= 1
+        if writing is not None:
+            self.rows.writing[row] &= ~(1 << writing)
+        self._settle(row)
+
+    def leave(self, row: int, level: int) -> None:
+        """Its copy there is being moved down: no victim any more, still readable. Mutates."""
+        before, bit = self.family.stays(row), 1 << level
+        assert before & bit, f"row {row} is not at level {level}, or leaving already"
+        self.rows.leaving[row] |= bit
+        self.leaving_bytes[level] += self.levels[level].footprint(self.rows.length[level][row])
+        self.family.moved(row, before, before & ~bit)
+
+    def stay(self, row: int, level: int) -> None:
+        """The move failed, or the block was pinned meanwhile. Mutates."""
+        before, bit = self.family.stays(row), 1 << level
+        assert self.rows.leaving[row] & bit, f"row {row} is not leaving level {level}"
+        self.rows.leaving[row] &= ~bit
+        self.leaving_bytes[level] -= self.levels[level].footprint(self.rows.length[level][row])
+        self.family.moved(row, before, before | bit)
+        self._ready(row)
+
+    # ---- inside
+
+    def _space(self, namespace: str, shard: bytes) -> int:
+        space = self._spaces.get((namespace, shard))
+        if space is None:
+            space = self._spaces[namespace, shard] = len(self._names)
+            self._names.append((namespace, shard))
+            self._index.append({})
+            self.family.orphans.append({})
+        return space
+
+    def _ident(self, row: int) -> int:
+        at = row * 160 + 12  # the first half of the key, as uniform as a hash
+        return int.from_bytes(self.rows.headers[at : at + 8], "little") ^ self.rows.space[row]
+
+    def _settle(self, row: int) -> None:
+        rows = self.rows
+        if rows.pins[row] == 0 and rows.busy[row] == 0 and rows.gone[row]:
+            rows.gone[row] = 0
+            rows.give(row)
+        elif not rows.gone[row] and not rows.pins[row]:
+            self._ready(row)
+
+    def _ready(self, row: int) -> None:
+        present = self.rows.present[row]
+        for level, policy in enumerate(self.policies):
+            if present >> level & 1:
+                policy.ready(row)
+
+    def _remove(self, row: int) -> None:
+        """The last copy is gone: the row is free, or a zombie."""
+        rows, header = self.rows, self.rows.header(row)
+        del self._index[rows.space[row]][header.key]
+        self.family.part(row, header.parent, header.key)
+        if rows.pins[row] or rows.busy[row]:
+            rows.gone[row] = 1
+        else:
+            rows.give(row)
