@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import logging
 import socket  # noqa: TID251 - to say why a bind failed
@@ -97,7 +98,7 @@ def _bind_problem(host: str, port: int) -> str:
             probe.bind(where)
             probe.listen()
     except OSError as error:
-        if error.errno is not None and error.errno > 0 and "in use" not in str(error):
+        if error.errno != errno.EADDRINUSE:
             return f"cannot listen on {host}:{port}: {error.strerror}: choose another with --bind"
     return f"port {port} is in use: choose another with --bind"
 
