@@ -47,9 +47,7 @@ def run_of(
 ) -> Run:
     """Blocks first..stop-1 of a chain, as one run."""
     parent = keys[first - 1] if first else spec.root
-    return Run(
-        spec.root, shard.digest, tier, fidelity, parent, first, tuple(keys[first:stop]), keys[first], stored_bytes
-    )
+    return Run(spec.root, shard.digest, tier, fidelity, parent, first, tuple(keys[first:stop]), keys[0], stored_bytes)
 
 
 def halves(spec: ModelSpec, group: int = 0) -> tuple[Shard, Shard]:
