@@ -78,6 +78,9 @@ class WorkerConfig:
     announce_batch: int = 4096  # blocks a message
     announce_queue: int = 1 << 16  # changes kept for a slow coordinator; beyond it a snapshot
     tick_s: float = 0.25
+    keys_max: int = 16_384  # blocks one call may name
+    get_bytes_max: int = 1 * GIB  # raw bytes of the blocks in all Get streams at a time
+    put_bytes_max: int = 512 * MIB  # of blocks coming in by Put streams, one each
 
 
 @dataclass(frozen=True, slots=True)
