@@ -51,13 +51,17 @@ class LocalServer:
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     async def close(self, grace_s: float) -> None:
-        """Stop listening, give calls `grace_s`, end every connection; their `on_close` have run when it returns."""
-        self._loop.remove_reader(self._sock.fileno())
-        self._sock.close()
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(self.address)
-            if (found.st_dev, found.st_ino) == (self._file.st_dev, self._file.st_ino):  # not a successor's
-                os.unlink(self.address)
+        """Stop listening, give calls `grace_s`, end every connection; their `on_close` have run when it returns.
+
+        Idempotent.
+        """
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(self.address)
+                if (found.st_dev, found.st_ino) == (self._file.st_dev, self._file.st_ino):  # not a successor's
+                    os.unlink(self.address)
         await asyncio.gather(*(peer.stop(grace_s) for peer in list(self._peers)))
 
     def forget(self, peer: Peer) -> None:
