@@ -1,0 +1,16 @@
+"""A coordinator as a Ray actor: its address is fixed, so that a restarted one is found where the old one was."""
+
+from __future__ import annotations
+
+from coordinator.runtime import CoordinatorRuntime
+from kvstore.actor import ServerActor
+from kvstore.config import Config
+from kvstore.seams import System
+from kvstore.transport.base import Transport
+
+
+class CoordinatorActor(ServerActor):
+    """Async actor; `info` tells pid, id and address."""
+
+    def make(self, config: Config, system: System, transport: Transport) -> CoordinatorRuntime:
+        return CoordinatorRuntime(config, system, transport)

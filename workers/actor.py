@@ -1,0 +1,16 @@
+"""A worker as a Ray actor: one per node, restarted by Ray, its store found again in its SSD folder."""
+
+from __future__ import annotations
+
+from kvstore.actor import ServerActor
+from kvstore.config import Config
+from kvstore.seams import System
+from kvstore.transport.base import Transport
+from workers.runtime import WorkerRuntime
+
+
+class WorkerActor(ServerActor):
+    """Async actor; `info` tells pid, id, address and socket."""
+
+    def make(self, config: Config, system: System, transport: Transport) -> WorkerRuntime:
+        return WorkerRuntime(config, system, transport)

@@ -1,0 +1,295 @@
+"""Tells every coordinator what one holder holds: deltas, a snapshot after a gap, heartbeats; one stream each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, suppress
+from typing import Protocol
+
+from kvstore.announce import Outbox, SnapshotChunk, snapshot_chunks
+from kvstore.catalog import Catalog
+from kvstore.config import WorkerConfig
+from kvstore.convert import Introduced, chunk_to_wire, delta_to_wire
+from kvstore.errors import DataError, DeadlineExceeded, KVStoreError, ServiceError
+from kvstore.membership import Member
+from kvstore.runs import Added
+from kvstore.seams import System
+from kvstore.transport.base import Credentials, Transport
+from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
+from kvstore.wire import common_pb2, coordinator_pb2
+from kvstore.wireform import member_to_wire
+
+COORDINATORS_MAX = 64
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 2.0
+SILENCE_LEASES = 2.0
+"""A coordinator that answers no heartbeat for so many leases is taken for dead, and connected to anew."""
+
+Request = coordinator_pb2.AnnounceRequest
+
+
+class Source(Protocol):
+    """A holder: a worker's store, or a namespace's Redis. Numbers of `outbox` and `snapshot` are the same ones."""
+
+    catalog: Catalog
+
+    def member(self) -> Member:
+        """As it is now, its epoch too."""
+
+    def namespaces(self) -> Sequence[str]: ...
+
+    def outbox(self, namespace: str) -> Outbox: ...
+
+    def snapshot(self, namespace: str) -> tuple[int, list[Added]]:
+        """The number it stands for, and everything held."""
+
+    def status(self) -> common_pb2.WorkerStatus | None: ...
+
+    async def fenced(self, epoch: int) -> None:
+        """A coordinator knows this higher epoch: `member().epoch` is above it when this returns."""
+
+
+class Announcer:
+    """All streams of one source. `start`, `wake` whenever something changed, `stop`."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        system: System,
+        transport: Transport,
+        credentials: Credentials,
+        coordinators: Iterable[str],
+        source: Source,
+    ) -> None:
+        self.config, self.system, self.transport, self.credentials = config, system, transport, credentials
+        self.source = source
+        self.counters: Counter[str] = Counter()
+        self.stopping = asyncio.Event()
+        self._leaving = False
+        self._fencing = asyncio.Lock()
+        self._streams: dict[str, Stream] = {address: Stream(self, address) for address in dict.fromkeys(coordinators)}
+        self._ids: dict[str, str] = {}  # coordinator id -> the address it is known by
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._started = False
+
+    @property
+    def leaving(self) -> bool:
+        return self._leaving
+
+    def start(self) -> None:
+        """Begin to announce; needs nobody to answer. Mutates."""
+        self._started = True
+        for stream in self._streams.values():
+            self._run(stream)
+
+    def _run(self, stream: Stream) -> None:
+        task = asyncio.ensure_future(stream.run())
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+
+    def wake(self) -> None:
+        """There is something to say."""
+        for stream in self._streams.values():
+            stream.wake.set()
+
+    def learn(self, coordinators: Iterable[common_pb2.CoordinatorInfo]) -> None:
+        """Announce to coordinators that a reply named, too. Mutates; bounded."""
+        for info in coordinators:
+            known = info.address in self._streams or (info.id and info.id in self._ids)
+            if info.address and not known and len(self._streams) < COORDINATORS_MAX and self._started:
+                stream = self._streams[info.address] = Stream(self, info.address)
+                self._run(stream)
+
+    def claim(self, coordinator: str, address: str) -> bool:
+        """Whether this stream is the one to that coordinator: one known by two names is told once. Mutates."""
+        return self._ids.setdefault(coordinator, address) == address
+
+    def disclaim(self, address: str) -> None:
+        """The stream has ended: another name may do. Mutates."""
+        self._ids = {id: known for id, known in self._ids.items() if known != address}
+
+    async def fenced(self, epoch: int) -> None:
+        """Take a higher epoch and register everywhere again."""
+        async with self._fencing:
+            if self.source.member().epoch <= epoch:
+                await self.source.fenced(epoch)
+                self.counters["fenced"] += 1
+        self.wake()
+
+    def settled(self, seqs: dict[str, int]) -> bool:
+        """Whether every coordinator has acknowledged these numbers (or later ones). Pure."""
+        streams = self._streams.values()
+        return all(stream.acked.get(name, 0) >= seq for stream in streams for name, seq in seqs.items())
+
+    async def stop(self, grace_s: float, *, leaving: bool) -> None:
+        """End all streams; with `leaving` say so first, so that no lease has to run out. Idempotent."""
+        self._leaving = leaving
+        self.stopping.set()
+        self.wake()
+        if self._tasks and leaving:
+            await asyncio.wait(list(self._tasks), timeout=grace_s)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+
+
+class Stream:
+    """The stream to one coordinator, reconnected for as long as the announcer lives."""
+
+    def __init__(self, announcer: Announcer, address: str) -> None:
+        self.address = address
+        self.wake = asyncio.Event()
+        self.acked: dict[str, int] = {}  # namespace -> last number the coordinator said it applied
+        self._announcer = announcer
+        self._snapshots = 0  # begun in the life of this process; grows, so that an older one is void
+        self._twin = False
+        self._turn = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new connection knows nothing."""
+        self._epoch = self._announcer.source.member().epoch
+        self._introduced = Introduced(self._announcer.source.catalog)
+        self._welcome: coordinator_pb2.Welcome | None = None
+        self._sent: dict[str, int] = {}  # namespace -> last number said; absent while its snapshot is on its way
+        self._parts: dict[str, Iterator[SnapshotChunk]] = {}
+
+    async def run(self) -> None:
+        announcer = self._announcer
+        delay = BACKOFF_FIRST_S
+        while not announcer.stopping.is_set():
+            self._begin()
+            try:
+                await self._connected()
+            except (ServiceError, DataError) as error:
+                announcer.counters[f"errors_{type(error).__name__}"] += 1
+            except KVStoreError as error:  # refused for good, until somebody mends it; said again with each attempt
+                announcer.counters[f"refused_{type(error).__name__}"] += 1
+            finally:
+                announcer.disclaim(self.address)
+            if self._twin:
+                return
+            delay = BACKOFF_FIRST_S if self._welcome is not None else min(2 * delay, BACKOFF_MAX_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay * announcer.system.rng.uniform(0.5, 1.5)):
+                    await announcer.stopping.wait()
+
+    async def _connected(self) -> None:
+        announcer = self._announcer
+        channel = await announcer.transport.connect(self.address, announcer.credentials)
+        try:
+            stream = channel.stream(COORDINATOR["Announce"], self._requests(), timeout_s=None)
+            async with aclosing(stream):
+                while True:
+                    reply = await self._next(stream)
+                    if reply is None or not await self._take(reply):
+                        return
+        finally:
+            await channel.close()
+
+    async def _next(self, stream: AsyncIterator[coordinator_pb2.AnnounceReply]) -> coordinator_pb2.AnnounceReply | None:
+        lease_ms = self._welcome.lease_ms if self._welcome is not None else 5000
+        try:
+            async with asyncio.timeout(SILENCE_LEASES * lease_ms / 1000):
+                return await anext(stream, None)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.address} does not answer heartbeats") from None
+
+    async def _take(self, reply: coordinator_pb2.AnnounceReply) -> bool:
+        """Whether to go on with this stream."""
+        kind = reply.WhichOneof("body")
+        if kind == "fenced":
+            await self._announcer.fenced(reply.fenced.epoch)
+            return False
+        if kind == "welcome":
+            if not self._announcer.claim(reply.welcome.self.id, self.address):
+                self._twin = True
+                return False
+            self._sent = dict(reply.welcome.applied)
+            self._welcome = reply.welcome
+        elif kind == "ack":
+            self.acked.update(reply.ack.applied)
+        elif kind == "snapshot_request":
+            self._snapshot(reply.snapshot_request.namespace)
+        self._announcer.learn(reply.coordinators)
+        self.wake.set()
+        return True
+
+    # --- what is said ----------------------------------------------------------------------------------------------
+
+    async def _requests(self) -> AsyncIterator[Request]:
+        announcer, clock = self._announcer, self._announcer.system.clock
+        yield self._register()
+        while self._welcome is None:
+            if announcer.stopping.is_set():
+                return
+            self.wake.clear()
+            await self.wake.wait()
+        beat_s = self._welcome.heartbeat_ms / 1000
+        beat = clock.monotonic()
+        while announcer.source.member().epoch == self._epoch:
+            self.wake.clear()
+            if announcer.stopping.is_set():
+                if announcer.leaving:
+                    yield Request(heartbeat=coordinator_pb2.Heartbeat(leaving=True))
+                return
+            if clock.monotonic() >= beat:
+                beat = clock.monotonic() + beat_s
+                yield self._heartbeat()
+                continue
+            message = self._message()
+            if message is not None:
+                yield message
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(beat - clock.monotonic()):
+                    await self.wake.wait()
+
+    def _register(self) -> Request:
+        source = self._announcer.source
+        hello = common_pb2.HelloRequest(protocol=PROTOCOL_VERSION, capabilities=CAPABILITIES, software="kvstore")
+        heads = {name: source.outbox(name).head for name in source.namespaces()}
+        return Request(
+            register=coordinator_pb2.Register(member=member_to_wire(source.member()), heads=heads, hello=hello)
+        )
+
+    def _heartbeat(self) -> Request:
+        """Its heads are what was said on this stream, so that more than was applied means that something was lost."""
+        return Request(heartbeat=coordinator_pb2.Heartbeat(heads=self._sent, status=self._announcer.source.status()))
+
+    def _message(self) -> Request | None:
+        """The next part of what the coordinator does not know, None when it has been told everything."""
+        source, batch = self._announcer.source, self._announcer.config.announce_batch
+        names = source.namespaces()
+        for turn in range(self._turn, self._turn + len(names)):
+            name = names[turn % len(names)]
+            if name not in self._parts:
+                try:
+                    delta = source.outbox(name).delta(self._sent.setdefault(name, 0), batch)
+                except LookupError:
+                    self._snapshot(name)
+                else:
+                    if delta is None:
+                        continue
+                    self._sent[name] = delta.last_seq
+                    self._turn = turn + 1  # the others first, next time
+                    return Request(delta=delta_to_wire(name, delta, self._introduced.entries(delta.changes)))
+            part = next(self._parts[name])
+            if part.last:
+                del self._parts[name]
+                self._sent[name] = part.resume_seq
+            return Request(snapshot=chunk_to_wire(name, part, self._introduced.entries(part.runs)))
+        return None
+
+    def _snapshot(self, namespace: str) -> None:
+        """Begin one, void an earlier one. Nothing for a namespace this holder does not have."""
+        if namespace not in self._announcer.source.namespaces():
+            return
+        self._snapshots += 1
+        self._announcer.counters["snapshots"] += 1
+        seq, blocks = self._announcer.source.snapshot(namespace)
+        self._parts[namespace] = snapshot_chunks(self._snapshots, seq, blocks, self._announcer.config.announce_batch)
+        self._sent.pop(namespace, None)

@@ -1,0 +1,149 @@
+"""The service `WorkerLocal`: processes of this host open blocks in shared memory and commit from their own staging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore.errors import BadRequest, Overloaded
+from kvstore.spec import ModelSpec
+from kvstore.staging import StagingSegment
+from kvstore.store import Placed
+from kvstore.transport.base import CallContext, Connection
+from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
+from workers.node import Answer, Node
+
+HOLDS_MAX = 4096
+"""Of one connection at a time."""
+
+PEER = "peer"
+
+
+@dataclass(slots=True)
+class Peer:
+    """What belongs to one connection and ends with it."""
+
+    holds: dict[int, None] = field(default_factory=dict)
+    segments: dict[int, None] = field(default_factory=dict)  # passed: the peer has them mapped
+    staging: StagingSegment | None = None
+
+
+class LocalService:
+    """One coroutine per call of `WorkerLocal`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def _peer(self, context: CallContext) -> Peer:
+        connection = context.connection
+        if connection is None:
+            raise BadRequest("WorkerLocal is served on the local socket only")
+        peer: Peer | None = connection.state.get(PEER)
+        if peer is None:
+            peer = connection.state[PEER] = Peer()
+            self._bind(connection, peer)
+        return peer
+
+    def _bind(self, connection: Connection, peer: Peer) -> None:
+        store = self._node.store
+
+        def end() -> None:
+            for hold in peer.holds:
+                store.release(hold)
+            for segment in peer.segments:
+                store.arena.unshare(segment)
+            if peer.staging is not None:
+                store.staging.close(peer.staging.id)
+
+        connection.on_close.append(end)
+
+    async def hello(self, request: worker_pb2.LocalHelloRequest, context: CallContext) -> common_pb2.HelloReply:
+        return self._node.hello(request.hello)
+
+    async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
+        return self._node.match(request, context.namespace)
+
+    async def open(self, request: worker_pb2.OpenRequest, context: CallContext) -> worker_pb2.OpenReply:
+        """Where the blocks lie; they stay there until the hold ends. Segments are passed once per connection."""
+        node, peer = self._node, self._peer(context)
+        root = digest_from_wire("root", request.root)
+        wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
+        least = least_from_wire(request.least)
+        node.asked_bytes(root, shards)
+        if len(peer.holds) >= HOLDS_MAX:
+            raise Overloaded(f"{HOLDS_MAX} holds on one connection: release some")
+        timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
+        hold = await node.open(context.namespace, root, wanted, least, redis=request.redis, timeout_s=timeout_s)
+        peer.holds[hold.id] = None
+        reply = worker_pb2.OpenReply(hold=hold.id)
+        for placed in hold.blocks:
+            if placed is None:
+                reply.blocks.append(worker_pb2.OpenBlock(state=worker_pb2.BLOCK_MISSING))
+                continue
+            self._share(placed, peer, reply, context)
+            reply.blocks.append(
+                worker_pb2.OpenBlock(
+                    state=worker_pb2.BLOCK_FOUND,
+                    tier=int(placed.tier),  # type: ignore[arg-type]
+                    segment=placed.segment_id,
+                    offset=placed.offset,
+                    length=placed.length,
+                    generation=placed.generation,
+                    raw=placed.raw,
+                    header=placed.header.pack(),
+                )
+            )
+        return reply
+
+    def _share(self, placed: Placed, peer: Peer, reply: worker_pb2.OpenReply, context: CallContext) -> None:
+        """Pass the block's segment unless the peer has it."""
+        if placed.segment_id in peer.segments:
+            return
+        peer.segments[placed.segment_id] = None
+        self._node.store.arena.share(placed.segment_id)
+        context.attach(placed.segment, writable=False)
+        reply.segments.append(
+            worker_pb2.SegmentInfo(
+                segment=placed.segment_id, bytes=placed.segment.nbytes, data_offset=placed.data_offset, writable=False
+            )
+        )
+
+    async def release(self, request: worker_pb2.ReleaseRequest, context: CallContext) -> worker_pb2.ReleaseReply:
+        """Idempotent; only the connection's own holds."""
+        peer = self._peer(context)
+        for hold in request.holds:
+            if hold in peer.holds:
+                del peer.holds[hold]
+                self._node.store.release(hold)
+        return worker_pb2.ReleaseReply()
+
+    async def stage(self, request: worker_pb2.StageRequest, context: CallContext) -> worker_pb2.StageReply:
+        """The connection's staging segment; one for its life. Overloaded when there is no room for it."""
+        node, peer = self._node, self._peer(context)
+        if peer.staging is not None:
+            raise BadRequest("this connection has a staging segment: use it again, or open another connection")
+        if request.bytes < 1:
+            raise BadRequest("a staging segment of 0 bytes")
+        peer.staging = node.store.staging.open(min(request.bytes, node.config.store.staging_bytes))
+        context.attach(peer.staging.segment, writable=True)
+        info = worker_pb2.SegmentInfo(segment=peer.staging.id, bytes=peer.staging.nbytes, data_offset=0, writable=True)
+        return worker_pb2.StageReply(segment=info)
+
+    async def commit(self, request: worker_pb2.CommitRequest, context: CallContext) -> worker_pb2.PutReply:
+        """Copy blocks out of staging: what the peer writes there afterwards changes nothing. BadRequest."""
+        node, peer = self._node, self._peer(context)
+        staging = peer.staging
+        if staging is None or request.segment != staging.id:
+            raise BadRequest(f"segment {request.segment} is not this connection's staging: call Stage first")
+        if len(request.blocks) > node.config.worker.keys_max:
+            raise BadRequest(f"{len(request.blocks)} blocks in one Commit: at most {node.config.worker.keys_max}")
+        spec = ModelSpec.from_json(request.spec_json)
+        blocks = [(message.offset, *node.put_block(context.namespace, spec, message)) for message in request.blocks]
+        for offset, _, header in blocks:
+            if offset + header.raw_length > staging.nbytes:
+                raise BadRequest(f"a block at {offset} ends outside the staging segment of {staging.nbytes} bytes")
+        answer = Answer(node)
+        for offset, shard, header in blocks:
+            source = staging.segment.view[offset : offset + header.raw_length]
+            await answer.take(context.namespace, spec, shard, header, source)
+        return answer.message()

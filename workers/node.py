@@ -1,0 +1,225 @@
+"""What the services of one worker share: its store, its name, its bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kvstore.catalog import Catalog
+from kvstore.config import Config
+from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
+from kvstore.header import Header
+from kvstore.identity import Identity
+from kvstore.layout import block_bytes
+from kvstore.membership import Member
+from kvstore.seams import System
+from kvstore.spec import ModelSpec, Shard
+from kvstore.store import Hold, TieredStore
+from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
+from kvstore.types import Fidelity
+from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wireform import (
+    SHARDS_MAX,
+    digest_from_wire,
+    keys_from_wire,
+    least_from_wire,
+    match_to_wire,
+    member_to_wire,
+    shard_from_wire,
+)
+
+STATES = {
+    "committed": worker_pb2.BLOCK_COMMITTED,
+    "held": worker_pb2.BLOCK_HELD_ALREADY,
+    "dropped": worker_pb2.BLOCK_DROPPED,
+    "refused": worker_pb2.BLOCK_REFUSED,
+}
+
+
+class Budget:
+    """Bytes of one kind in flight. Synchronous; what does not fit is refused, nobody waits."""
+
+    def __init__(self, capacity: int, setting: str) -> None:
+        self.capacity, self.used = capacity, 0
+        self._setting = setting
+
+    @contextmanager
+    def take(self, nbytes: int) -> Iterator[None]:
+        """For the time of the block. Overloaded when they are not free."""
+        if self.used + nbytes > self.capacity:
+            raise Overloaded(
+                f"{nbytes} bytes more than {self.used} of {self.capacity}: later, or raise {self._setting}"
+            )
+        self.used += nbytes
+        try:
+            yield
+        finally:
+            self.used -= nbytes
+
+
+class Node:
+    """One worker in one life."""
+
+    def __init__(
+        self, config: Config, system: System, store: TieredStore, catalog: Catalog, identity: Identity, digest: str
+    ) -> None:
+        self.config, self.system, self.store, self.catalog = config, system, store, catalog
+        self.identity = identity
+        self.boot_id = system.token_hex(8)
+        self.address = ""  # known once it is served
+        self.socket = ""
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self.sending = Budget(config.worker.get_bytes_max, "worker.get_bytes_max")
+        self.receiving = Budget(config.worker.put_bytes_max, "worker.put_bytes_max")
+        self._digest = digest
+
+    def member(self) -> Member:
+        return Member(
+            id=self.identity.worker,
+            epoch=self.identity.epoch,
+            address=self.address,
+            socket=self.socket,
+            host=self.system.host,
+            node=self.config.server.node,
+            state="draining" if self.draining else "alive",
+        )
+
+    def hello(self, request: common_pb2.HelloRequest) -> common_pb2.HelloReply:
+        """Incompatible for another protocol."""
+        if request.protocol != PROTOCOL_VERSION:
+            raise Incompatible(f"protocol {request.protocol} is not spoken here: use a build with {PROTOCOL_VERSION}")
+        return common_pb2.HelloReply(
+            protocol=PROTOCOL_VERSION,
+            capabilities=CAPABILITIES,
+            software="kvstore",
+            namespaces_digest=self._digest,
+            id=self.identity.worker,
+            boot_id=self.boot_id,
+            host=self.system.host,
+            member=member_to_wire(self.member()),
+        )
+
+    def match(self, request: common_pb2.MatchRequest, namespace: str) -> common_pb2.MatchReply:
+        """What this worker alone can serve. BadRequest."""
+        root = digest_from_wire("root", request.root)
+        keys = keys_from_wire(request.keys, self.config.worker.keys_max)
+        if not 1 <= len(request.shards) <= SHARDS_MAX:
+            raise BadRequest(f"{len(request.shards)} shards: name 1 to {SHARDS_MAX}")
+        shards = [shard_from_wire(shard) for shard in request.shards]
+        found = self.store.match(namespace, root, keys, shards, least_from_wire(request.least))
+        reply = match_to_wire(found, lambda holder: self.member())
+        reply.complete = True
+        reply.boot_id = self.boot_id
+        return reply
+
+    def asked_bytes(self, root: bytes, shards: Sequence[Shard]) -> int:
+        """Raw bytes of the blocks of a request; 0 for a model nobody has put here. BadRequest for what no block is."""
+        spec = self.catalog.spec(root)
+        if spec is None:
+            return 0
+        total = 0
+        for shard in shards:
+            shard.check(spec)
+            total += block_bytes(spec, shard)
+        if total > self.sending.capacity:
+            raise BadRequest(f"{total} bytes of blocks in one call: at most {self.sending.capacity}, ask in several")
+        return total
+
+    async def open(
+        self,
+        namespace: str,
+        root: bytes,
+        wanted: Sequence[tuple[bytes, bytes]],
+        least: Fidelity,
+        *,
+        redis: bool,
+        timeout_s: float | None,
+    ) -> Hold:
+        """Blocks held and in memory, until `store.release`. DeadlineExceeded, and nothing held, when that takes longer."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.store.open(namespace, root, wanted, least=least, redis=redis)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{len(wanted)} blocks were not loaded within {timeout_s:.3f} s") from None
+
+    def put_block(self, namespace: str, spec: ModelSpec, message: worker_pb2.PutBlock) -> tuple[Shard, Header]:
+        """What a put says of one block, checked against the spec. BadRequest."""
+        shard = shard_from_wire(message.shard)
+        size = block_bytes(spec, shard)
+        if message.raw_bytes != size:
+            raise BadRequest(f"a block of {message.raw_bytes} bytes was put: by its spec and shard it has {size}")
+        if size > self.config.store.block_bytes_max:
+            raise BadRequest(f"a block of {size} bytes: at most {self.config.store.block_bytes_max} are stored here")
+        try:
+            computed_on = Fidelity(message.computed_on)
+        except ValueError:
+            raise BadRequest(f"computed_on is {message.computed_on}: give 1 (compact), 2 (near) or 3 (exact)") from None
+        header = Header.new(
+            namespace,
+            spec,
+            shard,
+            key=message.key,
+            parent=message.parent,
+            group=message.group,
+            depth=message.depth,
+            computed_on=computed_on,
+            copy_id=message.copy_id,
+        )
+        return shard, header
+
+    def left(self, deadline: float | None) -> float | None:
+        """Seconds until a deadline of the monotonic clock."""
+        return None if deadline is None else max(0.0, deadline - self.system.clock.monotonic())
+
+    def status(self) -> common_pb2.WorkerStatus:
+        """Everything; `kvstore.views` cuts it to what a caller may see."""
+        tiers = [
+            common_pb2.TierStatus(
+                tier=int(stats.tier),  # type: ignore[arg-type]
+                state=stats.state,
+                detail=stats.detail,
+                used=stats.used,
+                capacity=stats.capacity,
+                blocks=stats.blocks,
+                raw_bytes=stats.raw_bytes,
+                hits=stats.hits,
+                writes=stats.writes,
+                errors=stats.errors,
+            )
+            for stats in self.store.stats()
+        ]
+        namespaces = [
+            common_pb2.NamespaceStatus(namespace=name, seq=seq, blocks=self.store.blocks(name))
+            for name, seq in self.store.heads().items()
+        ]
+        return common_pb2.WorkerStatus(
+            member=member_to_wire(self.member()),
+            tiers=tiers,
+            namespaces=namespaces,
+            counters={**self.store.counters, **self.counters},
+            pid=os.getpid(),
+        )
+
+
+class Answer:
+    """The reply to a put as its blocks are taken in."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._states: list[worker_pb2.BlockState] = []
+        self._seq = 0
+
+    async def take(self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> None:
+        """Offer one block to the store; mutates. `source` may be reused when this returns."""
+        outcome = await self._node.store.put(namespace, spec, shard, header, source)
+        self._states.append(STATES[outcome.state])
+        self._seq = max(self._seq, outcome.seq)
+
+    def message(self) -> worker_pb2.PutReply:
+        identity = self._node.identity
+        token = common_pb2.CommitToken(worker=identity.worker, epoch=identity.epoch, seq=self._seq)
+        return worker_pb2.PutReply(token=token, states=self._states)

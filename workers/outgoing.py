@@ -1,0 +1,179 @@
+"""The blocks of one Get as messages: chunks layer by layer across all blocks, about 1 MiB each. For byte movers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore.arena import generation_at
+from kvstore.checksum import xxh3
+from kvstore.codecs import RAW
+from kvstore.errors import DataError
+from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Record
+from kvstore.layout import Chunk, chunks
+from kvstore.spec import ModelSpec, Shard
+from kvstore.store import Placed
+from kvstore.transport import frames
+from kvstore.types import Buffer
+from kvstore.wire import worker_pb2
+
+MESSAGE_BYTES = 1 << 20
+"""Payload of one message; a larger chunk makes a larger one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive chunks of one layer of one block."""
+
+    block: int
+    first: int
+    count: int
+    nbytes: int  # stored
+
+
+class Outgoing:
+    """Reads held blocks. `lost` are those whose space was reused under us: nothing more of them is sent."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shards: Sequence[Shard],
+        placed: Sequence[Placed | None],
+        *,
+        layers: range | None,
+        chunk_bytes_max: int,
+    ) -> None:
+        self._spec, self._shards, self._placed = spec, shards, placed
+        self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
+        self._bases = [sum(group.layers for group in spec.groups[:index]) for index in range(len(spec.groups))]
+        self._records: dict[int, Record] = {}
+        self.lost: dict[int, None] = {}
+
+    def begin(self) -> tuple[bytes, list[list[Part]]]:
+        """Runs in a byte mover. The first message, which says what will come, and the parts of all others."""
+        header = worker_pb2.GetHeader()
+        by_layer: dict[int, list[Part]] = {}
+        for block, placed in enumerate(self._placed):
+            parts = self._parts(block, placed) if placed is not None else None
+            if placed is None or parts is None:
+                header.blocks.append(worker_pb2.BlockInfo(state=worker_pb2.BLOCK_MISSING))
+                continue
+            info = worker_pb2.BlockInfo(
+                state=worker_pb2.BLOCK_FOUND,
+                header=placed.header.pack(),
+                tier=int(placed.tier),  # type: ignore[arg-type]
+            )
+            header.blocks.append(info)
+            for layer, part in parts:
+                by_layer.setdefault(layer, []).append(part)
+        ordered = [part for layer in sorted(by_layer) for part in by_layer[layer]]
+        return frames.encode(header.SerializeToString(), ()), list(_messages(ordered))
+
+    def message(self, parts: Sequence[Part]) -> bytes | None:
+        """Runs in a byte mover. A frame; without the blocks whose space was reused while it was copied, and None when
+        nothing is left."""
+        while True:
+            mine = [part for part in parts if part.block not in self.lost]
+            if not mine:
+                return None
+            header = worker_pb2.GetHeader()
+            payload: list[Buffer] = []
+            for part in mine:
+                table, data = self._read(part)
+                header.parts.append(worker_pb2.ChunkPart(block=part.block, first_chunk=part.first, table=table))
+                payload += data
+            frame = frames.encode(header.SerializeToString(), payload)
+            reused = [part.block for part in mine if not self._current(part.block)]
+            if not reused:
+                return frame
+            self.lost.update(dict.fromkeys(reused))
+
+    def _view(self, placed: Placed) -> memoryview:
+        return placed.segment.view[placed.offset : placed.offset + placed.length]
+
+    def _current(self, block: int) -> bool:
+        placed = self._placed[block]
+        assert placed is not None
+        return generation_at(placed.segment.view, placed.data_offset, placed.offset) == placed.generation
+
+    def _parts(self, block: int, placed: Placed) -> list[tuple[int, Part]] | None:
+        """(layer of the model, part) of the layers asked for; None where the block can't be served."""
+        shard = self._shards[block]
+        pieces = chunks(self._spec, shard)
+        if placed.raw:
+            sizes = [piece.nbytes for piece in pieces]
+        else:
+            try:
+                record = Record.parse(self._view(placed))
+            except DataError:
+                return None
+            if len(record.table) != len(pieces):
+                return None
+            self._records[block] = record
+            sizes = record.table["stored"].tolist()
+        if max(sizes) > self._chunk_bytes_max or not self._current(block):
+            return None
+        base = self._bases[shard.group]
+        found: list[tuple[int, Part]] = []
+        start = 0
+        for index in range(1, len(pieces) + 1):
+            if index == len(pieces) or pieces[index].layer != pieces[start].layer:
+                layer = base + pieces[start].layer
+                if self._layers is None or layer in self._layers:
+                    found += [(layer, part) for part in self._split(block, start, sizes[start:index])]
+                start = index
+        return found
+
+    def _split(self, block: int, first: int, sizes: Sequence[int]) -> Iterator[Part]:
+        """Parts of a layer's chunks, none of more than a message unless it is one chunk."""
+        begin, nbytes = 0, 0
+        for index, size in enumerate(sizes):
+            if index > begin and nbytes + size > MESSAGE_BYTES:
+                yield Part(block, first + begin, index - begin, nbytes)
+                begin, nbytes = index, 0
+            nbytes += size
+        yield Part(block, first + begin, len(sizes) - begin, nbytes)
+
+    def _read(self, part: Part) -> tuple[bytes, list[Buffer]]:
+        """(table entries, stored bytes) of a part; views of the arena."""
+        placed = self._placed[part.block]
+        assert placed is not None
+        view = self._view(placed)
+        if placed.raw:
+            pieces = chunks(self._spec, self._shards[part.block])
+            mine = pieces[part.first : part.first + part.count]
+            start, end = mine[0].offset, mine[-1].offset + mine[-1].nbytes
+            return _raw_table(view, mine, len(pieces)), [view[start:end]]
+        record = self._records[part.block]
+        rows = record.table[part.first : part.first + part.count]
+        spans = zip(rows["offset"].tolist(), rows["stored"].tolist(), strict=True)
+        return rows.tobytes(), [record.view[offset : offset + stored] for offset, stored in spans]
+
+
+def _raw_table(view: memoryview, mine: Sequence[Chunk], count: int) -> bytes:
+    """Entries of raw chunks, as a record of them would have."""
+    table = np.zeros(len(mine), ENTRY_DTYPE)
+    data_start = HEADER_BYTES + count * ENTRY_BYTES
+    for row, piece in enumerate(mine):
+        sum_ = xxh3(view[piece.offset : piece.offset + piece.nbytes])
+        table[row] = (
+            piece.layer, piece.component, 0, piece.head_first, piece.head_count,
+            RAW, 0, 0, data_start + piece.offset, piece.nbytes, piece.nbytes, sum_,
+        )  # fmt: skip
+    return table.tobytes()
+
+
+def _messages(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts packed into messages, their order kept."""
+    message: list[Part] = []
+    nbytes = 0
+    for part in parts:
+        if message and nbytes + part.nbytes > MESSAGE_BYTES:
+            yield message
+            message, nbytes = [], 0
+        message.append(part)
+        nbytes += part.nbytes
+    if message:
+        yield message

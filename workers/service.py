@@ -1,0 +1,203 @@
+"""The gRPC service `Worker`: what other hosts, and people, ask of a worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import ExitStack, aclosing
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from kvstore.config import KIB
+from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded
+from kvstore.header import Header
+from kvstore.spec import ModelSpec, Shard
+from kvstore.transport import frames
+from kvstore.transport.base import CallContext
+from kvstore.views import visible_status
+from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
+from workers.node import Answer, Node
+from workers.outgoing import Outgoing
+
+FRAME_SLACK_BYTES = 256 * KIB
+"""Of a message's bound, what its header may take."""
+
+
+class WorkerService:
+    """One coroutine per call of the proto; `context.namespace` is granted already."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
+        return self._node.hello(request)
+
+    async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
+        return self._node.match(request, context.namespace)
+
+    async def status(self, request: common_pb2.StatusRequest, context: CallContext) -> common_pb2.WorkerStatus:
+        return visible_status(self._node.status(), context)
+
+    async def purge(self, request: worker_pb2.PurgeRequest, context: CallContext) -> worker_pb2.PurgeReply:
+        """Forget a model's blocks, or all of the caller's namespace."""
+        root = digest_from_wire("root", request.root) if request.root else None
+        return worker_pb2.PurgeReply(blocks=self._node.store.purge(context.namespace, root))
+
+    async def probe(self, request: worker_pb2.ProbeRequest, context: CallContext) -> worker_pb2.ProbeReply:
+        """Write a block through every tier and read it back."""
+        outcomes = await self._node.store.probe(context.namespace)
+        results = [
+            worker_pb2.ProbeResult(
+                tier=int(outcome.tier),  # type: ignore[arg-type]
+                ok=outcome.ok,
+                detail=outcome.detail,
+                fix=outcome.fix,
+            )
+            for outcome in outcomes
+        ]
+        return worker_pb2.ProbeReply(results=results)
+
+    # --- get -------------------------------------------------------------------------------------------------------
+
+    async def get(self, request: worker_pb2.GetRequest, context: CallContext) -> AsyncGenerator[bytes, None]:
+        """What there is of the blocks, then their chunks. BadRequest, Overloaded, DeadlineExceeded."""
+        node = self._node
+        root = digest_from_wire("root", request.root)
+        wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
+        least = least_from_wire(request.least)
+        if request.layer_count == 0 and request.layer_first:
+            raise BadRequest("layer_first without layer_count: give both, or neither for all layers")
+        with node.sending.take(node.asked_bytes(root, shards)):
+            timeout_s = node.left(context.deadline)
+            hold = await node.open(context.namespace, root, wanted, least, redis=request.redis, timeout_s=timeout_s)
+            try:
+                spec = node.catalog.spec(root)
+                if spec is None:  # nobody has put a block of this model here
+                    missing = [worker_pb2.BlockInfo(state=worker_pb2.BLOCK_MISSING)] * len(wanted)
+                    yield frames.encode(worker_pb2.GetHeader(blocks=missing).SerializeToString(), ())
+                    return
+                layers = range(request.layer_first, request.layer_first + request.layer_count)
+                outgoing = Outgoing(
+                    spec,
+                    shards,
+                    hold.blocks,
+                    layers=layers or None,
+                    chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
+                )
+                async with aclosing(self._stream(outgoing)) as stream:
+                    async for frame in stream:
+                        yield frame
+            finally:
+                node.store.release(hold.id)
+
+    async def _stream(self, outgoing: Outgoing) -> AsyncGenerator[bytes, None]:
+        """Frames, the next one being made while one is sent."""
+        pool = self._node.system.pool
+        first, messages = await pool.run(outgoing.begin)
+        yield first
+        ahead: asyncio.Task[bytes | None] | None = None
+        try:
+            for index in range(len(messages) + 1):
+                ready, ahead = ahead, None
+                if index < len(messages):
+                    ahead = asyncio.ensure_future(pool.run(outgoing.message, messages[index]))
+                if ready is not None:
+                    frame = await ready
+                    if frame is not None:
+                        yield frame
+                if ahead is not None:
+                    await asyncio.shield(ahead)
+        finally:
+            if ahead is not None and not ahead.done():
+                await asyncio.wait([ahead])  # it reads blocks that are held only until now
+            self._node.counters["blocks_lost_in_flight"] += len(outgoing.lost)
+
+    # --- put -------------------------------------------------------------------------------------------------------
+
+    async def put(self, requests: AsyncIterator[bytes], context: CallContext) -> worker_pb2.PutReply:
+        """Blocks become visible one by one as they are whole. BadRequest, Overloaded, DeadlineExceeded."""
+        timeout_s = self._node.left(context.deadline)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._put(requests, context.namespace)
+        except TimeoutError:
+            raise DeadlineExceeded("the blocks did not come in time") from None
+
+    async def _put(self, requests: AsyncIterator[bytes], namespace: str) -> worker_pb2.PutReply:
+        incoming: Incoming | None = None
+        with ExitStack() as room:
+            async for frame in requests:
+                try:
+                    packed, data = frames.decode(frame)
+                    header = worker_pb2.PutHeader.FromString(packed or b"")
+                except (Corrupt, DecodeError) as error:
+                    raise BadRequest(f"a frame of the Put stream can't be read: {error}") from None
+                if incoming is None:
+                    incoming = Incoming(self._node, namespace, header)
+                    room.enter_context(self._node.receiving.take(incoming.largest))
+                elif header.blocks:
+                    raise BadRequest("blocks are named in the first message of a Put stream only")
+                await incoming.take(data)
+            if incoming is None:
+                raise BadRequest("a Put stream without a message")
+            return incoming.reply()
+
+
+class Incoming:
+    """The blocks of one Put stream; one of them at a time is in memory."""
+
+    def __init__(self, node: Node, namespace: str, header: worker_pb2.PutHeader) -> None:
+        self._node, self._namespace = node, namespace
+        self._spec = ModelSpec.from_json(header.spec_json)
+        if not 1 <= len(header.blocks) <= node.config.worker.keys_max:
+            raise BadRequest(f"{len(header.blocks)} blocks in one Put: give 1 to {node.config.worker.keys_max}")
+        self._blocks: list[tuple[Shard, Header]] = [
+            node.put_block(namespace, self._spec, message) for message in header.blocks
+        ]
+        self._answer = Answer(node)
+        self._index = 0  # of the block that is coming in
+        self._buffer = memoryview(b"")
+        self._filled = 0
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest block."""
+        return max(header.raw_length for _, header in self._blocks)
+
+    async def take(self, data: memoryview) -> None:
+        """Raw bytes, back to back; mutates. A block that lies whole in one message is stored from there."""
+        while len(data):
+            if self._index == len(self._blocks):
+                raise BadRequest(f"{len(data)} bytes came after the last block")
+            size = self._blocks[self._index][1].raw_length
+            if not self._filled and len(data) >= size:
+                await self._store(data[:size])
+                data = data[size:]
+                continue
+            if not self._buffer:
+                self._buffer = memoryview(bytearray(self.largest))
+            part = data[: size - self._filled]
+            await self._node.system.pool.run(_copy, self._buffer[self._filled : self._filled + len(part)], part)
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == size:
+                self._filled = 0
+                await self._store(self._buffer[:size])
+
+    async def _store(self, raw: memoryview) -> None:
+        shard, header = self._blocks[self._index]
+        self._index += 1
+        await self._answer.take(self._namespace, self._spec, shard, header, raw)
+
+    def reply(self) -> worker_pb2.PutReply:
+        """BadRequest when the stream ended too soon; what was whole is stored all the same."""
+        if self._index < len(self._blocks):
+            raise BadRequest(f"the stream ended within block {self._index} of {len(self._blocks)}")
+        return self._answer.message()
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Runs in a byte mover; numpy lets others run meanwhile."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
