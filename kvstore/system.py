@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time  # noqa: TID251 - the real clock
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from kvstore.memory import MemfdMemory
 from kvstore.seams import System
 from kvstore.spawn import LocalProcess, LocalSpawner
 
-__all__ = ["LocalProcess", "LocalSpawner", "RealClock", "ThreadPool", "host_id", "real_system"]
+__all__ = ["LocalProcess", "LocalSpawner", "RealClock", "ThreadPool", "host_id", "real_system", "start_daemon"]
 
 T = TypeVar("T")
 
@@ -57,6 +58,16 @@ class ThreadPool:
     def close(self) -> None:
         """Waits for running work; what has not begun is dropped."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def start_daemon(name: str, target: Callable[[], None]) -> Callable[[float], None]:
+    """A thread of its own that does not keep the process alive: the event loop of a client whose caller has none.
+
+    Returns what waits for its end, at most so many seconds.
+    """
+    thread = threading.Thread(target=target, name=name, daemon=True)  # noqa: TID251 - the real thread
+    thread.start()
+    return thread.join
 
 
 def host_id() -> str:
