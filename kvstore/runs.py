@@ -108,12 +108,12 @@ def in_chain_order(added: Iterable[Added]) -> list[Added]:
     For snapshots, whose order is free. O(n); the order is a function of the input's order.
     """
     blocks = list(added)
-    children: dict[tuple[bytes, bytes, Tier, Fidelity], list[Added]] = {}
-    present = {(block.shard, block.key, block.tier, block.fidelity) for block in blocks}
+    present = {(block.shard, block.key) for block in blocks}
+    children: dict[tuple[bytes, bytes], list[Added]] = {}
     starts: list[Added] = []
     for block in blocks:
-        parent = (block.shard, block.parent, block.tier, block.fidelity)
-        if parent in present and block.parent != block.key:
+        parent = (block.shard, block.parent)
+        if parent in present:
             children.setdefault(parent, []).append(block)
         else:
             starts.append(block)
@@ -122,7 +122,7 @@ def in_chain_order(added: Iterable[Added]) -> list[Added]:
     while stack:
         block = stack.pop()
         ordered.append(block)
-        stack.extend(reversed(children.pop((block.shard, block.key, block.tier, block.fidelity), ())))
+        stack.extend(reversed(children.pop((block.shard, block.key), ())))
     ordered.extend(block for rest in children.values() for block in rest)  # a cycle: hostile, but nothing is lost
     return ordered
 
