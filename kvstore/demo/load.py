@@ -67,6 +67,9 @@ class Script:
     first_bytes: int  # of text in the first prompt of a conversation
     new_tokens: int  # greedy, per request
 
+    def requests(self) -> int:
+        return sum(len(steps) for steps in self.phases().values())
+
     def phases(self) -> dict[str, list[tuple[str, str]]]:
         """(conversation, replica) of each request, by phase."""
         named = {"share": self.share, "again": self.again, "outage": self.outage, "after": self.after}
