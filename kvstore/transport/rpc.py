@@ -124,7 +124,8 @@ class RpcChannel:
         except grpc.aio.AioRpcError as error:
             raise self._error(method, error, timeout_s) from None
         except asyncio.CancelledError:
-            self._raise_unless_ours(method)
+            if not _cancelling():
+                raise self._closed(method) from None
             raise
         return _parse(method, reply)
 
@@ -149,8 +150,9 @@ class RpcChannel:
             _raise_failure(pump)
             raise self._error(method, error, timeout_s) from None
         except asyncio.CancelledError:
-            _raise_failure(pump)
-            self._raise_unless_ours(method)
+            if not _cancelling():
+                _raise_failure(pump)
+                raise self._closed(method) from None
             raise
         finally:
             call.cancel()
@@ -173,11 +175,8 @@ class RpcChannel:
             self._callables[method.path] = make(method.path)
         return self._callables[method.path]
 
-    def _raise_unless_ours(self, method: Method) -> None:
-        """gRPC cancels the waiter of a closed channel; only a cancelled task may see CancelledError."""
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():
-            raise Unavailable(f"{self._address}: the connection was closed during {method.name}") from None
+    def _closed(self, method: Method) -> Unavailable:
+        return Unavailable(f"{self._address}: the connection was closed during {method.name}")
 
     def _error(self, method: Method, error: Any, timeout_s: float | None) -> KVStoreError:
         code = error.code().name
@@ -190,6 +189,12 @@ class RpcChannel:
         if code == "UNIMPLEMENTED":
             return Incompatible(f"{self._address} does not know {method.path}: {message}")
         return from_code(code, message)
+
+
+def _cancelling() -> bool:
+    """Whether this task itself is being cancelled: gRPC cancels the waiters of a closed channel, too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _encode(method: Method, message: Any) -> bytes:
