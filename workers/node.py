@@ -139,7 +139,7 @@ class Node:
         redis: bool,
         timeout_s: float | None,
     ) -> Hold:
-        """Blocks held and in memory, until `store.release`. DeadlineExceeded, and nothing held, when that takes longer."""
+        """Blocks held and in memory until `store.release`. DeadlineExceeded, and nothing held, when it takes longer."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self.store.open(namespace, root, wanted, least=least, redis=redis)

@@ -6,24 +6,33 @@ import asyncio
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 
 from kvstore.announce import Outbox
-from kvstore.auth import Authenticator, load_policy, node_credentials
+from kvstore.auth import Authenticator, Policy, load_policy, node_credentials
 from kvstore.catalog import Catalog
 from kvstore.config import Config
 from kvstore.errors import SetupError
 from kvstore.identity import Identity, claim
 from kvstore.membership import Member
-from kvstore.runs import Added
+from kvstore.runs import Added, Change
 from kvstore.seams import System
 from kvstore.store import TieredStore
+from kvstore.tiers.base import TierStore
+from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
 from kvstore.wire import common_pb2
 from workers.announcer import Announcer
 from workers.local import LocalService
 from workers.node import Node
 from workers.service import WorkerService
+
+
+def socket_path(configured: str, worker: str, boot_id: str) -> str:
+    """Where the local socket lies: as configured, else in the user's runtime folder under a name of its own."""
+    if configured:
+        return configured
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or os.path.join(tempfile.gettempdir(), f"kvstore-{os.getuid()}")
+    return os.path.join(runtime, "kvstore", f"{worker}-{boot_id[:8]}.sock")
 
 
 class StoreSource:
@@ -53,3 +62,99 @@ class StoreSource:
             await self._node.identity.raise_epoch(epoch + 1)
         except SetupError:
             self._node.counters["errors_epoch_not_kept"] += 1  # tried again with the next registration
+
+
+class WorkerRuntime:
+    """Made with a configuration and the ports; `start`, then `stop`. A later start needs another one."""
+
+    store: TieredStore
+    identity: Identity
+    node: Node
+    announcer: Announcer
+
+    def __init__(self, config: Config, system: System, transport: Transport) -> None:
+        self._config, self._system, self._transport = config, system, transport
+        self._policy: Policy = load_policy(config.server.namespaces_file, config.server.token_file, config.server.bind)
+        self.catalog = Catalog()
+        self._servers: list[Server] = []
+        self._ticking: asyncio.Task[None] | None = None
+        self._cleanup: list[str] = []  # what was started, in order
+
+    @property
+    def address(self) -> str:
+        """Where others reach the gRPC service; empty before `start`."""
+        return self.node.address if "node" in self._cleanup else ""
+
+    @property
+    def socket(self) -> str:
+        """Path of the local socket; empty before `start`."""
+        return self.node.socket if "node" in self._cleanup else ""
+
+    async def start(self) -> None:
+        """Recovered, serving and announcing when it returns. SetupError, ConfigError; then nothing is left behind."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
+        config, system = self._config, self._system
+        for name in self._policy.namespaces:
+            self.catalog.learn_namespace(name)
+        self.identity = await claim(system, config.store.ssd_folder)
+        self._cleanup.append("identity")
+        ssd = SsdTier(system, config.store, self.catalog) if config.store.ssd_folder else None
+        self.store = TieredStore(system, config.store, self.catalog, ssd=ssd, redis=self._redis())
+        self._cleanup.append("store")
+        await self.store.start()
+        self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest)
+        auth = Authenticator(self._policy, os.getuid())
+        server = await self._transport.serve(config.server.bind, {"Worker": WorkerService(self.node)}, auth)
+        self._servers.append(server)
+        self.node.address = config.server.advertise or server.address
+        path = socket_path(config.worker.socket, self.identity.worker, self.node.boot_id)
+        self._servers.append(await self._transport.serve_local(path, LocalService(self.node), auth))
+        self.node.socket = path
+        self._cleanup.append("node")
+        self.announcer = Announcer(
+            config.worker,
+            system,
+            self._transport,
+            node_credentials(config.server, next(iter(self._policy.namespaces))),
+            config.server.coordinators,
+            StoreSource(self.node),
+        )
+        self.store.subscribe(self._changed)
+        self.announcer.start()
+        self._cleanup.append("announcer")
+        self._ticking = asyncio.create_task(self._tick())
+
+    def _redis(self) -> TierStore | None:
+        return None
+
+    def _changed(self, namespace: str, seq: int, change: Change) -> None:
+        self.announcer.wake()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.worker.tick_s)
+            await self.store.tick()
+
+    async def stop(self) -> None:
+        """Leave the fleet, end calls within the grace, let the store write down what it has. Idempotent."""
+        grace_s = self._config.server.stop_grace_s
+        started, self._cleanup = self._cleanup, []
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.wait([self._ticking])
+            self._ticking = None
+        if "announcer" in started:
+            await self.announcer.stop(grace_s, leaving=True)
+        for server in reversed(self._servers):
+            await server.close(grace_s)
+        self._servers.clear()
+        if "store" in started:
+            await self.store.close()
+        if "identity" in started:
+            self.identity.release()
