@@ -1,0 +1,31 @@
+"""How a process is put together from its configuration: the real transport, and an allocator fit for large messages."""
+
+from __future__ import annotations
+
+import ctypes
+
+from kvstore.config import Config
+from kvstore.seams import System
+from kvstore.transport.rpc import GrpcTransport
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MALLOC_BYTES = 256 << 20
+
+
+def server_transport(config: Config, system: System) -> GrpcTransport:
+    """The transport of a server with the bounds of its configuration."""
+    return GrpcTransport(
+        system.clock,
+        message_bytes_max=config.server.message_bytes_max,
+        calls_max=config.server.calls_max,
+        local_connections_max=config.server.local_connections_max,
+        connect_timeout_s=config.client.connect_timeout_s,
+    )
+
+
+def tune_malloc() -> None:
+    """Large buffers come from the heap and stay there: mapping each message anew costs a page fault per 4 KiB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, MALLOC_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, MALLOC_BYTES)

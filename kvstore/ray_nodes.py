@@ -1,0 +1,106 @@
+"""Ray underneath a fleet: a cluster of our own on loopback, or a connection to one that exists."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from kvstore.auth import is_loopback
+from kvstore.errors import SetupError
+
+RESOURCE = "kvstore_worker"
+"""Custom resource: how many workers a node takes. Where any node of an existing cluster has it, only those are used."""
+
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Set to 0 it makes Ray take 127.0.0.1 for itself, on Linux too."""
+
+OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; no block ever goes there
+
+
+@dataclass(frozen=True, slots=True)
+class RayNode:
+    """A node of the cluster. `ip` is where its processes listen."""
+
+    id: str
+    ip: str
+
+
+class RayNodes:
+    """Connected to Ray as the driver of one fleet. `start` or `join`, then `close`. Blocking; main thread only."""
+
+    def __init__(self) -> None:
+        self._cluster: Any = None
+        self._folder = ""
+        self.address = ""
+
+    def start(self, namespace: str, nodes: int, workers_per_node: int) -> None:
+        """A cluster on 127.0.0.1 with its files in a folder of its own."""
+        self._folder = tempfile.mkdtemp(prefix="kv-", dir="/tmp")  # short: Ray puts sockets of 107 characters below it
+        os.environ.update(
+            RAY_TMPDIR=self._folder,  # also keeps the address file of other clusters of this user as it is
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        )
+        os.environ[LOOPBACK_SWITCH] = "0"
+        os.environ.pop("RAY_ADDRESS", None)
+        from ray.cluster_utils import Cluster
+
+        node = {
+            "num_cpus": 1,
+            "resources": {RESOURCE: workers_per_node},
+            "include_dashboard": False,
+            "include_log_monitor": False,
+            "node_ip_address": "127.0.0.1",
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+        self._cluster = Cluster(initialize_head=True, head_node_args=node)
+        for _ in range(nodes - 1):
+            self._cluster.add_node(wait=False, **node)
+        self._cluster.wait_for_nodes(timeout=60)
+        self._init(self._cluster.address, namespace)
+
+    def join(self, address: str, namespace: str) -> None:
+        """SetupError when no cluster answers there."""
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if is_loopback(address):
+            os.environ[LOOPBACK_SWITCH] = "0"
+        try:
+            self._init(address, namespace)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SetupError(f"no Ray cluster answers at {address}: start one or check --address ({reason})") from error
+
+    def _init(self, address: str, namespace: str) -> None:
+        import ray
+
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="error")
+        self.address = address
+
+    def nodes(self) -> list[RayNode]:
+        """Nodes for workers, in a stable order."""
+        import ray
+
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        marked = [node for node in alive if node["Resources"].get(RESOURCE)]
+        found = [RayNode(node["NodeID"], node["NodeManagerAddress"]) for node in marked or alive]
+        return sorted(found, key=lambda node: (node.ip, node.id))
+
+    def has_resource(self) -> bool:
+        """Whether any node names how many workers it takes."""
+        import ray
+
+        return RESOURCE in ray.cluster_resources()
+
+    def close(self) -> None:
+        """Disconnect; end the cluster if it is ours, and remove its files. Idempotent."""
+        import ray
+
+        ray.shutdown()
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            cluster.shutdown()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
