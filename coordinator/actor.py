@@ -14,3 +14,6 @@ class CoordinatorActor(ServerActor):
 
     def make(self, config: Config, system: System, transport: Transport) -> CoordinatorRuntime:
         return CoordinatorRuntime(config, system, transport)
+
+    def describe(self, runtime: CoordinatorRuntime) -> dict[str, str]:
+        return {"id": runtime.id, "address": runtime.address}

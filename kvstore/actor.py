@@ -28,11 +28,6 @@ RETRIES_MAX = 12
 class Runtime(Protocol):
     """A server: `workers.runtime.WorkerRuntime` or `coordinator.runtime.CoordinatorRuntime`."""
 
-    id: str
-
-    @property
-    def address(self) -> str: ...
-
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
@@ -61,6 +56,10 @@ class ServerActor:
         """A server that is not started yet."""
         raise NotImplementedError
 
+    def describe(self, runtime: Any) -> dict[str, str]:
+        """Id and address of a started server."""
+        raise NotImplementedError
+
     async def _start(self, restarted: bool) -> None:
         """A first start that fails is reported by `info`; a later one is tried again: nobody watches."""
         delay_s = RETRY_FIRST_S
@@ -87,8 +86,7 @@ class ServerActor:
         await self._starting
         found: dict[str, Any] = {"pid": os.getpid(), "error": self._error, "id": "", "address": ""}
         if self._runtime is not None:
-            found |= {"id": self._runtime.id, "address": self._runtime.address}
-            found["socket"] = getattr(self._runtime, "socket", "")
+            found |= self.describe(self._runtime)
         return found
 
     async def stop(self) -> None:

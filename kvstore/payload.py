@@ -29,9 +29,12 @@ def replay_spec(block_bytes: int) -> ModelSpec:
 
 def tokens_of(hash_ids: tuple[int, ...]) -> NDArray[np.uint32]:
     """512 token ids for each block of a trace, a function of its id."""
-    ids: NDArray[np.uint64] = np.asarray(hash_ids, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
-    mixed: NDArray[np.uint64] = (ids + np.arange(TRACE_BLOCK_TOKENS, dtype=np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-    return (mixed >> np.uint64(32)).astype(np.uint32).reshape(-1)
+    mixed: NDArray[np.uint64] = np.array(hash_ids, np.uint64).reshape(-1, 1).repeat(TRACE_BLOCK_TOKENS, axis=1)
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.arange(TRACE_BLOCK_TOKENS, dtype=np.uint64)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed >>= np.uint64(32)
+    return mixed.astype(np.uint32).reshape(-1)
 
 
 class Payload:

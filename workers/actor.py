@@ -14,3 +14,6 @@ class WorkerActor(ServerActor):
 
     def make(self, config: Config, system: System, transport: Transport) -> WorkerRuntime:
         return WorkerRuntime(config, system, transport)
+
+    def describe(self, runtime: WorkerRuntime) -> dict[str, str]:
+        return {"id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}

@@ -15,6 +15,9 @@ from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, configuration, json
 from kvstore.config import Config
 from kvstore.disk import FolderDisk
 
+STOP_STEPS = 4
+"""A stop has so many parts (announcer, servers, store), each with the grace as its bound."""
+
 
 class Runtime(Protocol):
     """What both servers have in common."""
@@ -69,10 +72,9 @@ def _server_flags(made: argparse.ArgumentParser) -> None:
 
 
 def run_worker(arguments: argparse.Namespace) -> int:
-    from workers.runtime import WorkerRuntime
-
     from kvstore.assembly import server_transport, tune_malloc
     from kvstore.system import real_system
+    from workers.runtime import WorkerRuntime
 
     config = configuration(arguments)
     tune_malloc()
@@ -80,7 +82,7 @@ def run_worker(arguments: argparse.Namespace) -> int:
     runtime = WorkerRuntime(config, system, server_transport(config, system))
 
     def ready() -> dict[str, Any]:
-        return {"role": "worker", "id": runtime.id, "address": runtime.address, "socket": runtime.socket}
+        return {"role": "worker", "id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}
 
     try:
         return asyncio.run(_serve(runtime, config, arguments, ready))
@@ -133,10 +135,10 @@ async def _serve(
 
 async def _stop(runtime: Runtime, grace_s: float) -> bool:
     try:
-        async with asyncio.timeout(grace_s):
+        async with asyncio.timeout(STOP_STEPS * grace_s):
             await runtime.stop()
     except TimeoutError:
-        note(f"kvstore: not stopped within server.stop_grace_s = {grace_s} s: connections are cut")
+        note(f"kvstore: not stopped within {STOP_STEPS} times server.stop_grace_s = {grace_s} s: connections are cut")
         return False
     return True
 
