@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +22,7 @@ from kvstore.keys import Chain, Tokens, chain
 from kvstore.layout import block_bytes
 from kvstore.links import Coordinators, Links
 from kvstore.lookup import Lookup
+from kvstore.matching import rule_of
 from kvstore.members import Members
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
@@ -180,14 +181,16 @@ class KVClient:
 
     # --- get -------------------------------------------------------------------------------------------------------
 
-    async def get(self, plan: HitPlan, into: Buffers | None = None, *, timeout_s: float | None = None) -> GetResult:
-        """Deliver the plan's blocks into `into[shard][depth]`, or into new numpy uint8 arrays.
+    async def get(
+        self, plan: HitPlan, into: Buffers | None = None, *, first: int = 0, timeout_s: float | None = None
+    ) -> GetResult:
+        """Deliver the plan's blocks from depth `first` on into `into[shard][depth]`, or into new numpy uint8 arrays.
 
         Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the buffers after
         this has returned. UsageError for buffers that do not fit.
         """
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
-        result, needs = self._prepare(plan, into)
+        result, needs = self._prepare(plan, into, first)
         if not needs:
             return result
         fetch = Fetch(
@@ -208,16 +211,16 @@ class KVClient:
                 await fetch.run()
         except TimeoutError:
             self.counters["errors_DeadlineExceeded"] += 1
-        self._conclude(plan, result, needs)
+        self._conclude(plan, result, needs, first)
         return result
 
-    def _prepare(self, plan: HitPlan, into: Buffers | None) -> tuple[GetResult, list[Need]]:
+    def _prepare(self, plan: HitPlan, into: Buffers | None, first: int) -> tuple[GetResult, list[Need]]:
         if into is not None and len(into) != len(plan.shards):
             raise BadRequest(f"buffers for {len(into)} shards were given, the plan has {len(plan.shards)}")
         result = GetResult()
         needs: list[Need] = []
         for index, shard in enumerate(plan.shards):
-            depths = needed_depths(plan, shard)
+            depths = [depth for depth in needed_depths(plan, shard) if depth >= first]
             size = block_bytes(plan.spec, shard)
             row: list[Any] = [None] * plan.blocks
             for depth in depths:
@@ -227,7 +230,7 @@ class KVClient:
             result.tiers.append([None] * plan.blocks)
         return result, needs
 
-    def _conclude(self, plan: HitPlan, result: GetResult, needs: list[Need]) -> None:
+    def _conclude(self, plan: HitPlan, result: GetResult, needs: list[Need], first: int) -> None:
         for need in needs:
             if need.delivered and need.tier is not None:
                 result.tiers[need.index][need.depth] = need.tier
@@ -235,7 +238,7 @@ class KVClient:
                 self.counters[f"hits_{need.tier.name.lower()}"] += 1
             else:
                 self.counters["misses"] += 1
-        result.blocks = delivered_blocks(plan, result.tiers)
+        result.blocks = delivered_blocks(plan, result.tiers, first)
         self.counters["bytes_read"] += result.bytes
 
     # --- put -------------------------------------------------------------------------------------------------------
@@ -270,17 +273,24 @@ class KVClient:
         return result
 
 
-def delivered_blocks(plan: HitPlan, tiers: Sequence[Sequence[Tier | None]]) -> int:
-    """The longest prefix whose needed blocks were all delivered. Pure."""
-    for blocks in range(plan.blocks, 0, -1):
-        shorter = replace(plan, keys=plan.keys[:blocks])
-        if all(
-            tiers[index][depth] is not None
-            for index, shard in enumerate(plan.shards)
-            for depth in needed_depths(shorter, shard)
-        ):
-            return blocks
-    return 0
+def delivered_blocks(plan: HitPlan, tiers: Sequence[Sequence[Tier | None]], first: int = 0) -> int:
+    """The longest prefix whose needed blocks were all delivered; those before `first` are the caller's. O(n). Pure."""
+    blocks = plan.blocks
+    windows: list[tuple[int, list[int]]] = []  # (blocks needed, how many in a row end at each depth)
+    for shard, row in zip(plan.shards, tiers, strict=True):
+        streaks = []
+        streak = 0
+        for depth in range(plan.blocks):
+            streak = streak + 1 if depth < first or row[depth] is not None else 0
+            streaks.append(streak)
+        window = rule_of(plan.spec, shard.group).window_blocks
+        if window:
+            windows.append((window, streaks))
+        else:
+            blocks = min(blocks, next((d for d, streak in enumerate(streaks) if streak <= d), plan.blocks))
+    while blocks and any(streaks[blocks - 1] < min(window, blocks) for window, streaks in windows):
+        blocks -= 1
+    return blocks
 
 
 def _given(row: Sequence[Any], depth: int) -> Any:
