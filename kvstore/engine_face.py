@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstore.client import Buffers, GetResult, KVClient
 from kvstore.config import ClientConfig
@@ -24,6 +24,8 @@ from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult
 from kvstore.types import CommitToken, Fidelity
+
+T = TypeVar("T")
 
 INFLIGHT_MAX = 1024
 """Operations that are submitted and not yet polled. Beyond it `submit_*` answers None: poll first."""
@@ -61,6 +63,7 @@ class EngineClient:
         self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._tickets = 0
+        self._working: dict[Future[Any], None] = {}
         self._running: dict[int, Future[Any]] = {}
         self._finished: deque[int] = deque()  # appended by the thread, popped by the caller
         self._join = start_thread("kvstore-client", self._run)
@@ -129,6 +132,17 @@ class EngineClient:
             lambda: self.client.put(spec, prefix, blocks, first, shard, computed_on, timeout_s=timeout_s)
         )
 
+    def submit_work(self, work: Callable[[KVClient], Awaitable[T]]) -> Future[T] | None:
+        """Several calls of the client as one operation, in its loop: the future ends with it (poll that, there is no
+        ticket). None when too much is in flight. `work` moves bytes through `client.system.pool` only."""
+        self._check_process()
+        if len(self._working) >= INFLIGHT_MAX:
+            return None
+        future = asyncio.run_coroutine_threadsafe(_awaited(lambda: work(self.client)), self._loop)
+        self._working[future] = None
+        future.add_done_callback(lambda done: self._working.pop(done, None))
+        return future
+
     def _submit(self, operation: Callable[[], Awaitable[Any]]) -> int | None:
         self._check_process()
         if len(self._running) >= INFLIGHT_MAX:
@@ -171,7 +185,7 @@ class EngineClient:
         self._check_process()
         if self._loop.is_closed() or not self._loop.is_running():
             return
-        for future in self._running.values():
+        for future in [*self._running.values(), *list(self._working)]:
             future.cancel()
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_S)
         self._stop_loop()
