@@ -24,15 +24,16 @@ from kvstore.links import Coordinators, Links
 from kvstore.lookup import Lookup
 from kvstore.matching import rule_of
 from kvstore.members import Members
+from kvstore.observe import Observer, look, status_object
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult, Putter
 from kvstore.transport.base import Credentials, Transport
-from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
+from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
 from kvstore.types import CommitToken, Fidelity, Tier
-from kvstore.wire import common_pb2
+from kvstore.wire import common_pb2, worker_pb2
 
 Buffers = Sequence[Sequence[Any]]
 """[needed shard][depth] -> a writable contiguous buffer of one raw block; None where the group's rule needs none."""
@@ -66,6 +67,7 @@ class KVClient:
         self.counters: Counter[str] = Counter()
         self.system = system
         self._owns_system = owns_system
+        self._transport, self._credentials = transport, credentials
         self._links = Links(config, system, transport, credentials)
         self.coordinators = Coordinators(config.coordinators, system, transport, credentials)
         self.members = Members(config, system, self.coordinators)
@@ -271,6 +273,30 @@ class KVClient:
             for depth in range(first, first + len(blocks)):
                 self._failed.discard((token.worker, shard.digest, chained.keys[depth]))
         return result
+
+    # --- looking after it ------------------------------------------------------------------------------------------
+
+    async def purge(self, spec: ModelSpec | None = None, *, timeout_s: float | None = None) -> int:
+        """Drop a model's blocks (None: all) of this namespace on every worker that answers; how many."""
+        timeout_s = self.config.put_timeout_s if timeout_s is None else timeout_s
+        request = worker_pb2.PurgeRequest(root=b"" if spec is None else spec.root)
+        await self.members.fresh(timeout_s=min(timeout_s, self.config.match_timeout_s))
+        blocks = 0
+        for member in self.members.all():
+            if not member.address:
+                continue
+            try:
+                async with self._links.remote.use(member.address) as channel:
+                    blocks += (await channel.unary(WORKER["Purge"], request, timeout_s=timeout_s)).blocks
+            except ServiceError as error:
+                self.counters[f"errors_{type(error).__name__}"] += 1
+        return blocks
+
+    async def cluster_status(self) -> dict[str, Any]:
+        """What `kvstore status --json` prints."""
+        addresses = self.coordinators.addresses
+        observer = Observer(self._transport, self._credentials, self.config.match_timeout_s)
+        return status_object(await look(observer, addresses), addresses)
 
 
 def delivered_blocks(plan: HitPlan, tiers: Sequence[Sequence[Tier | None]], first: int = 0) -> int:
