@@ -23,8 +23,10 @@ from kvstore.errors import ConfigError, SetupError
 from kvstore.fleet_state import FleetState, FleetWorker
 from kvstore.processes import process_id
 from kvstore.ray_nodes import RESOURCE, RayNode, RayNodes
+from kvstore.system import real_system
 
 ACTOR_STOP_EXTRA_S = 3.0
+TOKEN_FILE, TOKEN_BYTES = "token", 32
 
 
 class Interrupted(Exception):
@@ -88,10 +90,19 @@ class Fleet:
             self._redis = EmbeddedRedis(str(self._folder / "redis"), config.store.redis_bytes)
             config = override(config, {"store": {"redis_url": self._redis.start()}})
         if len(machines) > 1 and not config.server.token_file:
-            raise ConfigError("actors on several machines listen beyond loopback: pass --token-file")
+            config = override(config, {"server": {"token_file": self._make_token()}})  # they listen beyond loopback
         if not config.store.ssd_folder and len(machines) == 1:
             config = override(config, {"store": {"ssd_folder": str(self._folder / "ssd")}})
         return config
+
+    def _make_token(self) -> str:
+        """Path of a new cluster token, readable by this user alone."""
+        system = real_system(1)
+        path = self._folder / TOKEN_FILE
+        path.touch(0o600)
+        path.write_text(system.token_hex(TOKEN_BYTES))
+        system.pool.close()
+        return str(path)
 
     def _start_coordinators(self, config: Config, nodes: list[RayNode], token: str) -> list[str]:
         from coordinator.actor import CoordinatorActor

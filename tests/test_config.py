@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,20 @@ def test_override_checks_the_whole() -> None:
     assert override(Config(), {"store": {"threads": 1}}).store.threads == 1
     with pytest.raises(ConfigError, match="hot_bytes"):
         override(Config(), {"store": {"hot_bytes": "4GiB"}})
+
+
+def test_the_reference_in_the_documentation_is_the_code() -> None:
+    """docs/OPERATIONS.md lists every key, in order, with its default."""
+    text = (Path(__file__).parent.parent / "docs" / "OPERATIONS.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| (.*?) \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    assert [key for key, *_ in rows] == list(settings())
+    for key, shown, unit, _ in rows:
+        _, default = settings()[key]
+        if key.endswith(("_bytes", "_bytes_max")):
+            assert unit == "bytes"
+            assert parse_size(shown) == default, key
+        else:
+            value = tomllib.loads(f"x = {shown}")["x"]
+            assert (tuple(value) if isinstance(value, list) else value) == default, key
+        if key.endswith("_s"):
+            assert unit == "seconds", key
