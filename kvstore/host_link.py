@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from kvstore.arena import generation_at, table_bytes
 from kvstore.errors import Corrupt, DeadlineExceeded, Overloaded, ServiceError, Unavailable
 from kvstore.seams import System
-from kvstore.transport.base import LocalChannel, MappedSegment
+from kvstore.transport.base import LocalChannel, MappedSegment, Method
 from kvstore.transport.methods import WORKER_LOCAL
 from kvstore.wire import common_pb2, worker_pb2
 
@@ -92,6 +93,7 @@ class HostLink:
         self._holds: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
         self._closed = False
+        channel.on_late = self._late
 
     @property
     def broken(self) -> bool:
@@ -106,12 +108,23 @@ class HostLink:
         """Blocks held until `release`. New segments are mapped and known to `mapped` when this returns."""
         reply, passed = await self._channel.call(WORKER_LOCAL["Open"], request, timeout_s=timeout_s)
         assert isinstance(reply, worker_pb2.OpenReply)
-        for info, segment in zip(reply.segments, passed, strict=False):
-            self._keep(info, segment)
+        self._keep_all(reply, passed)
         if len(passed) != len(reply.segments):
             await self.close()
             raise Corrupt("the worker named other segments than it passed: its connection is closed")
         return reply
+
+    def _late(self, method: Method, reply: Any, passed: list[MappedSegment]) -> None:
+        """An answer that nobody waits for any more: what came with it is the connection's all the same."""
+        if isinstance(reply, worker_pb2.OpenReply):
+            self._keep_all(reply, passed)
+            self.release(reply.hold)
+        elif isinstance(reply, worker_pb2.StageReply) and passed and self._staging is None:
+            self._staging = Staging(reply.segment.segment, passed[0], min(reply.segment.bytes, len(passed[0].view)))
+
+    def _keep_all(self, reply: worker_pb2.OpenReply, passed: list[MappedSegment]) -> None:
+        for info, segment in zip(reply.segments, passed, strict=False):
+            self._keep(info, segment)
 
     def _keep(self, info: worker_pb2.SegmentInfo, segment: MappedSegment) -> None:
         nbytes = min(info.bytes, len(segment.view))

@@ -95,7 +95,13 @@ class Channel(Protocol):
 
 
 class LocalChannel(Protocol):
-    """A client's connection to a worker on its host."""
+    """A client's connection to a worker on its host.
+
+    `on_late(method, reply, segments)` gets a reply whose caller has gone. Without it such a reply is dropped, and the
+    connection ends if it carried memory.
+    """
+
+    on_late: Callable[[Method, Any, list[MappedSegment]], None] | None
 
     async def call(self, method: Method, request: Message, *, timeout_s: float) -> tuple[Any, list[MappedSegment]]: ...
 
