@@ -81,6 +81,8 @@ class WorkerConfig:
     keys_max: int = 16_384  # blocks one call may name
     get_bytes_max: int = 1 * GIB  # raw bytes of the blocks in all Get streams at a time
     put_bytes_max: int = 512 * MIB  # of blocks coming in by Put streams, one each
+    redis_lease_s: float = 5.0  # of the worker that announces a namespace's Redis
+    redis_poll_s: float = 0.25  # how often it looks for changes
 
 
 @dataclass(frozen=True, slots=True)
