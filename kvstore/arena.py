@@ -188,14 +188,17 @@ class Arena:
         self._segments[id].peers += 1
 
     def unshare(self, id: int) -> None:
-        """A peer that had it mapped is gone."""
-        segment = self._segments[id]
+        """A peer that had it mapped is gone. Nothing where the arena is closed already."""
+        segment = self._segments.get(id)
+        if segment is None:
+            return
         assert segment.peers > 0, f"segment {id} is unmapped more often than mapped"
         segment.peers -= 1
 
     def spare_wanted(self) -> int:
-        """Data bytes of a segment worth faulting in ahead of need, 0 for none. Pure."""
-        if self._spare is not None or self.capacity - self.reserved < self.segment_bytes:
+        """Data bytes of a segment worth faulting in ahead of need, 0 for none: small arenas do without. Pure."""
+        small = self.segment_bytes < self._segment_max
+        if small or self._spare is not None or self.capacity - self.reserved < self.segment_bytes:
             return 0
         return self.segment_bytes
 
@@ -214,7 +217,7 @@ class Arena:
 
     def _grow(self, namespace: str, need: int) -> bool:
         """A segment for `namespace` with `need` bytes free at its start, if the capacity allows."""
-        if self._spare is not None and self._spare[1] >= need:
+        if self._spare is not None and self._spare[1] >= 4 * need:
             segment, data_bytes = self._spare
             self._spare = None
             self._adopt(namespace, segment, data_bytes)

@@ -8,7 +8,7 @@ copy; blocks of sliding-window and state groups are free to go in the policy's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.family import Family, top_of
@@ -75,6 +75,10 @@ class Residency:
     def present(self, row: int, level: int) -> bool:
         return bool(self.rows.present[row] >> level & 1)
 
+    def staying(self, row: int, level: int) -> bool:
+        """Present, and not on its way down."""
+        return bool((self.rows.present[row] & ~self.rows.leaving[row]) >> level & 1)
+
     def writing(self, row: int, level: int) -> bool:
         """Whether a copy is being made there."""
         return bool(self.rows.writing[row] >> level & 1)
@@ -123,6 +127,15 @@ class Residency:
 
     def namespaces(self) -> list[str]:
         return list(dict.fromkeys(namespace for namespace, _ in self._names))
+
+    def shards(self, namespace: str) -> list[bytes]:
+        """Digests of the shards that a namespace has or had blocks of."""
+        return [shard for name, shard in self._names if name == namespace]
+
+    def keys(self, namespace: str, shard: bytes) -> Mapping[bytes, int]:
+        """Key -> row of a shard's blocks, as it changes."""
+        space = self._spaces.get((namespace, shard))
+        return {} if space is None else self._index[space]
 
     def of(self, namespace: str) -> Iterator[int]:
         """Rows of a namespace, in the order they came within each shard."""

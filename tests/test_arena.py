@@ -184,15 +184,26 @@ class TestSegments:
         assert slot is not None and arena.fits("a", MIB) and not arena.fits("a", 2 * MIB)
         assert arena.allocate("a", 5 * MIB) is None
 
-    def test_the_spare_is_used_first(self, arena: Arena) -> None:
+    def test_the_spare_is_used_first(self) -> None:
+        arena = Arena(PlainMemory(), 4 * MIB, 512 * KIB)
         size = arena.spare_wanted()
         segment = arena.make(size)
         arena.keep_spare(segment, size)
         assert arena.spare_wanted() == 0 and arena.reserved == size
         slot = arena.allocate("a", 1000)
         assert slot is not None and arena.segment(slot.segment).segment is segment
+        arena.validate()
 
-    def test_an_unwanted_spare_is_closed(self, arena: Arena) -> None:
+    def test_the_spare_gives_way(self) -> None:
+        memory = PlainMemory()
+        arena = Arena(memory, 4 * MIB, 512 * KIB)
+        arena.keep_spare(arena.make(arena.spare_wanted()), arena.spare_wanted())
+        slots = [arena.allocate("a", MIB) for _ in range(4)]
+        assert None not in slots and memory.made[0].closed
+        arena.validate()
+
+    def test_an_unwanted_spare_is_closed(self) -> None:
+        arena = Arena(PlainMemory(), 4 * MIB, 512 * KIB)
         size = arena.spare_wanted()
         first, second = arena.make(size), arena.make(size)
         arena.keep_spare(first, size)

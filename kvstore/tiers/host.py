@@ -13,8 +13,6 @@ from kvstore.seams import Pool
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.types import Buffer, Tier
 
-STEP_BYTES = 1 << 20
-
 
 def copy_parts(parts: Sequence[Buffer], target: memoryview) -> None:
     """Lay parts back to back into `target`, exactly filling it. Runs in a thread; large copies release the GIL."""
@@ -38,7 +36,6 @@ class ArenaTier:
         self._used = 0
         self._blocks = 0
         self._writes = 0
-        self._errors = 0
 
     @property
     def used(self) -> int:
@@ -52,7 +49,6 @@ class ArenaTier:
             capacity=self.capacity,
             blocks=self._blocks,
             writes=self._writes,
-            errors=self._errors,
         )
 
     @staticmethod
@@ -78,10 +74,6 @@ class ArenaTier:
         """Count one reserved space as written. Mutates."""
         self._writes += 1
 
-    def failed(self) -> None:
-        """Count one reading that could not be used. Mutates."""
-        self._errors += 1
-
     def slot(self, location: Location) -> Slot:
         """The arena's name of a location. Its generation is what `Arena.hold` returns, not here."""
         return Slot(location.segment, location.offset, location.length, 0)
@@ -98,6 +90,10 @@ class ArenaTier:
         location = self.reserve(namespace, nbytes)
         if location is None:
             raise TierFull(f"{self.tier.name.lower()}: no {nbytes} bytes free of {self.capacity}; raise host_bytes")
+        return await self.fill(namespace, header, location, parts)
+
+    async def fill(self, namespace: str, header: Header, location: Location, parts: Sequence[Buffer]) -> Location:
+        """Copy parts into a reserved space; on failure it is free again."""
         try:
             await self._pool.run(copy_parts, parts, self.view(location))
         except BaseException:

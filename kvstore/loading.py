@@ -1,0 +1,216 @@
+"""Loading: blocks that lie where no reader can map them come into the arena, verified, once for all who wait."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from kvstore.budget import Budget
+from kvstore.checksum import xxh3
+from kvstore.errors import Corrupt, TierDown, UnknownFormat
+from kvstore.format import expect
+from kvstore.header import Header
+from kvstore.movement import Movement, verified
+from kvstore.shared import Finder
+from kvstore.stack import Stack
+from kvstore.tiers.base import Location, TierStore
+from kvstore.types import BlockId, Fidelity, Tier
+
+LOAD_WAIT_S = 0.5
+"""A load waits so long for room in the host tier before it is a miss."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A row, pinned once for each who waits, and the tier that served it."""
+
+    row: int
+    tier: Tier
+
+
+@dataclass(slots=True)
+class Load:
+    """One block on its way up."""
+
+    waiters: int = 0
+    task: asyncio.Task[Loaded | None] | None = field(default=None)
+
+
+Flight = tuple[BlockId, bytes, Fidelity, bool]
+"""What is loaded: block, root, least fidelity, whether Redis may be asked. Only equal questions share an answer."""
+
+
+def same_copy(view: memoryview, header: Header) -> None:
+    """Thread: Corrupt unless raw bytes are those of the copy."""
+    if xxh3(view) != header.copy_id:
+        raise Corrupt("raw bytes from a device no longer have the checksum of their copy")
+
+
+class Loading:
+    """One per store."""
+
+    def __init__(self, stack: Stack, movement: Movement, finder: Finder | None, budget: Budget) -> None:
+        self.stack = stack
+        self.movement = movement
+        self.finder = finder
+        self.budget = budget
+        self._loads: dict[Flight, Load] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._loads)
+
+    async def load(self, id: BlockId, root: bytes, least: Fidelity, *, redis: bool) -> Loaded | None:
+        """The block in the arena and pinned for the caller, who unpins; None for a miss. One flight for all who ask."""
+        name = (id, root, least, redis)
+        flight = self._loads.get(name)
+        if flight is None:
+            flight = self._loads[name] = Load()
+            flight.task = asyncio.get_running_loop().create_task(self._fly(name, flight))
+        assert flight.task is not None
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        except asyncio.CancelledError:
+            self._give_up(flight)
+            raise
+
+    def _give_up(self, flight: Load) -> None:
+        """A waiter is gone: its pin is not taken, or taken back."""
+        assert flight.task is not None
+        if not flight.task.done():
+            flight.waiters -= 1
+        elif not flight.task.cancelled() and (found := flight.task.result()) is not None:
+            self.stack.residency.unpin(found.row)
+
+    async def _fly(self, name: Flight, flight: Load) -> Loaded | None:
+        id, root, least, redis = name
+        found: Loaded | None = None
+        try:
+            found = await self._local(id, least)
+            if found is None and redis and self.finder is not None:
+                found = await self._shared(id, root, least)
+            return found
+        finally:
+            del self._loads[name]
+            if found is not None:
+                for _ in range(flight.waiters):
+                    self.stack.residency.pin(found.row)
+                self.stack.residency.unpin(found.row)  # the flight's own pin
+            self.movement.room.progressed()
+
+    # ---- from this worker's own tiers
+
+    async def _local(self, id: BlockId, least: Fidelity) -> Loaded | None:
+        """From the fastest level that gives it; pinned once for the flight."""
+        stack, residency = self.stack, self.stack.residency
+        row = residency.find(id.namespace, id.shard, id.key)
+        if row is None or residency.fidelity(row) < least:
+            return None
+        residency.pin(row)
+        found: Loaded | None = None
+        try:
+            for level in range(len(stack.tiers)):
+                if residency.gone(row):
+                    break
+                at = stack.mapped(row)  # brought there while we looked elsewhere
+                if at is not None:
+                    found = Loaded(row, residency.levels[at].tier)
+                elif residency.present(row, level) and await self._raise(row, level):
+                    found = Loaded(row, residency.levels[level].tier)
+                if found is not None:
+                    break
+        finally:
+            if found is None:
+                residency.unpin(row)
+        return found
+
+    async def _raise(self, row: int, level: int) -> bool:
+        """Copy a block from a level into the arena; whether it is there now."""
+        stack, residency = self.stack, self.stack.residency
+        target = stack.HOT if residency.levels[level].raw else stack.HOST
+        header, namespace = residency.header(row), residency.namespace(row)
+        location = residency.location(row, level)
+        residency.work(row, writing=target)
+        try:
+            place = await self._fetch(stack.tiers[level], target, namespace, header, location)
+        except (Corrupt, UnknownFormat):
+            stack.damaged(row, level)
+            return False
+        except TierDown:
+            stack.counters["loads_down"] += 1
+            return False
+        finally:
+            residency.done(row, writing=target)
+        if place is None:
+            return False
+        if residency.gone(row) or residency.present(row, target):
+            stack.tiers[target].free(namespace, header, place)
+            return not residency.gone(row)
+        stack.add(row, target, place)
+        stack.counters["loads"] += 1
+        return True
+
+    async def _fetch(
+        self, tier: TierStore, target: int, namespace: str, header: Header, location: Location
+    ) -> Location | None:
+        """A verified copy in an arena level's space, not yet anybody's; None where there is no room."""
+        stack = self.stack
+        await self.budget.take(location.length)
+        try:
+            place = await self.movement.room.wait(target, namespace, location.length, LOAD_WAIT_S)
+            into = stack.arena_tier(target)
+            if place is None or into is None:
+                stack.counters["loads_no_room"] += 1
+                return None
+            try:
+                view = into.view(place)
+                await tier.read(namespace, header, location, view)
+                check = same_copy if target == stack.HOT else verified
+                await stack.system.pool.run(check, view, header)
+            except BaseException:
+                into.free(namespace, header, place)
+                raise
+            into.filled()
+            return place
+        finally:
+            self.budget.give(location.length)
+
+    # ---- from Redis
+
+    async def _shared(self, id: BlockId, root: bytes, least: Fidelity) -> Loaded | None:
+        """From the holder beside the workers: what comes is this worker's block from now on. Pinned once."""
+        stack, residency = self.stack, self.stack.residency
+        assert self.finder is not None
+        try:
+            entry = await self.finder.find(id.namespace, id.shard, id.key)
+            if entry is None or entry[0].fidelity < least:
+                return None
+            header, location = entry
+            expect(header, id, root)
+            place = await self._fetch(self.finder.redis, stack.HOST, id.namespace, header, location)
+        except (Corrupt, UnknownFormat):  # forged or damaged; or gone, which Redis may do at any time
+            stack.counters["redis_hints_failed"] += 1
+            return None
+        except TierDown:
+            stack.counters["loads_down"] += 1
+            return None
+        if place is None:
+            return None
+        row = residency.find(id.namespace, id.shard, id.key)
+        if row is not None and stack.mapped(row) is not None and residency.fidelity(row) >= header.fidelity:
+            stack.host.free(id.namespace, header, place)  # put here meanwhile
+        else:
+            if row is not None:
+                stack.remove(row)
+            row = stack.admit(id.namespace, header, stack.HOST, place)
+            stack.counters["loads"] += 1
+        residency.pin(row)
+        return Loaded(row, Tier.REDIS)
+
+    async def close(self) -> None:
+        """What is on its way is given up: who waits for it is cancelled."""
+        tasks = [flight.task for flight in self._loads.values() if flight.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

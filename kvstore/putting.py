@@ -1,0 +1,129 @@
+"""A put: checked, copied out of the caller's memory, visible. Or not kept, and nothing has changed."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from kvstore.checksum import copy_and_checksum
+from kvstore.errors import KVStoreError, Overloaded
+from kvstore.header import Header
+from kvstore.layout import block_bytes
+from kvstore.movement import Movement
+from kvstore.spec import ModelSpec, Shard, namespace_digest
+from kvstore.stack import Stack
+from kvstore.types import BlockId, Fidelity
+
+PUT_WAIT_S = 0.05
+"""A put waits so long for a move to make room before it is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutOutcome:
+    """`state`: `committed` (under `seq`), `held` (as good or better already), `dropped` (no room), `refused`."""
+
+    state: str
+    seq: int = 0
+    why: str = ""
+
+
+class Putting:
+    """One per store."""
+
+    def __init__(self, stack: Stack, movement: Movement) -> None:
+        self.stack = stack
+        self.movement = movement
+        self._puts: dict[BlockId, asyncio.Future[None]] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._puts)
+
+    async def put(
+        self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview
+    ) -> PutOutcome:
+        """Keep one block: `source` is copied into hot and checksummed in the same pass, then visible. Never raises for
+        what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
+        why = self._objection(namespace, spec, shard, header, source)
+        if why:
+            return self._end("refused", why=why)
+        id = header.id(namespace)
+        while (other := self._puts.get(id)) is not None:
+            await asyncio.shield(other)
+        if self._held(id, header):
+            return self._end("held", self.stack.changes.outbox(namespace).head)
+        turn = self._puts[id] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._put(id, spec, shard, header, source)
+        finally:
+            del self._puts[id]
+            turn.set_result(None)
+            self.movement.room.progressed()
+            self.movement.pump()
+
+    def _objection(self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> str:
+        """Why these bytes can't be this block; empty when they can."""
+        try:
+            shard.check(spec)
+            size = block_bytes(spec, shard)
+            if header.namespace != namespace_digest(namespace):
+                return "the header names another namespace"
+        except KVStoreError as error:
+            return str(error)
+        if header.root != spec.root or header.shard != shard.digest or header.tokens != spec.block_tokens:
+            return "the header names another model or shard"
+        if header.raw_length != size or source.nbytes != size:
+            return f"a block of this shard has {size} bytes, not {source.nbytes}"
+        if size > self.stack.config.block_bytes_max:
+            return f"a block of {size} bytes: at most {self.stack.config.block_bytes_max} (block_bytes_max) are taken"
+        if header.stored != Fidelity.EXACT:
+            return "raw bytes are stored exactly: the header says otherwise"
+        return ""
+
+    def _end(self, state: str, seq: int = 0, why: str = "") -> PutOutcome:
+        self.stack.counters[f"puts_{state}"] += 1
+        return PutOutcome(state, seq, why)
+
+    def _held(self, id: BlockId, header: Header) -> bool:
+        """Whether a copy as good is there; then it was used just now."""
+        residency = self.stack.residency
+        row = residency.find(id.namespace, id.shard, id.key)
+        if row is None or residency.fidelity(row) < header.fidelity:
+            return False
+        residency.touch(row)
+        return True
+
+    async def _put(self, id: BlockId, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> PutOutcome:
+        stack = self.stack
+        try:
+            self.stack.catalog.learn_namespace(id.namespace)
+            self.stack.catalog.learn_spec(spec)
+            self.stack.catalog.learn_shard(shard)
+        except Overloaded as error:
+            return self._end("dropped", why=str(error))
+        place = await self.movement.room.wait(stack.HOT, id.namespace, header.raw_length, PUT_WAIT_S)
+        if place is None:
+            return self._end("dropped", why="no room in the hot tier")
+        kept = False
+        try:
+            copy_id = await self.stack.system.pool.run(copy_and_checksum, source, stack.hot.view(place))
+            if header.copy_id not in (0, copy_id):
+                return self._end("refused", why="the bytes do not have the announced checksum")
+            if self._held(id, header):  # loaded from Redis meanwhile
+                return self._end("held", self.stack.changes.outbox(id.namespace).head)
+            row = stack.residency.find(id.namespace, id.shard, id.key)
+            if row is not None:
+                stack.counters["replaced"] += 1
+                stack.remove(row)
+            stack.hot.filled()
+            stack.admit(id.namespace, replace(header.unencoded(), copy_id=copy_id), stack.HOT, place)
+            kept = True
+            return self._end("committed", self.stack.changes.outbox(id.namespace).head)
+        finally:
+            if not kept:
+                stack.hot.free(id.namespace, header, place)
+
+    async def close(self) -> None:
+        """Wait for what is being copied: at most one block each."""
+        while self._puts:
+            await asyncio.wait(list(self._puts.values()))

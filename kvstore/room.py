@@ -1,0 +1,163 @@
+"""Making room in a level: clean copies first, eviction on purpose only where nothing below can take a block."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+from kvstore.errors import TierFull
+from kvstore.stack import Stack
+from kvstore.tiers.base import Location
+
+PRESSURE_S = 1.0
+"""So long may all outlets of a level be closed before blocks are evicted on purpose to make room."""
+
+ORDERLY_DROPS = 16
+"""Victims given up in the policy's order before a whole segment is cleared for an allocation that finds no place."""
+
+SEGMENTS_TRIED = 4
+
+
+class Outlets:
+    """Which destinations take blocks at present. A failed write closes one until the next heartbeat."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self._closed: dict[int, float] = {}  # destination -> since when it failed, without a success between
+        self._paused: dict[int, None] = {}  # not tried again before the heartbeat
+
+    def failed(self, destination: int) -> None:
+        """A write there failed. Mutates."""
+        self._paused[destination] = None
+        self._closed.setdefault(destination, self.stack.system.clock.monotonic())
+
+    def worked(self, destination: int) -> None:
+        """A write there worked. Mutates."""
+        self._paused.pop(destination, None)
+        self._closed.pop(destination, None)
+
+    def heartbeat(self) -> None:
+        """Try everything again. Mutates."""
+        self._paused.clear()
+
+    def below(self, level: int) -> list[int]:
+        """Every configured destination under a level, the nearest first. Pure."""
+        last = self.stack.REDIS + (1 if self.stack.redis is not None else 0)
+        return list(range(level + 1, last))
+
+    def open(self, level: int) -> list[int]:
+        """Those that take blocks now, as far as is known. Pure."""
+        return [destination for destination in self.below(level) if destination not in self._paused]
+
+    def evicts(self, level: int) -> bool:
+        """Whether a level's last copies may be given up: nothing is below it, or nothing there works for long. Pure."""
+        below = self.below(level)
+        if any(destination not in self._closed for destination in below):
+            return False
+        now = self.stack.system.clock.monotonic()
+        return all(now - self._closed[destination] >= PRESSURE_S for destination in below)
+
+
+class Room:
+    """Space for what comes. `reserve` and `make` are synchronous; `wait` waits for moves, within bounds."""
+
+    def __init__(self, stack: Stack, outlets: Outlets, press: Callable[[int, int], bool]) -> None:
+        self.stack = stack
+        self.outlets = outlets
+        self._press = press  # (level, bytes): move so much down; whether anything is on its way
+        self._waiting: Counter[int] = Counter()  # bytes waited for, by level
+        self._progress = asyncio.Event()
+
+    def progressed(self) -> None:
+        """Something left a level, or a move ended. Mutates: wakes who waits for room."""
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    async def progress(self) -> None:
+        """Wait for the next `progressed`."""
+        await self._progress.wait()
+
+    def shed(self, row: int, level: int, *, clean_only: bool = False) -> bool:
+        """Give up one copy at once, if that loses nothing, or where eviction is all that is left. Mutates."""
+        stack = self.stack
+        if stack.residency.elsewhere(row, level):
+            stack.counters["clean_drops"] += 1
+        elif not clean_only and self.outlets.evicts(level):
+            stack.counters["evicted"] += 1
+        else:
+            return False
+        stack.drop(row, level)
+        return True
+
+    def make(self, level: int, nbytes: int) -> bool:
+        """Shed victims until `nbytes` fit within the level's bound; whether they do. Mutates."""
+        tier = self.stack.tiers[level]
+        while not tier.fits(nbytes):
+            row = self.stack.residency.victim(level) if nbytes <= tier.capacity else None
+            if row is None or not self.shed(row, level):
+                return False
+        return True
+
+    def reserve(self, level: int, namespace: str, nbytes: int, *, clean_only: bool = False) -> Location | None:
+        """Space in an arena level, after shedding what may be shed; None where there is none. Mutates."""
+        stack = self.stack
+        tier = stack.arena_tier(level)
+        assert tier is not None, f"level {level} does not lie in the arena"
+        if nbytes > tier.capacity:
+            return None
+        for dropped in range(ORDERLY_DROPS + stack.residency.blocks[level]):
+            location = tier.reserve(namespace, nbytes)
+            if location is not None:
+                return location
+            crowded = tier.fits(nbytes)  # bytes would do: the free ones are scattered, or another namespace's
+            if crowded and dropped >= ORDERLY_DROPS:
+                break
+            row = stack.residency.victim(level)
+            if row is None or not self.shed(row, level, clean_only=clean_only):
+                break
+        if not clean_only and tier.fits(nbytes):
+            self._clear_segments()
+            return tier.reserve(namespace, nbytes)
+        return None
+
+    def _clear_segments(self) -> None:
+        """Empty the lightest segments of what may be shed at once; nothing for those with a block that may not."""
+        stack = self.stack
+        residency = stack.residency
+        for segment in sorted(stack.arena.segments(), key=lambda s: (s.live, s.id))[:SEGMENTS_TRIED]:
+            found = [(row, level) for level in (stack.HOT, stack.HOST) for row in residency.at(level, segment.id)]
+            movable = [
+                (row, level) for row, level in found if not residency.pinned(row) and residency.staying(row, level)
+            ]
+            if not found or len(movable) < len(found):
+                continue
+            if all(self.shed(row, level) for row, level in movable if residency.present(row, level)):
+                return
+
+    async def come(self, level: int, nbytes: int) -> None:
+        """`make`, waiting as long as any move is on its way; the caller bounds that. TierFull where none is."""
+        while not self.make(level, nbytes):
+            if not self._press(level, nbytes):
+                raise TierFull("all blocks there are held by readers, or can't be moved on")
+            await self.progress()
+
+    async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
+        """`reserve`, and if need be wait for moves to make room, at most `wait_s` and within `spill_queue_bytes`."""
+        location = self.reserve(level, namespace, nbytes)
+        tier = self.stack.tiers[level]
+        if location is not None or nbytes > tier.capacity:
+            return location
+        if self._waiting[level] + nbytes > self.stack.config.spill_queue_bytes:
+            return None
+        self._waiting[level] += nbytes
+        try:
+            async with asyncio.timeout(wait_s):
+                while location is None and self._press(level, self._waiting[level]):
+                    await self.progress()
+                    location = self.reserve(level, namespace, nbytes)
+        except TimeoutError:
+            return location
+        finally:
+            self._waiting[level] -= nbytes
+        return location

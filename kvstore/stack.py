@@ -1,0 +1,182 @@
+"""The tiers of one worker with the residency over them: what must change together changes here, synchronously.
+
+A flip is: residency, the tier's space, the announcement. Bytes are moved by others (`kvstore.movement`,
+`kvstore.loading`) before (`add`) or never again read after (`drop`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from kvstore.arena import PAGE_BYTES, Arena, Slot
+from kvstore.catalog import Catalog
+from kvstore.changes import Changes
+from kvstore.codecs import codec_for
+from kvstore.config import StoreConfig
+from kvstore.header import Header
+from kvstore.policy import make_policy
+from kvstore.residency import Level, Residency
+from kvstore.runs import Added, Removed
+from kvstore.seams import System
+from kvstore.shared import SharedTier
+from kvstore.spec import ModelSpec, Shard
+from kvstore.tiers.base import Location, TierStats, TierStore
+from kvstore.tiers.host import ArenaTier, HostTier
+from kvstore.tiers.hot import ALIGNMENT, DevicePool, HotTier
+from kvstore.types import Tier
+
+FREE_GROUPS = ("sliding", "state")
+"""Kinds of group whose old blocks are as good victims as leaves: nobody needs them to reach the later ones."""
+
+
+class Stack:
+    """Levels, fastest first: hot (cpu pool), one hot pool per device, host, ssd. Redis stands beside them."""
+
+    def __init__(
+        self,
+        system: System,
+        config: StoreConfig,
+        catalog: Catalog,
+        changes: Changes,
+        *,
+        ssd: TierStore | None,
+        redis: SharedTier | None,
+    ) -> None:
+        self.system = system
+        self.config = config
+        self.catalog = catalog
+        self.changes = changes
+        self.redis = redis
+        self.counters: Counter[str] = Counter()
+        self.hits: Counter[Tier] = Counter()
+        self.corrupt: Counter[Tier] = Counter()
+        hot_bytes = config.hot_bytes or config.host_bytes // 4
+        self.arena = Arena(system.memory, config.host_bytes, config.segment_bytes)
+        self.hot = HotTier(self.arena, system.pool, hot_bytes)
+        self.host = HostTier(self.arena, system.pool, config.host_bytes - hot_bytes)
+        pools = [DevicePool(device, system.pool, config.device_bytes) for device in config.devices]
+        self.tiers: tuple[TierStore, ...] = (self.hot, *pools, self.host, *([ssd] if ssd is not None else ()))
+        self.HOT, self.HOST = 0, 1 + len(pools)
+        self.SSD = self.HOST + 1 if ssd is not None else None
+        self.REDIS = len(self.tiers)  # a destination, never a level of residency
+        levels = [Level(Tier.HOT, self.hot.capacity, PAGE_BYTES, raw=True)]
+        levels += [Level(Tier.HOT, pool.capacity, ALIGNMENT, raw=True) for pool in pools]
+        levels += [Level(Tier.HOST, self.host.capacity, PAGE_BYTES)]
+        if ssd is not None:
+            levels.append(Level(Tier.SSD, ssd.capacity, PAGE_BYTES))
+        self.residency = Residency(levels, lambda: make_policy(config.policy))
+
+    # ---- questions
+
+    def arena_tier(self, level: int) -> ArenaTier | None:
+        """The tier of a level whose blocks lie in the arena, where readers map them."""
+        tier = self.tiers[level]
+        return tier if isinstance(tier, ArenaTier) else None
+
+    def mapped(self, row: int) -> int | None:
+        """The fastest level of a block that readers can map."""
+        for level in (self.HOT, self.HOST):
+            if self.residency.present(row, level):
+                return level
+        return None
+
+    def slot(self, row: int, level: int) -> Slot | None:
+        """Where a copy lies in the arena; None where it does not."""
+        tier = self.arena_tier(level)
+        return None if tier is None else tier.slot(self.residency.location(row, level))
+
+    def length(self, row: int, level: int) -> int:
+        return self.residency.location(row, level).length
+
+    def model(self, header: Header) -> tuple[ModelSpec, Shard] | None:
+        """What the header's digests stand for; None where the catalog does not know them."""
+        spec, shard = self.catalog.spec(header.root), self.catalog.shard(header.shard)
+        return None if spec is None or shard is None else (spec, shard)
+
+    def codec(self, spec: ModelSpec, shard: Shard) -> int:
+        """The configured codec for a shard's elements."""
+        group = spec.groups[shard.group]
+        paged = group.kind in ("opaque", "state")
+        return codec_for(self.config.codec, group.page_dtype if paged else spec.dtype)
+
+    def announced(self, row: int) -> Added:
+        """What others are told of a block: the fastest tier that has it whole."""
+        header, level = self.residency.header(row), self.residency.top(row)
+        return Added(
+            header.root,
+            header.shard,
+            header.key,
+            header.parent,
+            header.group,
+            header.depth,
+            self.residency.levels[level].tier,
+            header.fidelity,
+            self.length(row, level),
+        )
+
+    def stats(self) -> list[TierStats]:
+        """One entry per tier, device pools together with the cpu pool; a tier that is not configured is `off`."""
+        found: dict[Tier, TierStats] = {}
+        for level, tier in enumerate(self.tiers):
+            stats = replace(tier.stats())
+            stats.blocks, stats.raw_bytes = self.residency.blocks[level], self.residency.raw_bytes[level]
+            stats.hits = 0
+            above = found.get(stats.tier)
+            if above is not None:
+                for name in ("used", "capacity", "blocks", "raw_bytes", "writes", "errors"):
+                    setattr(stats, name, getattr(stats, name) + getattr(above, name))
+            found[stats.tier] = stats
+        if self.redis is not None:
+            found[Tier.REDIS] = replace(self.redis.stats())
+        for kind in Tier:
+            stats = found.setdefault(kind, TierStats(kind, state="off"))
+            stats.hits = self.hits[kind]
+            stats.errors += self.corrupt[kind]
+        return [found[kind] for kind in Tier]
+
+    # ---- flips
+
+    def admit(self, namespace: str, header: Header, level: int, location: Location) -> int:
+        """A new block; its row. Mutates."""
+        model = self.model(header)
+        leaf_first = model is None or model[0].groups[model[1].group].kind not in FREE_GROUPS
+        row = self.residency.admit(namespace, header, level, location, leaf_first=leaf_first)
+        self.changes.push(namespace, self.announced(row))
+        return row
+
+    def add(self, row: int, level: int, location: Location) -> None:
+        """One more copy of a block. Mutates."""
+        before = self.residency.top(row)
+        self.residency.add(row, level, location)
+        self._moved(row, before)
+
+    def drop(self, row: int, level: int, *, evicted: bool = True, force: bool = False) -> None:
+        """Give up a copy and free its space; with the last one the block is gone. Mutates."""
+        residency = self.residency
+        header, namespace, before = residency.header(row), residency.namespace(row), residency.top(row)
+        last = residency.rows.present[row] == 1 << level
+        location = residency.drop(row, level, evicted=evicted, force=force)
+        self.tiers[level].free(namespace, header, location)
+        if last:
+            self.changes.push(namespace, Removed(header.shard, header.key))
+        else:
+            self._moved(row, before)
+
+    def damaged(self, row: int, level: int) -> None:
+        """A copy whose bytes do not hold is given up, pinned or not; nothing where it is gone already. Mutates."""
+        if not self.residency.gone(row) and self.residency.present(row, level):
+            self.counters["corrupt"] += 1
+            self.corrupt[self.residency.levels[level].tier] += 1
+            self.drop(row, level, evicted=False, force=True)
+
+    def remove(self, row: int) -> None:
+        """Give up every copy, pinned or not: what readers hold stays until they let go. Mutates."""
+        for level in range(len(self.tiers) - 1, -1, -1):
+            if self.residency.present(row, level):
+                self.drop(row, level, evicted=False, force=True)
+
+    def _moved(self, row: int, before: int) -> None:
+        tiers = self.residency.levels
+        if tiers[self.residency.top(row)].tier != tiers[before].tier:
+            self.changes.push(self.residency.namespace(row), self.announced(row))

@@ -1,0 +1,232 @@
+"""The tiered store of one worker: blocks put, opened, looked up and purged over the whole stack.
+
+All methods run on one event loop. Metadata changes only between two awaits; only bytes move concurrently, in
+`System.pool`. Every failure of a tier becomes a miss, a dropped put or a block that stays where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvstore.announce import Outbox
+from kvstore.answers import Match
+from kvstore.budget import Budget
+from kvstore.catalog import Catalog
+from kvstore.changes import Changes, Subscriber
+from kvstore.config import StoreConfig
+from kvstore.errors import SetupError, TierError
+from kvstore.header import Header
+from kvstore.holds import Hold, Placed
+from kvstore.loading import Loading
+from kvstore.local_match import match
+from kvstore.movement import Movement
+from kvstore.opening import Opening
+from kvstore.probe import Probe, ProbeOutcome
+from kvstore.promotion import Promotion
+from kvstore.putting import PutOutcome, Putting
+from kvstore.residency_check import validate
+from kvstore.runs import Added
+from kvstore.seams import System
+from kvstore.shared import Finder, SharedTier
+from kvstore.spec import ModelSpec, Shard
+from kvstore.stack import Stack
+from kvstore.staging import Staging
+from kvstore.tiers.base import Location, TierStats, TierStore
+from kvstore.types import Fidelity
+
+__all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
+
+ANNOUNCE_QUEUE = 1 << 16
+
+
+class TieredStore:
+    """One per worker. `start`, then anything, `tick` at every heartbeat, `close`."""
+
+    def __init__(
+        self,
+        system: System,
+        config: StoreConfig,
+        catalog: Catalog,
+        *,
+        ssd: TierStore | None,
+        redis: SharedTier | None,
+        holder: str = "",
+        announce_queue: int = ANNOUNCE_QUEUE,
+    ) -> None:
+        """`holder`: what `match` calls this worker. `announce_queue`: changes kept per namespace."""
+        self.system, self.config, self.catalog, self.holder = system, config, catalog, holder
+        self.changes = Changes(announce_queue)
+        self._finder = None if redis is None else Finder(redis)
+        self.stack = Stack(system, config, catalog, self.changes, ssd=ssd, redis=redis)
+        self.arena = self.stack.arena
+        self.staging = Staging(system.memory, config.staging_total_bytes)
+        self.movement = Movement(self.stack, self._finder)
+        budget = Budget(config.load_queue_bytes)
+        self.loading = Loading(self.stack, self.movement, self._finder, budget)
+        self.promotion = Promotion(self.stack, self.movement, budget)
+        self.putting = Putting(self.stack, self.movement)
+        self.opening = Opening(self.stack, self.movement, self.loading, self.promotion)
+        self._started: list[TierStore] = []
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Open the tiers and take in what the SSD kept. SetupError; nothing stays open then."""
+        redis = self.stack.redis
+        try:
+            for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
+                recovered = await tier.start()
+                self._started.append(tier)
+                for block in recovered:
+                    self._recovered(block.namespace, block.header, block.location)
+        except BaseException:
+            await self.close()
+            raise
+        self.movement.pump()
+
+    def _recovered(self, namespace: str, header: Header, location: Location) -> None:
+        stack = self.stack
+        assert stack.SSD is not None
+        row = stack.residency.find(namespace, header.shard, header.key)
+        if row is not None and stack.residency.fidelity(row) >= header.fidelity:
+            stack.tiers[stack.SSD].free(namespace, header, location)
+            return
+        if row is not None:
+            stack.remove(row)
+        stack.admit(namespace, header, stack.SSD, location)
+
+    async def close(self) -> None:
+        """Stop all movement, flush the tiers, let go of all memory. What a slower tier has is found again."""
+        await self.movement.close()
+        await self.putting.close()
+        await self.loading.close()
+        await self.promotion.close()
+        if self._finder is not None:
+            await self._finder.close()
+        self.opening.holds.end_all()
+        started, self._started = self._started, []
+        for tier in reversed(started):
+            await tier.close()
+        self.staging.close_all()
+        self.arena.close()
+
+    async def tick(self) -> None:
+        """The heartbeat: ends old holds, lets tiers do their housekeeping, tries again what failed."""
+        self.stack.counters["holds_expired"] += self.opening.holds.expire()
+        ticks = [tier.tick() for tier in self._started]
+        for error in await asyncio.gather(*ticks, return_exceptions=True):
+            if isinstance(error, TierError):
+                self.stack.counters["ticks_failed"] += 1
+            elif error is not None:
+                raise error
+        await self._make_spare()
+        self.movement.heartbeat()
+
+    async def _make_spare(self) -> None:
+        """Fault the next segment in before it is needed: that takes as long as copying many blocks."""
+        size = self.arena.spare_wanted()
+        if size:
+            try:
+                segment = await self.system.pool.run(self.arena.make, size)
+            except SetupError:
+                self.stack.counters["memory_refusals"] += 1
+                return
+            self.arena.keep_spare(segment, size)
+
+    async def idle(self) -> None:
+        """Return when nothing moves and nothing more would: for tests, drains and `validate`."""
+        self.movement.pump()
+        while self.movement.busy or self.loading.busy or self.promotion.busy or self.putting.busy:
+            await self.movement.room.progress()
+            self.movement.pump()
+
+    # ---- blocks
+
+    async def put(
+        self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview
+    ) -> PutOutcome:
+        """Keep one block: `source` is copied into hot and checksummed in the same pass, then visible. Never raises for
+        what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
+        return await self.putting.put(namespace, spec, shard, header, source)
+
+    async def open(
+        self,
+        namespace: str,
+        root: bytes,
+        wanted: Sequence[tuple[bytes, bytes]],
+        *,
+        least: Fidelity,
+        redis: bool = False,
+    ) -> Hold:
+        """(shard digest, key) blocks in the arena, held until `release` or `hold_max_s`; None for each that is not to
+        be had. `redis`: look there too. Cancelled: nothing is held."""
+        return await self.opening.open(namespace, root, wanted, least, redis=redis)
+
+    def release(self, hold_id: int) -> None:
+        """End a hold. Idempotent."""
+        self.opening.release(hold_id)
+
+    def match(
+        self, namespace: str, root: bytes, keys: Sequence[bytes], shards: Sequence[Shard], least: Fidelity
+    ) -> Match:
+        """What this worker alone can serve, without Redis. BadRequest for a shard that is none of the spec. Pure."""
+        return match(self.stack.residency, self.catalog, self.holder, namespace, root, keys, shards, least)
+
+    def purge(self, namespace: str, root: bytes | None = None) -> int:
+        """Forget a namespace's blocks, or those of one model; how many. What readers hold stays until they let go."""
+        residency = self.stack.residency
+        rows = [row for row in residency.of(namespace) if root is None or residency.header(row).root == root]
+        for row in rows:
+            self.stack.remove(row)
+        self.stack.counters["purged"] += len(rows)
+        self.movement.room.progressed()
+        return len(rows)
+
+    async def purge_shared(self, namespace: str, root: bytes | None = None) -> int:
+        """The same in Redis, for all workers; how many. TierDown when it can't be reached."""
+        return 0 if self.stack.redis is None else await self.stack.redis.purge(namespace, root)
+
+    def snapshot(self, namespace: str) -> tuple[int, list[Added]]:
+        """The number that the last change had, and everything held. Pure."""
+        blocks = [self.stack.announced(row) for row in self.stack.residency.of(namespace)]
+        return self.changes.outbox(namespace).head, blocks
+
+    def heads(self) -> dict[str, int]:
+        """The last change's number of each namespace that ever had one."""
+        return self.changes.heads()
+
+    def outbox(self, namespace: str) -> Outbox:
+        return self.changes.outbox(namespace)
+
+    def subscribe(self, callback: Subscriber) -> Callable[[], None]:
+        """`callback(namespace, seq, change)` at every change; returns the way to end it."""
+        return self.changes.subscribe(callback)
+
+    def blocks(self, namespace: str) -> int:
+        """Blocks held of one namespace."""
+        residency = self.stack.residency
+        return sum(len(residency.keys(namespace, shard)) for shard in residency.shards(namespace))
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What happened since the start, by name."""
+        return dict(self.stack.counters)
+
+    def stats(self) -> list[TierStats]:
+        """One entry per tier, device pools together with the cpu pool; a tier that is not configured is `off`."""
+        return self.stack.stats()
+
+    async def probe(self, namespace: str) -> list[ProbeOutcome]:
+        """Write a block through every tier and read it back."""
+        return await Probe(self.stack, self.movement).run(namespace)
+
+    def validate(self) -> None:
+        """AssertionError unless residency, tiers and arena agree. When idle."""
+        stack = self.stack
+        validate(stack.residency)
+        self.arena.validate()
+        for level, tier in enumerate(stack.tiers):
+            assert tier.used == stack.residency.used[level], f"{tier.tier.name}: {tier.used} bytes counted otherwise"
+        arena_bytes = stack.hot.used + stack.host.used
+        assert self.arena.used == arena_bytes + self.arena.limbo_bytes, "slots and tiers disagree"
