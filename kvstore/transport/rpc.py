@@ -110,6 +110,8 @@ class RpcChannel:
         self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._callables: dict[str, Any] = {}
+        self._calls: dict[Any, None] = {}  # in flight
+        self._over = False
         metadata = [("kvstore-namespace", credentials.namespace)]
         if credentials.token:
             metadata.append(("authorization", f"Bearer {credentials.token}"))
@@ -117,16 +119,18 @@ class RpcChannel:
 
     async def unary(self, method: Method, request: Message, *, timeout_s: float) -> Any:
         """The reply. The deadline travels with the call: the server stops working when it has passed."""
+        call = self._callable(method)(request.SerializeToString(), timeout=timeout_s, metadata=self._metadata)
+        self._calls[call] = None
         try:
-            reply = await self._callable(method)(
-                request.SerializeToString(), timeout=timeout_s, metadata=self._metadata
-            )
+            reply = await call
         except grpc.aio.AioRpcError as error:
             raise self._error(method, error, timeout_s) from None
         except asyncio.CancelledError:
             if not _cancelling():
                 raise self._closed(method) from None
             raise
+        finally:
+            del self._calls[call]
         return _parse(method, reply)
 
     async def stream(
@@ -140,6 +144,7 @@ class RpcChannel:
         else:
             first = _encode(method, await _only(method, requests))
             call = self._callable(method)(first, timeout=timeout_s, metadata=self._metadata)
+        self._calls[call] = None
         try:
             if method.server_stream:
                 async for reply in call:
@@ -155,6 +160,7 @@ class RpcChannel:
                 raise self._closed(method) from None
             raise
         finally:
+            del self._calls[call]
             call.cancel()
             if pump is not None:
                 pump.cancel()
@@ -162,9 +168,14 @@ class RpcChannel:
 
     async def close(self) -> None:
         """Calls in flight end with Unavailable."""
+        self._over = True
+        for call in list(self._calls):  # older gRPC forgets some of them
+            call.cancel()
         await self._channel.close(None)
 
     def _callable(self, method: Method) -> Any:
+        if self._over:
+            raise self._closed(method)
         if method.path not in self._callables:
             make = {
                 (False, False): self._channel.unary_unary,

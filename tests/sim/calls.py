@@ -107,6 +107,7 @@ class Call:
         self.server: MemoryServer | None = None
         self._handler: asyncio.Task[Any] | None = None
         self._over = False
+        self._seems_ended = False
         self._breaker = self._broken
 
     def connect(self, twice: bool = False) -> None:
@@ -153,7 +154,7 @@ class Call:
                 raise Incompatible(f"{self.address} does not know {method.path}")
             requests: Any = self._requests()
             if not method.client_stream:
-                requests = await anext(requests)
+                requests = await anext(requests, None)
             if method.server_stream:
                 replies = handler(requests, context)
                 if inspect.isawaitable(replies):
@@ -185,7 +186,9 @@ class Call:
             try:
                 item = await self.up.get()
             except KVStoreError:
-                await asyncio.Event().wait()  # a broken call reaches a handler as its cancellation, as in gRPC
+                if self._seems_ended:
+                    return
+                await asyncio.Event().wait()  # until the cancellation
             if item is None:
                 return
             if self.method.client_stream and self.network.lost():
@@ -207,10 +210,18 @@ class Call:
         return True
 
     def fail(self, error: KVStoreError) -> None:
-        """The client sees `error`; the handler is cancelled."""
+        """The client sees `error`; the handler is cancelled.
+
+        As in gRPC, a stream of requests that breaks may look to its handler like one that ends, for a moment.
+        """
+        self._seems_ended = self.method.client_stream and self.network.rng.random() < 0.5
         self.up.fail(error)
         self.down.fail(error)
-        self._cancel()
+        self.network.unwatch(self._breaker)
+        if self._seems_ended:
+            self.network.later(self.network.delay(), self._cancel)
+        else:
+            self._cancel()
 
     def _broken(self) -> None:
         self.network.note("broken", self.client.name, self.address, self.method.name)
@@ -221,13 +232,11 @@ class Call:
         self._over = True
         self.network.unwatch(self._breaker)
         if self._handler is not None and not self._handler.done():
-            self.network.later(self.network.delay(), self._cancel)
+            self.network.later(self.network.delay(), lambda: self.fail(Unavailable("the client has gone")))
 
     def _cancel(self) -> None:
-        self.network.unwatch(self._breaker)
-        handler = self._handler
-        if handler is not None and not handler.done():
-            handler.cancel()
+        if self._handler is not None and not self._handler.done():
+            self._handler.cancel()
 
 
 def encode_reply(method: Method, reply: Any) -> bytes:
@@ -240,11 +249,15 @@ def parse(method: Method, data: bytes) -> Any:
 
 
 async def pump(call: Call, method: Method, requests: AsyncIterator[Any]) -> None:
+    count = 0
     try:
         async for request in requests:
+            count += 1
             await call.up.put(request if method.request is None else request.SerializeToString())
             if not method.client_stream:
                 break
+        if not method.client_stream and not count:
+            raise BadRequest(f"{method.name} needs one request")
         call.up.finish()
     except KVStoreError as error:
         call.fail(Unavailable("the requests failed"))
