@@ -6,6 +6,7 @@ import asyncio
 import os
 import tempfile
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvstore.announce import Outbox
 from kvstore.auth import Authenticator, Policy, load_policy, node_credentials
@@ -17,14 +18,17 @@ from kvstore.membership import Member
 from kvstore.runs import Added, Change
 from kvstore.seams import System
 from kvstore.store import TieredStore
-from kvstore.tiers.base import TierStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
 from kvstore.wire import common_pb2
-from workers.announcer import Announcer
+from workers.announcer import Announcer, Source
 from workers.local import LocalService
 from workers.node import Node
 from workers.service import WorkerService
+
+if TYPE_CHECKING:
+    from kvstore.tiers.redis import RedisTier
+    from workers.redis_announcer import RedisAnnouncer
 
 
 def socket_path(configured: str, worker: str, boot_id: str) -> str:
@@ -76,6 +80,8 @@ class WorkerRuntime:
         self._config, self._system, self._transport = config, system, transport
         self._policy: Policy = load_policy(config.server.namespaces_file, config.server.token_file, config.server.bind)
         self.catalog = Catalog()
+        self.redis_announcers: list[RedisAnnouncer] = []
+        self._redis: RedisTier | None = None
         self._servers: list[Server] = []
         self._ticking: asyncio.Task[None] | None = None
         self._cleanup: list[str] = []  # what was started, in order
@@ -105,7 +111,16 @@ class WorkerRuntime:
         self.identity = await claim(system, config.store.ssd_folder)
         self._cleanup.append("identity")
         ssd = SsdTier(system, config.store, self.catalog) if config.store.ssd_folder else None
-        self.store = TieredStore(system, config.store, self.catalog, ssd=ssd, redis=self._redis())
+        self._redis = self._redis_tier()
+        self.store = TieredStore(
+            system,
+            config.store,
+            self.catalog,
+            ssd=ssd,
+            redis=self._redis,
+            holder=self.identity.worker,
+            announce_queue=config.worker.announce_queue,
+        )
         self._cleanup.append("store")
         await self.store.start()
         self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest)
@@ -117,21 +132,42 @@ class WorkerRuntime:
         self._servers.append(await self._transport.serve_local(path, LocalService(self.node), auth))
         self.node.socket = path
         self._cleanup.append("node")
-        self.announcer = Announcer(
-            config.worker,
-            system,
-            self._transport,
-            node_credentials(config.server, next(iter(self._policy.namespaces))),
-            config.server.coordinators,
-            StoreSource(self.node),
-        )
+        self.announcer = self._new_announcer(StoreSource(self.node))
         self.store.subscribe(self._changed)
         self.announcer.start()
         self._cleanup.append("announcer")
+        if self._redis is not None:
+            self._announce_redis(self._redis)
         self._ticking = asyncio.create_task(self._tick())
 
-    def _redis(self) -> TierStore | None:
-        return None
+    def _redis_tier(self) -> RedisTier | None:
+        if not self._config.store.redis_url:
+            return None
+        from kvstore.tiers.redis import RedisTier
+
+        return RedisTier(self._system, self._config.store, self.catalog, self._policy.redis_secret)
+
+    def _new_announcer(self, source: Source) -> Announcer:
+        config = self._config
+        credentials = node_credentials(config.server, next(iter(self._policy.namespaces)))
+        return Announcer(config.worker, self._system, self._transport, credentials, config.server.coordinators, source)
+
+    def _announce_redis(self, redis: RedisTier) -> None:
+        """Every namespace's Redis is announced by whichever worker is elected."""
+        from workers.redis_announcer import RedisAnnouncer
+
+        for namespace in self._policy.namespaces:
+            mine = RedisAnnouncer(
+                self._config.worker,
+                self._system,
+                redis,
+                self.catalog,
+                namespace,
+                lambda: self.identity.worker,
+                self._new_announcer,
+            )
+            mine.start()
+            self.redis_announcers.append(mine)
 
     def _changed(self, namespace: str, seq: int, change: Change) -> None:
         self.announcer.wake()
@@ -149,6 +185,8 @@ class WorkerRuntime:
             self._ticking.cancel()
             await asyncio.wait([self._ticking])
             self._ticking = None
+        await asyncio.gather(*(announcer.stop() for announcer in self.redis_announcers))
+        self.redis_announcers.clear()
         if "announcer" in started:
             await self.announcer.stop(grace_s, leaving=True)
         for server in reversed(self._servers):

@@ -41,9 +41,10 @@ class WorkerService:
         return visible_status(self._node.status(), context)
 
     async def purge(self, request: worker_pb2.PurgeRequest, context: CallContext) -> worker_pb2.PurgeReply:
-        """Forget a model's blocks, or all of the caller's namespace."""
+        """Forget a model's blocks, or all of the caller's namespace; those in Redis too."""
         root = digest_from_wire("root", request.root) if request.root else None
-        return worker_pb2.PurgeReply(blocks=self._node.store.purge(context.namespace, root))
+        blocks = self._node.store.purge(context.namespace, root)
+        return worker_pb2.PurgeReply(blocks=blocks + await self._node.store.purge_shared(context.namespace, root))
 
     async def probe(self, request: worker_pb2.ProbeRequest, context: CallContext) -> worker_pb2.ProbeReply:
         """Write a block through every tier and read it back."""

@@ -53,7 +53,10 @@ class TierStore(Protocol):
     """Methods run on the event loop of the store; bytes move in `System.pool`."""
 
     tier: Tier
-    capacity: int
+
+    @property
+    def capacity(self) -> int:
+        """Bytes it may hold."""
 
     @property
     def used(self) -> int:
