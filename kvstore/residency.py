@@ -15,8 +15,7 @@ from kvstore.family import Family, top_of
 from kvstore.header import Header
 from kvstore.policy import Policy
 from kvstore.rows import Rows
-from kvstore.tiers.base import Location
-from kvstore.types import BlockId, Fidelity, Tier
+from kvstore.types import BlockId, Fidelity, Location, Tier
 
 
 @dataclass(frozen=True, slots=True)

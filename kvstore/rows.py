@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 
 from kvstore.header import HEADER_BYTES, Header
-from kvstore.tiers.base import Location
+from kvstore.types import Location
 
 NONE = -1
 GROWTH_ROWS_MIN = 64

@@ -39,6 +39,15 @@ class BlockId:
 
 
 @dataclass(frozen=True, slots=True)
+class Location:
+    """Where a tier keeps one blob. Meaningful to that tier alone."""
+
+    segment: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class CommitToken:
     """A state change of one worker, numbered at the change."""
 

@@ -12,15 +12,7 @@ from typing import Protocol
 
 from kvstore.format import Header
 from kvstore.types import Buffer, Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a tier keeps one blob. Meaningful to that tier alone."""
-
-    segment: int
-    offset: int
-    length: int
+from kvstore.types import Location as Location  # part of this contract
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +67,7 @@ class TierStore(Protocol):
         Raises TierFull, TierDown."""
 
     async def read(self, namespace: str, header: Header, location: Location, target: memoryview) -> None:
-        """Fill `target` (exactly `location.length` bytes). Raises TierDown, or Corrupt where the tier itself can tell."""
+        """Fill `target` (exactly `location.length` bytes). Raises TierDown, or Corrupt where the tier can tell."""
 
     def free(self, namespace: str, header: Header, location: Location) -> None:
         """Forget a blob; its space may be reused. Idempotence is the store's business: once per location."""
