@@ -36,11 +36,17 @@ class MemoryDisk:
         self.direct = direct  # files opened direct insist on alignment of offset and length
         self.failing: dict[str, int] = {}  # operation (open, read, write, sync, remove, replace) -> errno
         self.write_bytes_max: int | None = None  # a single write is cut off there
+        self.writes_left: int | None = None  # then every write and sync fails with EIO
         self.landed: dict[str, int] = {}
         self.boot = 0  # how many crashes
         self._locks: dict[str, None] = {}
 
     def _check(self, operation: str) -> None:
+        if self.writes_left is not None and operation in ("write", "sync", "remove", "replace"):
+            if self.writes_left == 0:
+                self._land(operation)
+                raise _error(errno.EIO)
+            self.writes_left -= 1
         if (code := self.failing.get(operation)) is not None:
             self._land(operation)
             raise _error(code)
