@@ -61,6 +61,7 @@ def fleet_config(folder: Path, limits: Limits) -> Config:
                 "hot_bytes": limits.hot,
                 "host_bytes": limits.arena,
                 "ssd_bytes": limits.ssd,
+                "ssd_folder": str(folder / "ssd"),
                 "ssd_segment_bytes": limits.segment,
                 "redis_bytes": limits.redis,
                 "threads": 2,
@@ -84,6 +85,7 @@ class FleetCluster:
 
     async def start(self) -> None:
         """Up and ready when it returns. SetupError with the reason otherwise."""
+        Path(self._config.store.ssd_folder).mkdir(exist_ok=True)
         prepare(self._config, self._folder)
         argv = [sys.executable, "-m", "kvstore.cli.main", "fleet-supervisor", str(self._folder)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
