@@ -19,7 +19,7 @@ from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, configuration, json
 from kvstore.cli.tables import size
 from kvstore.client import KVClient
 from kvstore.config import KIB, ClientConfig, Config, override
-from kvstore.errors import UsageError
+from kvstore.errors import ServiceError, SetupError, UsageError
 from kvstore.local_cluster import LocalCluster
 from kvstore.observe import Observer
 from kvstore.payload import replay_spec
@@ -172,7 +172,11 @@ def _observer(config: ClientConfig, system: System) -> Observer:
 
 async def _beside_workers(config: ClientConfig, system: System) -> list[ClientConfig]:
     """One client for each worker of a running service on this machine; else one for all."""
-    members = (await _observer(config, system).members(config.coordinators[0])).members
+    where = config.coordinators[0]
+    try:
+        members = (await _observer(config, system).members(where)).members
+    except ServiceError as error:
+        raise SetupError(f"no service answers at {where}: start one, or leave out --coordinators ({error})") from error
     sockets = [member.socket for member in members if member.socket and member.host == system.host]
     return [replace(config, workers=(socket,)) for socket in sockets] or [config]
 
