@@ -30,6 +30,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.transport.base import Channel, Credentials, Method
+from kvstore.transport.malloc import keep_freed_memory
 from kvstore.transport.methods import COORDINATOR, WORKER
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
@@ -186,8 +187,8 @@ async def test_errors_of_a_handler_arrive_as_themselves() -> None:
         stop = worker_pb2.PutFrame(data=b"stop").SerializeToString()
         with pytest.raises(Overloaded, match="enough"):
             await anext(channel.stream(WORKER["Put"], endless(stop), timeout_s=5))
+        newer = Method("Worker", "Newer", common_pb2.StatusRequest, common_pb2.WorkerStatus)
         with pytest.raises(Incompatible, match="does not know"):
-            newer = Method("Worker", "Newer", common_pb2.StatusRequest, common_pb2.WorkerStatus)
             await channel.unary(newer, common_pb2.StatusRequest(), timeout_s=5)
 
 
@@ -385,3 +386,9 @@ async def test_every_error_of_the_tree_has_a_status_and_comes_back(tmp_path: Pat
             raising.error = kind("one line that says what to do")
             with pytest.raises(kind, match="one line that says what to do"):
                 await channel.unary(WORKER["Purge"], worker_pb2.PurgeRequest(), timeout_s=5)
+
+
+def test_malloc_is_tuned_unless_the_user_did() -> None:
+    glibc = "libc.so.6" in Path("/proc/self/maps").read_text()
+    assert keep_freed_memory({}) is glibc
+    assert keep_freed_memory({"MALLOC_TRIM_THRESHOLD_": "1"}) is False

@@ -2,7 +2,9 @@
 
 Implementations: `kvstore.transport.rpc` (gRPC), `kvstore.transport.local` (Unix socket), and the simulator's
 in-memory twin (tests/sim/transport.py) which drops, delays, reorders and partitions.
-A service is any object with one coroutine per `Method`, named by `Method.attribute`.
+A service is any object with one coroutine per `Method`, named by `Method.attribute`. A stream of requests that breaks
+may look to its handler like one that ends, until the handler is cancelled: a handler knows from the messages
+themselves whether it has them all.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Incompatible, 
 from kvstore.seams import Clock
 from kvstore.transport import local
 from kvstore.transport.base import Authenticator, Channel, Credentials, LocalChannel, Method, Server
+from kvstore.transport.malloc import keep_freed_memory
 from kvstore.transport.rpc_server import RpcServer
 
 COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -44,7 +45,7 @@ class GrpcTransport:
 
     message_bytes_max: of one message in either direction. calls_max: served at a time, beyond it Overloaded;
     streams_max: the same for streams both ways, which live long. call_max_s: the longest a served call may take,
-    streams both ways excepted.
+    streams both ways excepted. Sets this process's malloc thresholds (`kvstore.transport.malloc`).
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class GrpcTransport:
         local_connections_max: int = 256,
         connect_timeout_s: float = 2.0,
     ) -> None:
+        keep_freed_memory()
         self._clock = clock
         self._message_bytes_max = message_bytes_max
         self._calls_max = calls_max
