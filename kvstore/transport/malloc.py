@@ -1,7 +1,8 @@
 """Keep the memory of freed messages in the process, instead of giving it back to the kernel after each one.
 
-A stream of 1 MiB messages otherwise maps, faults in and unmaps many of them: a Get stream between two processes of a
-busy two-core machine ran at a median of 0.35 GB/s without, 0.75 GB/s with these settings on both sides (n = 7, in turns).
+A stream of 1 MiB messages otherwise maps, faults in and unmaps many of them: a Get stream between two processes of
+a busy two-core machine ran at a median of 0.35 GB/s without and 0.75 GB/s with these settings on both sides (n = 7, in
+turns).
 """
 
 from __future__ import annotations
