@@ -11,7 +11,7 @@ from kvstore.store import Placed
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
-from workers.node import Answer, Node
+from workers.node import Answer, Node, Offered
 
 HOLDS_MAX = 4096
 """Of one connection at a time."""
@@ -142,8 +142,10 @@ class LocalService:
         for offset, _, header in blocks:
             if offset + header.raw_length > staging.nbytes:
                 raise BadRequest(f"a block at {offset} ends outside the staging segment of {staging.nbytes} bytes")
+        view = staging.segment.view
+        offered = [
+            Offered(shard, header, view[offset : offset + header.raw_length]) for offset, shard, header in blocks
+        ]
         answer = Answer(node)
-        for offset, shard, header in blocks:
-            source = staging.segment.view[offset : offset + header.raw_length]
-            await answer.take(context.namespace, spec, shard, header, source)
+        await answer.take(context.namespace, spec, offered)
         return answer.message()

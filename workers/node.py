@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from kvstore.catalog import Catalog
 from kvstore.config import Config
@@ -37,6 +38,9 @@ STATES = {
     "dropped": worker_pb2.BLOCK_DROPPED,
     "refused": worker_pb2.BLOCK_REFUSED,
 }
+
+TOGETHER = 8
+"""Blocks of one put that byte movers copy at a time."""
 
 
 class Budget:
@@ -205,6 +209,15 @@ class Node:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """One block of a put; `source` is read until the store has answered."""
+
+    shard: Shard
+    header: Header
+    source: memoryview
+
+
 class Answer:
     """The reply to a put as its blocks are taken in."""
 
@@ -213,11 +226,17 @@ class Answer:
         self._states: list[worker_pb2.BlockState] = []
         self._seq = 0
 
-    async def take(self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> None:
-        """Offer one block to the store; mutates. `source` may be reused when this returns."""
-        outcome = await self._node.store.put(namespace, spec, shard, header, source)
-        self._states.append(STATES[outcome.state])
-        self._seq = max(self._seq, outcome.seq)
+    async def take(self, namespace: str, spec: ModelSpec, blocks: Sequence[Offered]) -> None:
+        """Offer blocks to the store, a few at a time; mutates. Their sources may be reused when this returns."""
+        store = self._node.store
+        for at in range(0, len(blocks), TOGETHER):
+            some = blocks[at : at + TOGETHER]
+            outcomes = await asyncio.gather(
+                *(store.put(namespace, spec, block.shard, block.header, block.source) for block in some)
+            )
+            for outcome in outcomes:
+                self._states.append(STATES[outcome.state])
+                self._seq = max(self._seq, outcome.seq)
 
     def message(self) -> worker_pb2.PutReply:
         identity = self._node.identity

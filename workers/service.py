@@ -18,7 +18,7 @@ from kvstore.transport.base import CallContext
 from kvstore.views import visible_status
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
-from workers.node import Answer, Node
+from workers.node import Answer, Node, Offered
 from workers.outgoing import Outgoing
 
 FRAME_SLACK_BYTES = 256 * KIB
@@ -190,7 +190,7 @@ class Incoming:
     async def _store(self, raw: memoryview) -> None:
         shard, header = self._blocks[self._index]
         self._index += 1
-        await self._answer.take(self._namespace, self._spec, shard, header, raw)
+        await self._answer.take(self._namespace, self._spec, [Offered(shard, header, raw)])
 
     def reply(self) -> worker_pb2.PutReply:
         """BadRequest when the stream ended too soon; what was whole is stored all the same."""
