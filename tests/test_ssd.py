@@ -376,6 +376,35 @@ async def test_nothing_leaks(tmp_path: Path, no_leaks: None) -> None:
     system.pool.close()
 
 
+async def test_cancelled_callers_leak_nothing(tmp_path: Path, no_leaks: None) -> None:
+    """Writes and reads cancelled at every early step; what was whole stays readable, descriptors all close."""
+    system = real_system(threads=2)
+    tier = SsdTier(system, replace(StoreConfig(), ssd_folder=str(tmp_path / "log"), ssd_bytes=2 << 20), catalog_of())
+    await tier.start()
+    cancelled = 0
+    kept: list[tuple[Sample, Location]] = []
+    for number in range(60):
+        task = asyncio.ensure_future(put(tier, sample(number)))
+        for _ in range(number % 6):
+            await asyncio.sleep(0)
+        task.cancel()
+        try:
+            kept.append((sample(number), await task))
+        except asyncio.CancelledError:
+            cancelled += 1
+        if number % 10 == 0:
+            await tier.flush()
+    assert cancelled > 0
+    kept.append((sample(60), await put(tier, sample(60))))
+    for found, location in kept:
+        assert await get(tier, found, location) == found.record
+    assert tier._log is not None
+    tier._log.state.validate()
+    assert tier.used == len(kept) * 12288
+    await tier.close()
+    system.pool.close()
+
+
 # Aligned I/O
 
 

@@ -16,7 +16,7 @@ from kvstore.header import Header
 from kvstore.seams import Disk, File, System
 from kvstore.tiers.aligned import ALIGNMENT, Bounce, padded, read_record, straight, write_all, write_record
 from kvstore.tiers.base import Location
-from kvstore.tiers.handles import Handles
+from kvstore.tiers.handles import Handles, finish
 from kvstore.tiers.log_state import LogState, Owed
 from kvstore.tiers.recovery import Found, FoundLog, scan_log, scan_segment
 from kvstore.tiers.segment import Segment, data_name, index_name, index_reserve
@@ -134,11 +134,14 @@ class SegmentLog:
         segment = Segment(self.state.next_id, int.from_bytes(self.system.rng.randbytes(8), "little"), limit)
         self.state.next_id += 1
         page = open_page(segment.id, segment.nonce, limit)
-        data, index = await self.system.pool.run(_make_files, self.disk, segment.id, page, self.direct)
-        self._handles.adopt(data_name(segment.id), data)
-        self._handles.adopt(index_name(segment.id), index)
-        segment.index_end, segment.sequence = len(page), 1
-        self.state.begin(segment)
+
+        def keep(files: tuple[File, File]) -> None:
+            self._handles.adopt(data_name(segment.id), files[0])
+            self._handles.adopt(index_name(segment.id), files[1])
+            segment.index_end, segment.sequence = len(page), 1
+            self.state.begin(segment)
+
+        await finish(self.system.pool.run(_make_files, self.disk, segment.id, page, self.direct), keep)
 
     async def _reclaim(self) -> None:
         """Give some room back, or TierFull. Holds `_space`."""
