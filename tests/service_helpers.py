@@ -18,6 +18,8 @@ from kvstore.types import Fidelity, Tier
 from kvstore.wire import common_pb2
 
 FULL = ModelSpec("full", (Group(layers=2, kv_heads=4, k_dim=8, v_dim=8),), dtype="float32", block_tokens=4)
+LARGE = ModelSpec("large", (Group(layers=2, kv_heads=4, k_dim=64, v_dim=64),), dtype="float32", block_tokens=16)
+"""Its blocks fill a generation unit of the arena each."""
 TWO_GROUPS = ModelSpec(
     "two",
     (

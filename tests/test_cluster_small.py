@@ -223,9 +223,9 @@ async def test_encoded_blocks_are_decoded_by_the_reader(cluster: MiniCluster, fa
     shard = Shard.whole(FULL)
     prefix = prompt(10, 60)
     smooth = [np.repeat(np.uint8(depth), block_bytes(FULL, shard)) for depth in range(60)]
-    for first in range(0, 60, 12):  # what does not fit into hot at once would be dropped
-        put = await client.put(FULL, prefix, smooth[first : first + 12], first)
-        assert put.states == ["committed"] * 12
+    for first in range(0, 60, 4):  # what does not fit into hot at once would be dropped
+        put = await client.put(FULL, prefix, smooth[first : first + 4], first)
+        assert put.states == ["committed"] * 4
         await worker.store.idle()
     for needed in (shard, Shard(0, 0, 2, 1, 2)):
         plan = await client.match(FULL, prefix, [needed])

@@ -1,0 +1,459 @@
+"""The worker's two services on real sockets, met by honest peers, careless ones and hostile ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvstore.checksum import xxh3
+from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, KVStoreError, Overloaded, Unavailable
+from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header
+from kvstore.keys import Chain
+from kvstore.layout import block_bytes
+from kvstore.spec import Shard
+from kvstore.transport import frames
+from kvstore.transport.base import Channel, Credentials, LocalChannel, MappedSegment
+from kvstore.transport.methods import WORKER, WORKER_LOCAL
+from kvstore.types import Tier, pack_keys
+from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wireform import shard_to_wire
+from tests.service_cluster import STORE, MiniCluster, blocks_of, check
+from tests.service_helpers import FULL, LARGE, payload, prompt, until
+from workers.runtime import WorkerRuntime
+
+WHOLE = Shard.whole(FULL)
+SIZE = block_bytes(FULL, WHOLE)
+
+
+class Met:
+    """A worker and a raw channel of either kind to it."""
+
+    def __init__(self, cluster: MiniCluster, worker: WorkerRuntime, channel: Channel, local: LocalChannel) -> None:
+        self.cluster, self.worker, self.channel, self.local = cluster, worker, channel, local
+
+    async def call(self, name: str, request: Any) -> Any:
+        return await self.channel.unary(WORKER[name], request, timeout_s=5)
+
+    async def locally(
+        self, name: str, request: Any, channel: LocalChannel | None = None
+    ) -> tuple[Any, list[MappedSegment]]:
+        return await (channel or self.local).call(WORKER_LOCAL[name], request, timeout_s=5)
+
+    async def another(self) -> LocalChannel:
+        return await self.cluster.transport.connect_local(self.worker.socket, Credentials())
+
+    async def get(self, request: worker_pb2.GetRequest) -> list[tuple[worker_pb2.GetHeader, bytes]]:
+        async def one() -> AsyncIterator[worker_pb2.GetRequest]:
+            yield request
+
+        found = []
+        async with aclosing(self.channel.stream(WORKER["Get"], one(), timeout_s=5)) as stream:
+            async for frame in stream:
+                packed, data = frames.decode(frame)
+                found.append((worker_pb2.GetHeader.FromString(packed or b""), bytes(data)))
+        return found
+
+    async def put(self, *sent: bytes) -> worker_pb2.PutReply:
+        async def all_() -> AsyncIterator[bytes]:
+            for frame in sent:
+                yield frame
+
+        async with aclosing(self.channel.stream(WORKER["Put"], all_(), timeout_s=5)) as stream:
+            async for reply in stream:
+                assert isinstance(reply, worker_pb2.PutReply)
+                return reply
+        raise AssertionError("no reply")
+
+    def holds(self) -> list[int]:
+        return list(self.worker.store.opening.holds._held)
+
+    def held(self) -> int:
+        return self.worker.store.blocks("default")
+
+
+@pytest.fixture
+async def met(tmp_path: Path) -> AsyncIterator[Met]:
+    async with MiniCluster(tmp_path) as cluster:
+        worker = await cluster.worker("a")
+        channel = await cluster.transport.connect(worker.address, Credentials())
+        local = await cluster.transport.connect_local(worker.socket, Credentials())
+        yield Met(cluster, worker, channel, local)
+        await channel.close()
+        await local.close()
+        await until(lambda: not len(worker.store.opening.holds), "every hold has ended")
+        assert worker.node.sending.used == worker.node.receiving.used == 0
+        await worker.store.idle()
+        worker.store.validate()
+
+
+def put_block(prefix: Chain, depth: int, shard: Shard = WHOLE, **changes: Any) -> worker_pb2.PutBlock:
+    """What an honest client says of a block, but for the changes."""
+    block = worker_pb2.PutBlock(
+        shard=shard_to_wire(shard),
+        key=prefix.keys[depth],
+        parent=prefix.parent(depth),
+        group=prefix.group(depth),
+        depth=depth,
+        computed_on=3,
+        raw_bytes=SIZE,
+    )
+    for name, value in changes.items():
+        setattr(block, name, value)
+    return block
+
+
+def put_header(*blocks: worker_pb2.PutBlock) -> bytes:
+    return frames.encode(worker_pb2.PutHeader(spec_json=FULL.canonical_json(), blocks=blocks).SerializeToString(), ())
+
+
+def get_request(prefix: Chain, count: int, **changes: Any) -> worker_pb2.GetRequest:
+    keys = worker_pb2.ShardKeys(shard=shard_to_wire(Shard.whole(prefix.spec)), keys=pack_keys(prefix.keys[:count]))
+    return worker_pb2.GetRequest(root=prefix.root, blocks=[keys], **changes)
+
+
+def open_request(prefix: Chain, count: int) -> worker_pb2.OpenRequest:
+    keys = worker_pb2.ShardKeys(shard=shard_to_wire(WHOLE), keys=pack_keys(prefix.keys[:count]))
+    return worker_pb2.OpenRequest(root=FULL.root, blocks=[keys], deadline_ms=2000)
+
+
+def raw(prefix: Chain, depth: int) -> bytes:
+    return payload(FULL, WHOLE, prefix.keys[depth]).tobytes()
+
+
+# --- gRPC ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_put_stream_cut_anywhere_is_put_together(met: Met) -> None:
+    prefix = prompt(1, 5)
+    data = b"".join(raw(prefix, depth) for depth in range(5))
+    cuts = [0, 1, SIZE - 1, SIZE, SIZE + 7, 3 * SIZE + 5, len(data)]
+    parts = [frames.encode(None, [data[a:b]]) for a, b in pairwise(cuts)]
+    reply = await met.put(put_header(*(put_block(prefix, depth) for depth in range(5))), *parts)
+    assert list(reply.states) == [worker_pb2.BLOCK_COMMITTED] * 5
+    assert (reply.token.worker, reply.token.seq) == (met.worker.identity.worker, 5)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    plan = await client.match(FULL, prefix)
+    check(plan, await client.get(plan), 5)
+
+
+async def test_a_get_stream_says_what_comes_and_packs_layer_by_layer(met: Met) -> None:
+    prefix = prompt(2, 3)
+    data = b"".join(raw(prefix, depth) for depth in range(2))
+    await met.put(put_header(put_block(prefix, 0), put_block(prefix, 1)), frames.encode(None, [data]))
+    out = await met.get(get_request(prefix, 3))
+    infos = out[0][0].blocks
+    assert [info.state for info in infos] == [worker_pb2.BLOCK_FOUND] * 2 + [worker_pb2.BLOCK_MISSING]
+    assert Header.unpack(infos[1].header).copy_id == xxh3(raw(prefix, 1)) and infos[0].tier == Tier.HOT
+    order = []
+    for header, body in out[1:]:
+        assert not header.blocks
+        start = 0
+        for part in header.parts:
+            assert len(part.table) % ENTRY_BYTES == 0
+            for row in np.frombuffer(part.table, ENTRY_DTYPE):
+                stored = body[start : start + int(row["stored"])]
+                assert xxh3(stored) == int(row["xxh3"])
+                order.append((int(row["layer"]), part.block, int(row["component"])))
+                start += len(stored)
+        assert start == len(body)
+    assert order == [(layer, block, component) for layer in (0, 1) for block in (0, 1) for component in (0, 1)]
+    second = await met.get(get_request(prefix, 2, layer_first=1, layer_count=1))
+    tables = b"".join(part.table for header, _ in second[1:] for part in header.parts)
+    assert set(np.frombuffer(tables, ENTRY_DTYPE)["layer"].tolist()) == {1}
+
+
+async def test_malformed_calls_are_refused_in_one_line_and_change_nothing(met: Met) -> None:
+    prefix = prompt(3, 2)
+    good = put_block(prefix, 0)
+    data = frames.encode(None, [raw(prefix, 0)])
+    puts: list[list[bytes]] = [
+        [],
+        [b"\xff\xff\xff"],
+        [data],
+        [frames.encode(b"\xff\xff", ())],
+        [frames.encode(worker_pb2.PutHeader(spec_json="{", blocks=[good]).SerializeToString(), ()), data],
+        [frames.encode(worker_pb2.PutHeader(spec_json='{"model":"x"}', blocks=[good]).SerializeToString(), ()), data],
+        [put_header(), data],
+        [put_header(good), frames.encode(None, [raw(prefix, 0)[:-1]])],
+        [put_header(put_block(prefix, 0, raw_bytes=SIZE - 1)), data],
+        [put_header(put_block(prefix, 0, raw_bytes=1 << 60)), data],
+        [put_header(put_block(prefix, 0, key=b"short")), data],
+        [put_header(put_block(prefix, 0, parent=bytes(16))), data],
+        [put_header(put_block(prefix, 0, group=b"")), data],
+        [put_header(put_block(prefix, 0, computed_on=7)), data],
+    ]
+    for sent in puts:
+        with pytest.raises(BadRequest) as error:
+            await met.put(*sent)
+        assert "\n" not in str(error.value)
+    assert met.held() == 0
+    gets = [
+        worker_pb2.GetRequest(root=b"no"),
+        worker_pb2.GetRequest(root=FULL.root, blocks=[worker_pb2.ShardKeys(keys=bytes(15))]),
+        worker_pb2.GetRequest(root=FULL.root, blocks=[worker_pb2.ShardKeys(keys=bytes(16 * 20_000))]),
+        worker_pb2.GetRequest(root=FULL.root, blocks=[worker_pb2.ShardKeys()] * 2000),
+        get_request(prefix, 1, layer_first=1),
+        get_request(prefix, 1, least=8),
+    ]
+    for request in gets:
+        with pytest.raises(BadRequest):
+            await met.get(request)
+    await met.put(put_header(good), data)
+    outside = worker_pb2.ShardKeys(shard=common_pb2.Shard(layer_count=9, head_count=1), keys=prefix.keys[0])
+    with pytest.raises(BadRequest):
+        await met.get(worker_pb2.GetRequest(root=FULL.root, blocks=[outside]))
+    with pytest.raises(Incompatible):
+        await met.call("Hello", common_pb2.HelloRequest(protocol=99))
+    assert met.held() == 1
+
+
+async def test_bytes_after_the_last_block_and_a_wrong_checksum(met: Met) -> None:
+    prefix = prompt(4, 2)
+    with pytest.raises(BadRequest):
+        await met.put(put_header(put_block(prefix, 0)), frames.encode(None, [raw(prefix, 0) + b"x"]))
+    assert met.held() == 1  # it was whole: a retry finds it held
+    wrong = put_block(prefix, 1, copy_id=12345)
+    reply = await met.put(put_header(wrong), frames.encode(None, [raw(prefix, 1)]))
+    assert list(reply.states) == [worker_pb2.BLOCK_REFUSED] and met.held() == 1
+    right = put_block(prefix, 1, copy_id=xxh3(raw(prefix, 1)))
+    reply = await met.put(put_header(right), frames.encode(None, [raw(prefix, 1)]))
+    assert list(reply.states) == [worker_pb2.BLOCK_COMMITTED] and met.held() == 2
+
+
+async def test_a_get_that_is_dropped_half_way_holds_nothing(met: Met) -> None:
+    prefix = prompt(5, 200)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+
+    async def one() -> AsyncIterator[worker_pb2.GetRequest]:
+        yield get_request(prefix, 200)
+
+    stream = met.channel.stream(WORKER["Get"], one(), timeout_s=5)
+    await anext(stream)
+    await stream.aclose()
+    await until(lambda: met.holds() == [], "its hold has ended")
+    await until(lambda: met.worker.node.sending.used == 0, "its bytes are given back")
+
+
+async def test_a_put_that_comes_too_slowly_ends_at_its_deadline(met: Met) -> None:
+    prefix = prompt(6, 1)
+    never = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield put_header(put_block(prefix, 0))
+        await never.wait()
+
+    async with aclosing(met.channel.stream(WORKER["Put"], slow(), timeout_s=0.3)) as stream:
+        with pytest.raises(DeadlineExceeded):
+            await anext(stream)
+    await until(lambda: met.worker.node.receiving.used == 0, "its buffer is given back")
+    assert met.held() == 0
+
+
+async def test_bytes_in_flight_are_bounded(met: Met) -> None:
+    prefix = prompt(7, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    met.worker.node.sending.capacity = 2 * SIZE
+    with pytest.raises(BadRequest):
+        await met.get(get_request(prefix, 3))
+    with met.worker.node.sending.take(SIZE):
+        with pytest.raises(Overloaded):
+            await met.get(get_request(prefix, 2))
+        assert len((await met.get(get_request(prefix, 1)))[0][0].blocks) == 1
+    met.worker.node.receiving.capacity = SIZE - 1
+    with pytest.raises(Overloaded):
+        await met.put(put_header(put_block(prompt(8, 1), 0)), frames.encode(None, [bytes(SIZE)]))
+
+
+async def test_status_purge_probe(met: Met) -> None:
+    prefix = prompt(9, 4)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    status = await met.call("Status", common_pb2.StatusRequest())
+    hot = next(tier for tier in status.tiers if tier.tier == Tier.HOT)
+    assert (hot.blocks, hot.raw_bytes) == (4, 4 * SIZE) and status.member.id == met.worker.identity.worker
+    assert [(n.namespace, n.blocks) for n in status.namespaces] == [("default", 4)]
+    probe = await met.call("Probe", worker_pb2.ProbeRequest())
+    assert all(result.ok for result in probe.results if result.tier in (Tier.HOT, Tier.HOST)), probe
+    assert (await met.call("Purge", worker_pb2.PurgeRequest(root=bytes(16)))).blocks == 0
+    assert (await met.call("Purge", worker_pb2.PurgeRequest())).blocks == 4
+    assert (await client.match(FULL, prefix)).blocks == 0
+
+
+# --- the local socket ----------------------------------------------------------------------------------------------
+
+
+async def test_open_passes_a_segment_once_and_release_is_idempotent(met: Met) -> None:
+    prefix = prompt(10, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    first, passed = await met.locally("Open", open_request(prefix, 3))
+    assert len(first.segments) == len(passed) == 1 and not first.segments[0].writable
+    again, none = await met.locally("Open", open_request(prefix, 2))
+    assert not again.segments and not none
+    block = first.blocks[1]
+    assert bytes(passed[0].view[block.offset : block.offset + block.length]) == raw(prefix, 1)
+    with pytest.raises(TypeError):
+        passed[0].view[block.offset] = 0  # read-only
+    assert len(met.holds()) == 2
+    other = await met.another()
+    await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold, 77]), other)  # not its own
+    assert len(met.holds()) == 2
+    for _ in range(2):
+        await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold]))
+    assert len(met.holds()) == 1
+    await other.close()
+
+
+async def test_what_belongs_to_a_connection_ends_with_it(met: Met) -> None:
+    prefix = prompt(11, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    before = met.worker.store.staging.used
+    peer = await met.another()
+    await met.locally("Open", open_request(prefix, 3), peer)
+    await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 16), peer)
+    assert len(met.holds()) == 1 and met.worker.store.staging.used == before + (1 << 16)
+    segment = next(met.worker.store.arena.segments())
+    peers = segment.peers
+    await peer.close()
+    await until(lambda: met.worker.store.staging.used == before, "its staging is freed")
+    assert met.holds() == [] and segment.peers == peers - 1
+
+
+async def test_a_late_writer_cannot_touch_what_is_committed(met: Met) -> None:
+    prefix = prompt(12, 2)
+    reply, passed = await met.locally("Stage", worker_pb2.StageRequest(bytes=2 * SIZE))
+    view = passed[0].view
+    view[:SIZE] = raw(prefix, 0)
+    commit = worker_pb2.CommitRequest(
+        spec_json=FULL.canonical_json(), segment=reply.segment.segment, blocks=[put_block(prefix, 0, offset=0)]
+    )
+    answer, _ = await met.locally("Commit", commit)
+    assert list(answer.states) == [worker_pb2.BLOCK_COMMITTED]
+    view[:SIZE] = bytes(SIZE)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    plan = await client.match(FULL, prefix)
+    check(plan, await client.get(plan), 1)
+
+
+async def test_malformed_local_calls(met: Met) -> None:
+    prefix = prompt(13, 2)
+    reply, _ = await met.locally("Stage", worker_pb2.StageRequest(bytes=2 * SIZE))
+    mine = reply.segment.segment
+    spec = FULL.canonical_json()
+
+    def commit(segment: int = mine, **changes: Any) -> worker_pb2.CommitRequest:
+        return worker_pb2.CommitRequest(spec_json=spec, segment=segment, blocks=[put_block(prefix, 0, **changes)])
+
+    bad: list[tuple[str, Any]] = [
+        ("Stage", worker_pb2.StageRequest(bytes=SIZE)),
+        ("Commit", commit(segment=mine + 1)),
+        ("Commit", commit(segment=1)),
+        ("Commit", commit(offset=SIZE + 1)),
+        ("Commit", commit(offset=(1 << 64) - 1)),
+        ("Commit", commit(raw_bytes=1)),
+        ("Commit", commit(key=b"")),
+        ("Commit", worker_pb2.CommitRequest(spec_json="[]", segment=mine)),
+        ("Open", worker_pb2.OpenRequest(root=b"")),
+        ("Open", worker_pb2.OpenRequest(root=FULL.root, blocks=[worker_pb2.ShardKeys(keys=b"1")])),
+        ("Match", common_pb2.MatchRequest(root=FULL.root)),
+    ]
+    for name, request in bad:
+        with pytest.raises(BadRequest) as error:
+            await met.locally(name, request)
+        assert "\n" not in str(error.value)
+    other = await met.another()
+    with pytest.raises(BadRequest):
+        await met.locally("Stage", worker_pb2.StageRequest(), other)
+    with pytest.raises(BadRequest):
+        await met.locally("Commit", commit(), other)  # another connection's staging
+    await other.close()
+    assert met.held() == 0
+
+
+async def test_staging_is_bounded_over_all_connections(met: Met) -> None:
+    room = STORE.staging_total_bytes // STORE.staging_bytes
+    peers = [await met.another() for _ in range(room + 1)]
+    for peer in peers[:room]:
+        reply, _ = await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 40), peer)
+        assert reply.segment.bytes == STORE.staging_bytes
+    with pytest.raises(Overloaded):
+        await met.locally("Stage", worker_pb2.StageRequest(bytes=1), peers[room])
+    for peer in peers:
+        await peer.close()
+
+
+async def test_a_slot_reused_under_a_reader_is_a_miss(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hold is gone while the reader copies: purged, freed, generation bumped."""
+    prefix = prompt(14, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    plan = await client.match(FULL, prefix)
+    from kvstore import sources
+
+    copy = sources._copy_one
+    loop = asyncio.get_running_loop()
+
+    def slow(asked: Any, item: Any) -> None:
+        copy(asked, item)
+        if item.piece.depth == 1:
+            asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
+
+    async def expire() -> None:
+        for hold in met.holds():
+            met.worker.store.release(hold)
+        met.worker.store.purge("default")
+
+    monkeypatch.setattr(sources, "_copy_one", slow)
+    result = await client.get(plan)
+    assert result.tiers == [[Tier.HOT, None, None]] and result.blocks == 1
+    assert client.counters["failed_reused"] == 2
+
+
+async def test_a_get_stream_leaves_out_what_is_reused_under_it(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = prompt(15, 3, LARGE)
+    near = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await near.put(LARGE, prefix, blocks_of(prefix))
+    from workers import outgoing
+
+    read = outgoing.Outgoing._read
+    loop = asyncio.get_running_loop()
+    done: list[int] = []
+
+    def slow(self: Any, part: Any) -> Any:
+        found = read(self, part)
+        if not done and part.block == 1:
+            done.append(1)
+            asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
+        return found
+
+    async def expire() -> None:
+        for hold in met.holds():
+            met.worker.store.release(hold)
+        row = met.worker.store.stack.residency.find("default", Shard.whole(LARGE).digest, prefix.keys[1])
+        assert row is not None
+        met.worker.store.stack.remove(row)
+
+    monkeypatch.setattr(outgoing.Outgoing, "_read", slow)
+    out = await met.get(get_request(prefix, 3))
+    assert [info.state for info in out[0][0].blocks] == [worker_pb2.BLOCK_FOUND] * 3
+    blocks = {part.block for header, _ in out[1:] for part in header.parts}
+    assert blocks == {0, 2} and met.worker.node.counters["blocks_lost_in_flight"] == 1
+
+
+async def test_a_stopped_worker_answers_nobody(met: Met) -> None:
+    await met.worker.stop()
+    met.cluster.workers.clear()
+    for attempt in (met.call("Status", common_pb2.StatusRequest()), met.locally("Match", common_pb2.MatchRequest())):
+        with pytest.raises((Unavailable, KVStoreError)):
+            await attempt
+    assert not Path(met.worker.node.socket).exists()
