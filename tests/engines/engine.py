@@ -77,23 +77,36 @@ def counters(llm: Any) -> dict[str, float]:
     return dict(side.totals.data) if side is not None else {}
 
 
+def end(llm: Any) -> None:
+    """Shut an engine down so that the next one in this process gets a connector of its own."""
+    import gc
+
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    llm.llm_engine.engine_core.shutdown()
+    ensure_kv_transfer_shutdown()
+    gc.collect()
+
+
 def main() -> None:
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the engine prints is not an answer
-    llm = build(json.loads(sys.argv[1]))
-    print(json.dumps({"ready": True}), file=answers)
+    llm: Any = None
     for line in sys.stdin:
         job = json.loads(line)
+        answer: dict[str, Any] = {}
+        if job["do"] in ("build", "stop") and llm is not None:
+            end(llm)
+            llm = None
         if job["do"] == "stop":
             break
-        if job["do"] == "run":
+        if job["do"] == "build":
+            llm = build(job)
+        elif job["do"] == "run":
             answer = run(llm, job["prompts"], job["tokens"], job.get("logprobs"))
-        else:
-            answer = {}
         answer["counters"] = counters(llm)
         print(json.dumps(answer), file=answers)
-    llm.llm_engine.engine_core.shutdown()
     answers.close()
 
 

@@ -33,6 +33,9 @@ from kvstore.system import RealClock
 
 logger = logging.getLogger("vllm.kvstore")
 
+CLOSE_PATIENCE_S = 2.0
+"""Saves that are under way when the engine stops get so long to end."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -215,7 +218,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @contained(lambda: None)
     def shutdown(self) -> None:
         if self.worker is not None:
-            self.worker.close()
+            self.worker.close(CLOSE_PATIENCE_S)
         self._face.close()
 
 

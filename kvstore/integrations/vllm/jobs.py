@@ -7,12 +7,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
 from kvstore.client import KVClient
-from kvstore.errors import KVStoreError
 from kvstore.integrations.vllm.buffers import Row, Rows
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.metadata import Load, Save
@@ -123,13 +122,9 @@ class LoadJob:
         """For a load that must be over when this returns: what is not there by then is given up."""
         if self.future is None:
             return
-        try:
-            self.future.result(timeout_s)
-        except TimeoutError:
-            if self.load.synchronous:
-                self.give_up()
-        except (KVStoreError, CancelledError):
-            return  # `outcome` tells
+        wait([self.future], timeout_s)
+        if self.load.synchronous and not self.future.done():
+            self.give_up()
 
     def give_up(self) -> None:
         """Idempotent; waits for a copy that is just being made."""
@@ -210,6 +205,11 @@ class SaveJob:
             result = await client.put(store.spec, prefix, blocks, save.first + first, shard, timeout_s=PUT_TIMEOUT_S)
             states += result.states
         return states
+
+    def wait(self, timeout_s: float) -> None:
+        """For its end, at most so long."""
+        if self.future is not None:
+            wait([self.future], timeout_s)
 
     def drop(self) -> None:
         """What is not copied by now is not saved; waits for a copy that is just being made. Idempotent."""

@@ -184,11 +184,14 @@ class WorkerSide:
         report.prefill_tokens_s, report.load_bytes_s = self._rates.prefill_tokens_s, self._rates.load_bytes_s
         return report
 
-    def close(self) -> None:
-        """Give up what is under way; nothing is copied from or to the engine's pages afterwards."""
+    def close(self, patience_s: float) -> None:
+        """Let saves end for so long, then give up what is under way; nothing is copied from or to the engine's pages
+        afterwards."""
         for load in self._loads.values():
             load.give_up()
+        end = self._clock.monotonic() + patience_s
         for save in self._saves.values():
+            save.wait(max(0.0, end - self._clock.monotonic()))
             save.drop()
 
 

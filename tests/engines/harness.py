@@ -1,0 +1,140 @@
+"""Engines as processes, the service as processes: what the tests of this folder are made of."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvstore.config import Config, load_config
+from kvstore.local_cluster import LocalCluster
+from tests.engines.engine import SETTINGS, transfer_config
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 150.0
+ANSWER_S = 120.0
+
+
+class Engine:
+    """A process that runs one vLLM engine after another: importing vllm takes longest. `close` it, or use `with`."""
+
+    def __init__(self, *, env: dict[str, str] | None = None) -> None:
+        self.log = Path(os.environ.get("ENGINE_LOG", os.devnull))
+        with self.log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.engines.engine"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=ROOT,
+                env={**os.environ, **SETTINGS, **(env or {})},
+                process_group=0,
+            )
+
+    def build(
+        self,
+        model: Path,
+        extra: dict[str, Any] | None = None,
+        *,
+        transfer: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Engine:
+        """The engine that `run` uses from now on. `extra`: the connector's own settings; None and no `transfer`: no
+        connector."""
+        if extra is not None:
+            transfer = transfer_config({"load_patience_ms": 5000, "lookup_timeout_ms": 2000, **extra})
+        self.ask({"do": "build", "model": str(model), "transfer": transfer, "settings": settings}, START_S)
+        return self
+
+    def run(self, prompts: Sequence[list[int]], tokens: int = 12, logprobs: int | None = None) -> dict[str, Any]:
+        """{"ids", "reasons", "logprobs" where asked for, "counters": the connector's sums since the start}."""
+        return self.ask({"do": "run", "prompts": list(prompts), "tokens": tokens, "logprobs": logprobs})
+
+    def settled(self, **least: float) -> dict[str, float]:
+        """Runs tiny requests until the connector has counted at least so much: saves end after their request."""
+        end = time.monotonic() + 30
+        while True:
+            found: dict[str, float] = self.run([[3, 4, 5]], 1)["counters"]
+            if all(found.get(name, 0) >= value for name, value in least.items()):
+                return found
+            assert time.monotonic() < end, f"{least} did not come: {found}"
+
+    def ask(self, job: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._answer(timeout_s)
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        out = self._process.stdout
+        assert out is not None
+        if not select.select([out], [], [], timeout_s)[0]:
+            raise AssertionError(f"the engine did not answer in {timeout_s} s: {self._tail()}")
+        line = out.readline()
+        if not line:
+            raise AssertionError(f"the engine ended: {self._tail()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:] if self.log.is_file() else "set ENGINE_LOG for its log"
+
+    def close(self) -> None:
+        """Ends the process and those it made. Idempotent."""
+        process = self._process
+        if process.poll() is None:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(b'{"do": "stop"}\n')
+                process.stdin.close()
+                process.wait(20)
+            except (BrokenPipeError, subprocess.TimeoutExpired):
+                pass
+        try:
+            os.killpg(process.pid, 9)
+        except ProcessLookupError:
+            pass
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None and not pipe.closed:
+                pipe.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextmanager
+def service(*, workers: int = 1, ssd: bool = False, redis: bool = False, **sections: Any) -> Iterator[LocalCluster]:
+    """A coordinator and workers as processes."""
+    config: Config = load_config(env={}, overrides={"store": {"host_bytes": "128MiB"}, **sections})
+    cluster = LocalCluster(config, workers=workers, ssd=ssd, redis=redis)
+    try:
+        asyncio.run(cluster.start())
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def addresses(cluster: LocalCluster, **extra: Any) -> dict[str, Any]:
+    """The connector's settings for this service."""
+    assert cluster.coordinator is not None
+    return {"coordinators": cluster.coordinator.address, **extra}
+
+
+def wait_until(holds: Any, timeout_s: float = 20.0, what: str = "it") -> None:
+    """Polls a condition. AssertionError when it does not hold in time."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not happen in {timeout_s} s"
+        time.sleep(0.05)
