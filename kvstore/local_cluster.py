@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from kvstore.errors import SetupError
 from kvstore.spawn import LocalProcess, LocalSpawner
 
 START_S = 30.0
+STOP_EXTRA_S = 3.0
 POLL_S = 0.02
 
 
@@ -98,13 +100,12 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End everything, remove every file. Idempotent."""
-        servers = [*self.workers, *([self.coordinator] if self.coordinator else [])]
-        for server in servers:
+        for server in self.workers:  # all at once; the coordinator after them, so that they can take leave
             with contextlib.suppress(ProcessLookupError):
                 if server.process.alive():
-                    os.kill(server.process.pid, 15)
-        for server in servers:
-            server.process.terminate(self._config.server.stop_grace_s + 2)
+                    os.kill(server.process.pid, signal.SIGTERM)
+        for server in [*self.workers, *([self.coordinator] if self.coordinator else [])]:
+            server.process.terminate(self._config.server.stop_grace_s + STOP_EXTRA_S)
         self.workers, self.coordinator = [], None
         if self.redis is not None:
             self.redis.stop()

@@ -20,6 +20,7 @@ from kvstore.types import Tier
 
 TIERS = ("hot", "host", "ssd", "redis")
 PUT_BLOCKS_MAX = 256  # made and put at a time
+PUT_TRIES, PUT_PAUSE_S = 12, 0.02
 
 
 @dataclass(slots=True)
@@ -142,10 +143,18 @@ class Replay:
         await self._store(client, prompt, held, tally)
 
     async def _store(self, client: KVClient, prompt: Chain, first: int, tally: Tally) -> None:
+        """Put the rest of a prompt. Unpaced, the driver goes as fast as the service takes blocks: what was dropped is
+        put again after a pause, a bounded number of times. Paced, time does not wait for the service."""
         for begin in range(first, len(prompt), PUT_BLOCKS_MAX):
-            keys = prompt.keys[begin : begin + PUT_BLOCKS_MAX]
-            done = await client.put(self._spec, prompt, [self._payload.make(key) for key in keys], begin)
-            tally.stored += done.states.count("committed")
+            end = min(begin + PUT_BLOCKS_MAX, len(prompt))
+            for attempt in range(1 if self._pace else PUT_TRIES):
+                blocks = [self._payload.make(key) for key in prompt.keys[begin:end]]
+                states = (await client.put(self._spec, prompt, blocks, begin)).states
+                tally.stored += states.count("committed")
+                if "dropped" not in states:
+                    break
+                begin += states.index("dropped")
+                await asyncio.sleep(PUT_PAUSE_S * (attempt + 1))
 
     async def _hits(self) -> dict[str, int]:
         """Blocks served per tier so far, over all workers."""

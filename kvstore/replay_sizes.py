@@ -32,10 +32,16 @@ class TierSizes(NamedTuple):
 
 
 def choose_sizes(
-    requests: Iterable[Request], asked: Footprint, spec: ModelSpec, store: StoreConfig, given: TierSizes
+    requests: Iterable[Request],
+    asked: Footprint,
+    spec: ModelSpec,
+    store: StoreConfig,
+    given: TierSizes,
+    in_flight: float = 0.0,
 ) -> tuple[int, int, int, int]:
     """Bytes of hot, host, ssd and redis over all workers. UsageError for a size that is none.
 
+    `in_flight`: blocks that are put at a time; hot must hold them.
     From the reuse distances of these very requests: no fixed shares of a footprint fit two traces.
     """
     shard = Shard.whole(spec)
@@ -43,7 +49,8 @@ def choose_sizes(
     share = 1.0 if store.codec == "raw" else LOSSLESS_SHARE
     record = _pages(int(raw * share) + HEADER_BYTES + ENTRY_BYTES * 2 * len(chunks(spec, shard)))
     fill = (store.high_watermark + store.low_watermark) / 2  # a tier is about that full
-    hot, host, ssd = sizes(distances(requests, asked.accesses), asked.distinct, SHARES)
+    least = asked.distinct / 100
+    hot, host, ssd = sizes(distances(requests, asked.accesses), (max(least, in_flight), least, least), SHARES)
     chosen = [
         hot * _pages(raw) / fill,
         host * record / fill,

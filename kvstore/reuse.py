@@ -60,17 +60,16 @@ def distances(requests: Iterable[Request], accesses: int) -> list[float]:
     return sorted(found)
 
 
-def sizes(sorted_distances: Sequence[float], distinct: int, shares: Sequence[float]) -> list[float]:
+def sizes(sorted_distances: Sequence[float], least: Sequence[float], shares: Sequence[float]) -> list[float]:
     """Blocks per tier, fastest first, so that tier i serves about `shares[i]` of the reuses under LRU; the rest falls
-    below the last. Each is at least a hundredth of the distinct blocks. Pure."""
-    least = max(1.0, distinct / 100)
+    below the last. Each is at least its `least`. Pure."""
     if not sorted_distances:
-        return [least] * len(shares)
+        return list(least)
     sized: list[float] = []
     above = total = 0.0
-    for share in shares:
+    for share, floor in zip(shares, least, strict=True):
         total += share
         reach = sorted_distances[min(len(sorted_distances) - 1, int(total * len(sorted_distances)))]
-        sized.append(max(least, reach - above))
+        sized.append(max(floor, reach - above))
         above += sized[-1]
     return sized

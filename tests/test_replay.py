@@ -121,11 +121,12 @@ def test_tiers_are_sized_so_that_each_would_serve_its_share() -> None:
     requests = conversations(40, 10)
     asked = footprint(requests)
     found = distances(requests, asked.accesses)
-    hot, host, ssd = sizes(found, asked.distinct, (0.25, 0.25, 0.25))
+    hot, host, ssd = sizes(found, (1, 1, 1), (0.25, 0.25, 0.25))
     bounds = [0, hot, hot + host, hot + host + ssd, float("inf")]
     shares = [sum(low <= d < high for d in found) / len(found) for low, high in pairwise(bounds)]
     assert all(share > 0.1 for share in shares), shares
-    assert sizes([], 1000, (0.25, 0.25)) == [10.0, 10.0]
+    assert sizes([], (10, 20), (0.25, 0.25)) == [10, 20]
+    assert sizes(found, (1e6, 7, 1), (0.25, 0.25, 0.25)) == [1e6, 7, 1]
 
 
 def test_sizes_given_are_kept_and_shares_are_of_what_is_asked_for() -> None:

@@ -18,7 +18,7 @@ from kvstore.auth import client_credentials
 from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, configuration, json_flag, note, print_json, setting
 from kvstore.cli.tables import size
 from kvstore.client import KVClient
-from kvstore.config import KIB, ClientConfig, Config, override
+from kvstore.config import KIB, MIB, ClientConfig, Config, override
 from kvstore.errors import ServiceError, SetupError, UsageError
 from kvstore.local_cluster import LocalCluster
 from kvstore.observe import Observer
@@ -31,6 +31,7 @@ from kvstore.trace import Footprint, Request, check_chained, footprint, read_tra
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.values import parse_size
 
+STAGING_BYTES = 8 * MIB  # faulted in before the first put; puts of a replay are small
 SIZE_HELP = 'over all workers: bytes ("64MiB") or a share of the bytes the requests ask for ("10%%")'
 
 
@@ -126,6 +127,7 @@ async def replay(arguments: argparse.Namespace, config: Config, trace: Trace) ->
             else:
                 cluster = await stack.enter_async_context(_fresh(arguments, config, trace))
                 configs = [cluster.client_config(index) for index in range(arguments.workers)]
+            configs = [replace(client, staging_bytes=min(client.staging_bytes, STAGING_BYTES)) for client in configs]
             clients = [await stack.enter_async_context(_client(client, system)) for client in configs]
             observer = _observer(configs[0], system)
             progress = stack.enter_context(_progress())
@@ -150,7 +152,9 @@ def _fresh(arguments: argparse.Namespace, config: Config, trace: Trace) -> Local
         config = override(config, {"store": {"codec": arguments.codec}})
     given = TierSizes(*(getattr(arguments, f"{tier}_bytes") for tier in TIERS))
     spec = replay_spec(arguments.block_bytes)
-    chosen = choose_sizes(trace.read(), trace.footprint, spec, config.store, given)
+    asked = trace.footprint
+    in_flight = max(arguments.workers * asked.largest, arguments.concurrency * asked.accesses / asked.requests)
+    chosen = choose_sizes(trace.read(), asked, spec, config.store, given, in_flight)
     note("tiers over all workers: " + ", ".join(f"{t} {size(n)}" for t, n in zip(TIERS, chosen, strict=True)))
     config = override(config, {"store": store_settings(chosen, arguments.workers, config.store)})
     return LocalCluster(config, workers=arguments.workers)
