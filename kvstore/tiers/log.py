@@ -104,10 +104,10 @@ class SegmentLog:
 
     def free(self, header: Header, location: Location) -> bool:
         """Forget a record; False when it is not there. Its mark in the index comes with the next commit."""
-        freed = self.state.free(header, location)
-        if freed:
-            self._touch()
-        return freed
+        if not self.state.free(header, location):
+            return False
+        self._touch()
+        return True
 
     def _touch(self) -> None:
         if self.dirty_since is None:
@@ -168,8 +168,7 @@ class SegmentLog:
         place = await self._place(total, 0)
         if place is None:
             raise TierFull("the log has no room to reclaim into: raise ssd_bytes")
-        segment, at = place
-        buffer = self._bounce.take(total)
+        (segment, at), buffer = place, self._bounce.take(total)
         try:
             async with (
                 self._handles.lease(data_name(victim.id), direct=self.direct) as source,
@@ -247,11 +246,10 @@ class SegmentLog:
             self.state.seal(segment)
 
     async def _append_index(self, segment: Segment, words: list[Word], entries: list[bytes], freed: list[int]) -> None:
-        pages, sequence = pages_of(segment.id, segment.nonce, segment.sequence, words, entries, freed)
+        pages, following = pages_of(segment.id, segment.nonce, segment.sequence, words, entries, freed)
         async with self._handles.lease(index_name(segment.id), direct=False) as file:
             await self.system.pool.run(_write_and_sync, file, segment.index_end, pages)
-        segment.index_end += len(pages)
-        segment.sequence = sequence
+        segment.index_end, segment.sequence = segment.index_end + len(pages), following
 
     def close(self) -> None:
         """Let go of files and buffers. Commit first."""
@@ -277,8 +275,7 @@ def _make_files(disk: Disk, segment: int, page: bytes, direct: bool) -> tuple[Fi
 
 
 def _records_of(disk: Disk, segment: int) -> list[Found]:
-    found = scan_segment(disk, segment, {})
-    return found.records if found is not None else []
+    return found.records if (found := scan_segment(disk, segment, {})) is not None else []
 
 
 def _copy(source: File, offset: int, target: File, at: int, buffer: memoryview) -> bool:
