@@ -54,8 +54,9 @@ class Family:
             self._unorphan(row, parent_key)
 
     def stays(self, row: int) -> int:
-        """Bitmap of the copies that are not on their way down."""
-        return self.rows.present[row] & ~self.rows.leaving[row]
+        """Bitmap of the copies; one that is on its way down counts as the one it becomes a level below."""
+        leaving = self.rows.leaving[row]
+        return (self.rows.present[row] & ~leaving | leaving << 1) & (1 << self.rows.levels) - 1
 
     def moved(self, row: int, before: int, after: int) -> None:
         """`stays` changed: count the block at its parent, at every level from its fastest on down. Mutates."""

@@ -97,7 +97,7 @@ class Loading:
                 for _ in range(flight.waiters):
                     self.stack.residency.pin(found.row)
                 self.stack.residency.unpin(found.row)  # the flight's own pin
-            self.movement.room.progressed()
+            self.movement.nudge()
 
     # ---- from this worker's own tiers
 

@@ -56,6 +56,10 @@ def verified(view: memoryview, header: Header) -> None:
     record.verify()
 
 
+class NoRoom(TierFull):
+    """The store's own bounds are reached; the medium is well."""
+
+
 class Movement:
     """One per store. `pump` whenever something came or gave way."""
 
@@ -81,15 +85,14 @@ class Movement:
 
     def press(self, level: int, nbytes: int) -> bool:
         """`nbytes` are waited for in a level; whether anything is on its way that may make room. Mutates."""
-        if self.stack.tiers[level].fits(nbytes):  # scattered, or in segments of another namespace
-            self._want(level, self._staying(level) - nbytes)
-        else:
-            self._want(level, self.stack.residency.levels[level].capacity - nbytes)
+        self._want(level, nbytes)
         self.pump()
         return bool(self._tasks)
 
-    def _want(self, level: int, target: int) -> None:
-        target = max(0, target)
+    def _want(self, level: int, nbytes: int) -> None:
+        """Drain a level until `nbytes` fit; where they would, but find no place in one piece, by as much. Mutates."""
+        short = self.room.short(level, nbytes)
+        target = max(0, self.stack.residency.used[level] - (short if short > 0 else nbytes))
         self._wanted[level] = min(target, self._wanted.get(level, target))
 
     def _staying(self, level: int) -> int:
@@ -110,6 +113,12 @@ class Movement:
         self.pump()
         self.room.progressed()
 
+    def nudge(self) -> None:
+        """Something gave way: what was stuck for want of room is tried again. Mutates."""
+        self._stuck.clear()
+        self.room.progressed()
+        self.pump()
+
     def heartbeat(self) -> None:
         """Try again what failed. Mutates."""
         self.outlets.heartbeat()
@@ -129,7 +138,7 @@ class Movement:
             wanted = level in self._wanted
             if level in self._stuck or not (wanted or level in self._targets):
                 return
-            row = residency.victim(level)
+            row = residency.victim(level, force=not self.outlets.evicts(level))
             if row is None:
                 return
             if self.room.shed(row, level, clean_only=not wanted):
@@ -146,7 +155,7 @@ class Movement:
         if not destinations or (self._tasks and self.moving_bytes + nbytes > stack.config.spill_queue_bytes):
             return False
         if destinations[0] < stack.REDIS and not self._may_come(destinations[0], nbytes):
-            return False
+            return self._evict_instead(row, level, destinations[0], nbytes)
         ticket = Ticket(row, level, nbytes, destinations[0], stack.slot(row, level))
         if ticket.held is not None:
             stack.arena.hold(ticket.held)
@@ -163,9 +172,27 @@ class Movement:
         """Whether a level has, or can make at once, room for one more beside those on their way to it."""
         wanted = nbytes + self._arriving[level]
         if not self.room.make(level, wanted):
-            self._want(level, self.stack.residency.levels[level].capacity - wanted)
+            self._want(level, wanted)
             self._pump_level(level)
         return self.stack.tiers[level].fits(wanted)
+
+    def _evict_instead(self, row: int, level: int, destination: int, nbytes: int) -> bool:
+        """All that lies below is needed to reach other blocks: what only hangs on them is worth less. Mutates.
+
+        Gives up a leaf of the coming block's subtree, wherever it lies; whether something was given up.
+        """
+        residency = self.stack.residency
+        if not self.outlets.evicts(destination):
+            return False
+        leaf = residency.descendant(row)
+        if residency.busy(leaf):
+            return False  # it is on its way somewhere: again when it has arrived
+        if residency.pinned(leaf):
+            return self.room.make(destination, nbytes + self._arriving[destination], force=True)
+        self.stack.counters["evicted"] += 1
+        self.stack.remove(leaf, evicted=True)
+        self.room.progressed()
+        return True
 
     def _arrived(self, ticket: Ticket) -> None:
         if ticket.arriving:
@@ -214,17 +241,14 @@ class Movement:
             except TierDown:
                 self.outlets.failed(destination)
                 self.stack.counters["moves_down"] += 1
-            except TierFull:
-                self._full(destination, ticket.nbytes)
+            except TierFull as error:
+                self.stack.counters["moves_full"] += 1
+                if destination < self.stack.REDIS:
+                    self._want(destination, ticket.nbytes)  # it must give way first
+                if not isinstance(error, NoRoom):
+                    self.outlets.failed(destination)
                 return False
         return False
-
-    def _full(self, destination: int, nbytes: int) -> None:
-        """No room there: it must give way first, or it stays closed for a heartbeat."""
-        self.stack.counters["moves_full"] += 1
-        self.outlets.failed(destination)
-        if destination < self.stack.REDIS:
-            self._want(destination, self._staying(destination) - nbytes)
 
     async def _to(self, ticket: Ticket, destination: int) -> None:
         """Copy, flip, free. Raises TierDown, TierFull, Corrupt, UnknownFormat: nothing has changed then."""
@@ -282,11 +306,11 @@ class Movement:
         self._arrived(ticket)  # from here on the destination counts it, or it has failed
         if tier is None:
             if not self.room.make(destination, moving.nbytes):
-                raise TierFull("no room below")
+                raise NoRoom("no room below")
             return await stack.tiers[destination].write(moving.namespace, moving.header, moving.parts)
         location = self.room.reserve(destination, moving.namespace, moving.nbytes)
         if location is None:
-            raise TierFull("no room below")
+            raise NoRoom("no room below")
         return await tier.fill(moving.namespace, moving.header, location, moving.parts)
 
     async def close(self) -> None:

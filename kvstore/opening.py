@@ -54,7 +54,7 @@ class Opening:
                         raise error
         except BaseException:
             self.holds.end(hold.id)
-            self.movement.pump()
+            self.movement.nudge()
             raise
         self._served(hold, wanted, namespace)
         return hold
@@ -100,5 +100,4 @@ class Opening:
     def release(self, hold_id: int) -> None:
         """End a hold. Idempotent."""
         if self.holds.end(hold_id):
-            self.movement.room.progressed()
-            self.movement.pump()
+            self.movement.nudge()

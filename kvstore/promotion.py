@@ -61,8 +61,7 @@ class Promotion:
             stack.arena.release(slot)
             residency.unpin(row)
             self.budget.give(header.raw_length)
-            self.movement.room.progressed()
-            self.movement.pump()
+            self.movement.nudge()
             if not task.cancelled() and (error := task.exception()) is not None:
                 asyncio.get_running_loop().call_exception_handler({"message": "a promotion failed", "exception": error})
 

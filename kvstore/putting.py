@@ -58,8 +58,7 @@ class Putting:
         finally:
             del self._puts[id]
             turn.set_result(None)
-            self.movement.room.progressed()
-            self.movement.pump()
+            self.movement.nudge()
 
     def _objection(self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> str:
         """Why these bytes can't be this block; empty when they can."""

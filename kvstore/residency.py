@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kvstore.family import Family, top_of
 from kvstore.header import Header
 from kvstore.policy import Policy
-from kvstore.rows import Rows
+from kvstore.rows import NONE, Rows
 from kvstore.types import BlockId, Fidelity, Location, Tier
 
 
@@ -89,6 +89,10 @@ class Residency:
     def pinned(self, row: int) -> bool:
         return self.rows.pins[row] > 0
 
+    def busy(self, row: int) -> bool:
+        """Whether bytes are moving for it."""
+        return self.rows.busy[row] > 0
+
     def top(self, row: int) -> int:
         """The fastest level that has it: what is announced. Only for a block that is somewhere."""
         return top_of(self.rows.present[row])
@@ -107,13 +111,20 @@ class Residency:
             and (not rows.leaf_first[row] or not rows.below[level][row] or self.elsewhere(row, level))
         )
 
-    def victim(self, level: int) -> int | None:
-        """Who leaves a level next; None when all that is there is pinned or leaving.
+    def victim(self, level: int, *, force: bool = False) -> int | None:
+        """Who leaves a level next; None where nobody may.
 
-        Where every block has children in the way, the policy's first goes all the same, and its subtree after it.
+        `force`: where every block has children in the way, the policy's first goes all the same. Loses nothing if it
+        only moves down; if it was the last copy, its subtree is next in line.
         """
         row = self.policies[level].victim(lambda row: self.may_leave(row, level))
-        return self._forced(level) if row is None else row
+        return self._forced(level) if row is None and force else row
+
+    def descendant(self, row: int) -> int:
+        """A block of the row's subtree that no other resident block needs to be reached; itself where it is one."""
+        while self.rows.child[row] != NONE:
+            row = self.rows.child[row]
+        return row
 
     def _forced(self, level: int) -> int | None:
         rows, bit, order = self.rows, 1 << level, self.policies[level].order
@@ -182,7 +193,7 @@ class Residency:
         self.used[level] += footprint
         self.raw_bytes[level] += rows.raw[row]
         self.blocks[level] += 1
-        self.family.moved(row, before, before | bit)
+        self.family.moved(row, before, self.family.stays(row))
         self.policies[level].admit(row, self._ident(row), footprint)
         self._ready(row)
 
@@ -249,10 +260,10 @@ class Residency:
     def leave(self, row: int, level: int) -> None:
         """Its copy there is being moved down: no victim any more, still readable. Mutates."""
         before, bit = self.family.stays(row), 1 << level
-        assert before & bit, f"row {row} is not at level {level}, or leaving already"
+        assert self.staying(row, level), f"row {row} is not at level {level}, or leaving already"
         self.rows.leaving[row] |= bit
         self.leaving_bytes[level] += self.levels[level].footprint(self.rows.length[level][row])
-        self.family.moved(row, before, before & ~bit)
+        self.family.moved(row, before, self.family.stays(row))
 
     def stay(self, row: int, level: int) -> None:
         """The move failed, or the block was pinned meanwhile. Mutates."""
@@ -260,7 +271,7 @@ class Residency:
         assert self.rows.leaving[row] & bit, f"row {row} is not leaving level {level}"
         self.rows.leaving[row] &= ~bit
         self.leaving_bytes[level] -= self.levels[level].footprint(self.rows.length[level][row])
-        self.family.moved(row, before, before | bit)
+        self.family.moved(row, before, self.family.stays(row))
         self._ready(row)
 
     # ---- inside

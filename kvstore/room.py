@@ -90,11 +90,22 @@ class Room:
         stack.drop(row, level)
         return True
 
-    def make(self, level: int, nbytes: int) -> bool:
-        """Shed victims until `nbytes` fit within the level's bound; whether they do. Mutates."""
+    def short(self, level: int, nbytes: int) -> int:
+        """Bytes that must leave a level before `nbytes` fit; not above 0 where they do. Pure."""
+        tier = self.stack.arena_tier(level)
+        if tier is not None:
+            return tier.short(nbytes)
+        below = self.stack.tiers[level]
+        return 0 if below.fits(nbytes) else max(1, below.used + nbytes - below.capacity)
+
+    def make(self, level: int, nbytes: int, *, force: bool = False) -> bool:
+        """Shed victims until `nbytes` fit within the level's bound; whether they do. Mutates.
+
+        `force`: parents before their children, where nothing else is left.
+        """
         tier = self.stack.tiers[level]
         while not tier.fits(nbytes):
-            row = self.stack.residency.victim(level) if nbytes <= tier.capacity else None
+            row = self.stack.residency.victim(level, force=force) if nbytes <= tier.capacity else None
             if row is None or not self.shed(row, level):
                 return False
         return True
@@ -138,7 +149,10 @@ class Room:
     async def come(self, level: int, nbytes: int) -> None:
         """`make`, waiting as long as any move is on its way; the caller bounds that. TierFull where none is."""
         while not self.make(level, nbytes):
-            if not self._press(level, nbytes):
+            moving = self._press(level, nbytes)
+            if self.make(level, nbytes):
+                return
+            if not moving:
                 raise TierFull("all blocks there are held by readers, or can't be moved on")
             await self.progress()
 
@@ -153,11 +167,13 @@ class Room:
         self._waiting[level] += nbytes
         try:
             async with asyncio.timeout(wait_s):
-                while location is None and self._press(level, self._waiting[level]):
+                while True:
+                    moving = self._press(level, self._waiting[level])
+                    location = self.reserve(level, namespace, nbytes)  # pressing may have made room at once
+                    if location is not None or not moving:
+                        return location
                     await self.progress()
-                    location = self.reserve(level, namespace, nbytes)
         except TimeoutError:
-            return location
+            return None
         finally:
             self._waiting[level] -= nbytes
-        return location

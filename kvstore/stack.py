@@ -170,11 +170,11 @@ class Stack:
             self.corrupt[self.residency.levels[level].tier] += 1
             self.drop(row, level, evicted=False, force=True)
 
-    def remove(self, row: int) -> None:
+    def remove(self, row: int, *, evicted: bool = False) -> None:
         """Give up every copy, pinned or not: what readers hold stays until they let go. Mutates."""
         for level in range(len(self.tiers) - 1, -1, -1):
             if self.residency.present(row, level):
-                self.drop(row, level, evicted=False, force=True)
+                self.drop(row, level, evicted=evicted, force=True)
 
     def _moved(self, row: int, before: int) -> None:
         tiers = self.residency.levels

@@ -180,7 +180,7 @@ class TieredStore:
         for row in rows:
             self.stack.remove(row)
         self.stack.counters["purged"] += len(rows)
-        self.movement.room.progressed()
+        self.movement.nudge()
         return len(rows)
 
     async def purge_shared(self, namespace: str, root: bytes | None = None) -> int:

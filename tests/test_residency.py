@@ -119,7 +119,8 @@ class TestVictims:
     def test_a_pinned_leaf_does_not_hold_its_parents_for_ever(self, residency: Residency) -> None:
         rows = [put(residency, 0, depth) for depth in range(3)]
         residency.pin(rows[2])
-        assert evict(residency, HOT, 1) == [(0, 0)]  # no leaf is left: the policy's first goes all the same
+        assert residency.victim(HOT) is None
+        assert residency.victim(HOT, force=True) == rows[0]  # no leaf is left: the policy's first goes all the same
 
     def test_a_leaving_child_is_out_of_the_way(self, residency: Residency) -> None:
         rows = [put(residency, 0, depth) for depth in range(3)]
@@ -292,7 +293,7 @@ class Machine(RuleBasedStateMachine):
     @rule(level=levels)
     def spill(self, level: int) -> None:
         """Name a victim: it must be there, unpinned, not leaving; then drop it or begin to move it."""
-        row = self.residency.victim(level)
+        row = self.residency.victim(level, force=True)
         moving = {(row, at) for _, row, at in self.moves}
         free = [id for id, where in self.model.items() if level in where and self.rows[id] not in self.pins]
         able = [id for id in free if (self.rows[id], level) not in moving]

@@ -57,7 +57,13 @@ class ArenaTier:
         return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
     def fits(self, nbytes: int) -> bool:
-        return self._used + self.footprint(nbytes) <= self.capacity
+        return self.short(nbytes) <= 0
+
+    def short(self, nbytes: int) -> int:
+        """Bytes that must go before a blob fits: of this tier's share, and of the arena, where slots that readers
+        hold still count after they were freed. Pure."""
+        footprint = self.footprint(nbytes)
+        return max(self._used + footprint - self.capacity, self.arena.used + footprint - self.arena.capacity)
 
     def reserve(self, namespace: str, nbytes: int) -> Location | None:
         """Space that the caller fills through `view`, counted from now on; None where there is none. Mutates."""
