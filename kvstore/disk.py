@@ -149,7 +149,7 @@ class FolderDisk:
 
     def replace(self, name: str, content: bytes) -> None:
         path = self._path(name)
-        aside = f"{path}.{os.getpid()}.new"
+        aside = f"{path}.new"  # what a crash leaves is overwritten by the next one
         try:
             fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)  # noqa: TID251 - the real disk
             try:
