@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from kvstore.membership import Member
 from kvstore.plan import HitPlan, PlanRun, is_redis, stored_shards, ways
 from kvstore.recent import Recent
 from kvstore.seams import System
-from kvstore.sources import Asked, Piece, read_local
+from kvstore.sources import LATER, Asked, Piece, read_local
 from kvstore.spec import Shard
 from kvstore.stream_source import read_remote
 from kvstore.types import Tier
@@ -145,14 +145,22 @@ class Fetch:
 
     async def _serve(self, holder: str, pieces: list[Piece]) -> None:
         """Read pieces from one holder in bounded calls; what fails goes on to the next one."""
-        for batch in self._batches(pieces):
+        waiting = deque(self._batches(pieces))
+        while waiting:
+            batch = waiting.popleft()
             try:
                 await self._read(holder, batch)
             finally:  # also when the deadline cuts it short: the next lookup looks elsewhere
-                for piece in batch:
+                later = [piece for piece in batch if piece.tier is None and piece.problem == LATER]
+                tried = [piece for piece in batch if piece.tier is not None or piece.problem != LATER]
+                if not tried:  # no progress: that holder will not do
+                    later, tried = [], batch
+                for piece in tried:
                     if piece.tier is None:
                         self._failed.add((holder, piece.shard.digest, piece.key))
-            await self._dispatch([piece for tried in batch for piece in self._settle(tried)])
+            if later:
+                waiting.appendleft(later)
+            await self._dispatch([piece for done in tried for piece in self._settle(done)])
 
     def _settle(self, piece: Piece) -> list[Piece]:
         """Note how an attempt ended; what is to be read now."""
@@ -185,7 +193,7 @@ class Fetch:
 
     async def _read(self, holder: str, pieces: list[Piece]) -> None:
         """One call to one holder. Service trouble is counted and leaves its pieces undelivered."""
-        asked = Asked(self._namespace, self._plan.spec, self._plan.least, is_redis(holder))
+        asked = Asked(self._namespace, self._plan.spec, self._plan.least)
         routes = self._routes(holder)
         for index, route in enumerate(routes):
             left = self._end - self._system.clock.monotonic()

@@ -140,6 +140,11 @@ class HostLink:
         if self._releasing is None and not self.broken:
             self._releasing = asyncio.ensure_future(self._release_all())
 
+    async def released(self) -> None:
+        """Wait until the worker has been told of every release. Returns at once where none is on its way."""
+        if self._releasing is not None:
+            await asyncio.wait([self._releasing])
+
     async def _release_all(self) -> None:
         try:
             while self._holds:

@@ -23,6 +23,9 @@ from kvstore.wireform import shard_to_wire
 BATCH_BYTES = 8 << 20
 """Raw bytes that one turn of a byte mover copies: long enough to pay for the turn, short enough to end soon."""
 
+LATER = "later"
+"""The problem of a piece that the worker will serve when the others are released."""
+
 
 @dataclass(slots=True)
 class Piece:
@@ -49,7 +52,7 @@ class Asked:
     namespace: str
     spec: ModelSpec
     least: Fidelity
-    redis: bool  # look into Redis for what the worker itself does not hold
+    redis: bool = True  # look into Redis for what the worker itself does not hold: it may just have moved there
 
 
 def shard_keys(pieces: Sequence[Piece]) -> tuple[list[worker_pb2.ShardKeys], list[Piece]]:
@@ -92,6 +95,7 @@ async def read_local(link: HostLink, pool: Pool, asked: Asked, pieces: Sequence[
         redis=asked.redis,
         deadline_ms=max(1, int(timeout_s * 1000)),
     )
+    await link.released()  # what this reader had open may have to make room for what it opens now
     reply = await link.open(request, timeout_s=timeout_s)
     try:
         if len(reply.blocks) != len(ordered):
@@ -110,7 +114,7 @@ async def read_local(link: HostLink, pool: Pool, asked: Asked, pieces: Sequence[
 
 def _located(link: HostLink, piece: Piece, block: worker_pb2.OpenBlock) -> _Opened | None:
     """Where the worker says the block lies, None (and the problem) where there is nothing to read."""
-    piece.problem = "missing"
+    piece.problem = LATER if block.state == worker_pb2.BLOCK_LATER else "missing"
     if block.state != worker_pb2.BLOCK_FOUND:
         return None
     mapped = link.mapped(block.segment)

@@ -16,7 +16,7 @@ from kvstore.errors import BadRequest, Corrupt, DataError, ServiceError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header, decode_chunks
 from kvstore.layout import block_bytes, chunks
 from kvstore.seams import Pool
-from kvstore.sources import Asked, Piece, bound, shard_keys
+from kvstore.sources import LATER, Asked, Piece, bound, shard_keys
 from kvstore.transport import frames
 from kvstore.transport.base import Channel
 from kvstore.transport.methods import WORKER
@@ -99,6 +99,7 @@ class Arrivals:
 
     def _announced(self, piece: Piece, info: worker_pb2.BlockInfo) -> _Arriving | None:
         if info.state != worker_pb2.BLOCK_FOUND:
+            piece.problem = LATER if info.state == worker_pb2.BLOCK_LATER else "missing"
             return None
         try:
             header, tier = bound(self._asked, piece, info.header), Tier(info.tier)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvstore.actor import ServerActor
 from kvstore.config import Config
+from kvstore.errors import SetupError
 from kvstore.seams import System
 from kvstore.transport.base import Transport
 from workers.runtime import WorkerRuntime
@@ -13,6 +16,14 @@ class WorkerActor(ServerActor):
     """Async actor; `info` tells pid, id, address and socket."""
 
     def make(self, config: Config, system: System, transport: Transport) -> WorkerRuntime:
+        if config.store.ssd_folder:
+            base = Path(config.store.ssd_folder).parent  # of all workers of the fleet
+            try:
+                base.mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise SetupError(
+                    f"folder {base} can't be made ({error.strerror}): name another --ssd-folder"
+                ) from error
         return WorkerRuntime(config, system, transport)
 
     def describe(self, runtime: WorkerRuntime) -> dict[str, str]:

@@ -73,7 +73,8 @@ class LocalService:
         if len(peer.holds) >= HOLDS_MAX:
             raise Overloaded(f"{HOLDS_MAX} holds on one connection: release some")
         timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
-        hold = await node.open(context.namespace, root, wanted, least, redis=request.redis, timeout_s=timeout_s)
+        now = node.now(root, shards)
+        hold = await node.open(context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=timeout_s)
         peer.holds[hold.id] = None
         reply = worker_pb2.OpenReply(hold=hold.id)
         for placed in hold.blocks:
@@ -93,6 +94,7 @@ class LocalService:
                     header=placed.header.pack(),
                 )
             )
+        reply.blocks.extend([worker_pb2.OpenBlock(state=worker_pb2.BLOCK_LATER)] * (len(wanted) - now))
         return reply
 
     def _share(self, placed: Placed, peer: Peer, reply: worker_pb2.OpenReply, context: CallContext) -> None:

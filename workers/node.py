@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kvstore.arena import PAGE_BYTES
 from kvstore.catalog import Catalog
 from kvstore.config import Config
 from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
@@ -38,6 +39,9 @@ STATES = {
     "dropped": worker_pb2.BLOCK_DROPPED,
     "refused": worker_pb2.BLOCK_REFUSED,
 }
+
+OPEN_SHARE = 8
+"""One call opens at most this part of the arena: what it asks beyond it comes later, when the rest is released."""
 
 TOGETHER = 8
 """Blocks of one put that byte movers copy at a time."""
@@ -132,6 +136,18 @@ class Node:
         if total > self.sending.capacity:
             raise BadRequest(f"{total} bytes of blocks in one call: at most {self.sending.capacity}, ask in several")
         return total
+
+    def now(self, root: bytes, shards: Sequence[Shard]) -> int:
+        """How many of a call's blocks, from the first on, are opened: no caller gets more than its share of memory."""
+        spec = self.catalog.spec(root)
+        if spec is None:
+            return len(shards)
+        room = self.config.store.host_bytes // OPEN_SHARE
+        for count, shard in enumerate(shards):
+            room -= -(-block_bytes(spec, shard) // PAGE_BYTES) * PAGE_BYTES
+            if room < 0:
+                return max(1, count)
+        return len(shards)
 
     async def open(
         self,

@@ -42,10 +42,12 @@ class Outgoing:
         shards: Sequence[Shard],
         placed: Sequence[Placed | None],
         *,
+        later: int,
         layers: range | None,
         chunk_bytes_max: int,
     ) -> None:
         self._spec, self._shards, self._placed = spec, shards, placed
+        self._later = later  # blocks after those placed that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
         self._bases = [sum(group.layers for group in spec.groups[:index]) for index in range(len(spec.groups))]
         self._records: dict[int, Record] = {}
@@ -68,6 +70,7 @@ class Outgoing:
             header.blocks.append(info)
             for layer, part in parts:
                 by_layer.setdefault(layer, []).append(part)
+        header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
         ordered = [part for layer in sorted(by_layer) for part in by_layer[layer]]
         return frames.encode(header.SerializeToString(), ()), list(_messages(ordered))
 

@@ -72,7 +72,10 @@ class WorkerService:
             raise BadRequest("layer_first without layer_count: give both, or neither for all layers")
         with node.sending.take(node.asked_bytes(root, shards)):
             timeout_s = node.left(context.deadline)
-            hold = await node.open(context.namespace, root, wanted, least, redis=request.redis, timeout_s=timeout_s)
+            now = node.now(root, shards)
+            hold = await node.open(
+                context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=timeout_s
+            )
             try:
                 spec = node.catalog.spec(root)
                 if spec is None:  # nobody has put a block of this model here
@@ -84,6 +87,7 @@ class WorkerService:
                     spec,
                     shards,
                     hold.blocks,
+                    later=len(wanted) - now,
                     layers=layers or None,
                     chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
                 )
