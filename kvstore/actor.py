@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any, Protocol
 
 from kvstore.assembly import server_transport, tune_malloc
@@ -39,13 +36,8 @@ class ServerActor:
     def __init__(self, config_toml: str, token: str = "") -> None:
         tune_malloc()
         config = parse_toml(config_toml)
-        self._folder = tempfile.mkdtemp(prefix="kvstore-actor-")  # private to this user
         if token:
-            path = Path(self._folder) / "token"
-            path.touch(mode=0o600)
-            path.write_text(token)
-            path_text = str(path)
-            config = override(config, {"server": {"token_file": path_text}, "client": {"token_file": path_text}})
+            config = override(config, {"server": {"token_file": _memory_file(token)}})
         self._config = config
         self._system = real_system(config.store.threads)
         self._runtime: Runtime | None = None
@@ -96,7 +88,13 @@ class ServerActor:
         runtime, self._runtime = self._runtime, None
         if runtime is not None:
             await runtime.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _memory_file(token: str) -> str:
+    """A path to read the token from: of this process alone, in memory, gone with it."""
+    descriptor = os.memfd_create("kvstore-token")
+    os.write(descriptor, token.encode())
+    return f"/proc/self/fd/{descriptor}"
 
 
 def _restarted() -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from kvstore.auth import read_token
 from kvstore.config import Config, override, to_toml
-from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.embedded_redis import SOCKET_PATH_MAX, EmbeddedRedis
 from kvstore.errors import ConfigError, SetupError
 from kvstore.fleet_state import FleetState, FleetWorker
 from kvstore.processes import process_id
@@ -130,13 +130,22 @@ class Fleet:
             name, node = f"worker-{index}", nodes[index % len(nodes)]
             host = node.ip if several else "127.0.0.1"
             folders[name] = str(Path(config.store.ssd_folder) / name) if config.store.ssd_folder else ""
-            own = {"server": {"bind": f"{host}:0", "node": name}, "store": {"ssd_folder": folders[name]}}
+            own: dict[str, dict[str, Any]] = {
+                "server": {"bind": f"{host}:0", "node": name},
+                "store": {"ssd_folder": folders[name]},
+                "worker": {"socket": "" if several else self._socket(name)},
+            }
             self._workers[name] = self._actor(WorkerActor, name, node, override(config, own), token, resources)
         infos = self._ready(self._workers)
         return [
             FleetWorker(name, name, info["address"], info["id"], info["pid"], folders[name])
             for name, info in infos.items()
         ]
+
+    def _socket(self, name: str) -> str:
+        """Path of a worker's local socket, the same over restarts; empty, for a drawn one, where it is too long."""
+        path = str(self._folder / f"{name}.sock")
+        return path if len(path.encode()) <= SOCKET_PATH_MAX else ""
 
     def _actor(
         self, kind: type, name: str, node: RayNode, config: Config, token: str, resources: dict[str, float]
@@ -202,6 +211,7 @@ class Fleet:
             embedded_redis=self._redis is not None,
             token_file=config.server.token_file,
             folder=str(self._folder),
+            ray_folder=self._ray.folder,
         )
 
     # --- until the end ---------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class FleetState:
     embedded_redis: bool
     token_file: str
     folder: str
+    ray_folder: str  # of our own cluster; empty for an existing one
 
     def save(self) -> None:
         """Atomically. SetupError when the folder can't be written."""

@@ -81,7 +81,8 @@ class LocalCluster:
         for index in range(self._worker_count):
             name = f"worker-{index}"
             ssd = str(Path(self.folder) / name) if self._with_ssd else ""
-            own = {"server": {"node": name}, "store": {"ssd_folder": ssd}}
+            socket = str(Path(self.folder) / f"{name}.sock")
+            own = {"server": {"node": name}, "store": {"ssd_folder": ssd}, "worker": {"socket": socket}}
             planned.append(("worker", name, override(config, own)))
         self.workers = await self._spawn(planned)
 

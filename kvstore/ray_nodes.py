@@ -33,14 +33,14 @@ class RayNodes:
 
     def __init__(self) -> None:
         self._cluster: Any = None
-        self._folder = ""
+        self.folder = ""  # of our own cluster; empty when joined
         self.address = ""
 
     def start(self, namespace: str, nodes: int, workers_per_node: int) -> None:
         """A cluster on 127.0.0.1 with its files in a folder of its own."""
-        self._folder = tempfile.mkdtemp(prefix="kv-", dir="/tmp")  # short: Ray puts sockets of 107 characters below it
+        self.folder = tempfile.mkdtemp(prefix="kv-", dir="/tmp")  # short: Ray puts sockets of 107 characters below it
         os.environ.update(
-            RAY_TMPDIR=self._folder,  # also keeps the address file of other clusters of this user as it is
+            RAY_TMPDIR=self.folder,  # also keeps the address file of other clusters of this user as it is
             RAY_USAGE_STATS_ENABLED="0",
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         )
@@ -102,5 +102,5 @@ class RayNodes:
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
             cluster.shutdown()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -128,6 +128,10 @@ def refuse_if_up(config: Config, folder: Path) -> None:
 
 def prepare(config: Config, folder: Path) -> None:
     """The folder of a new fleet with its configuration."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{folder} can't be made ({error.strerror}): name another fleet.state_folder") from error
     disk = FolderDisk(str(folder))
     unlock = disk.lock(LOCK_FILE)
     if unlock is None:
@@ -222,7 +226,8 @@ def run_down(arguments: argparse.Namespace) -> int:
 
         end_detached(state, config.server.stop_grace_s)
     killed = end_marked(state.mark)
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in filter(None, (str(folder), state.ray_folder)):
+        shutil.rmtree(left, ignore_errors=True)
     report = {"name": state.name, "clean": clean and not killed, "killed": len(killed)}
     if arguments.json:
         print_json(report)

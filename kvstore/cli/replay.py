@@ -12,11 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvstore.auth import client_credentials
 from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, configuration, json_flag, note, print_json, setting
-from kvstore.cli.tables import size
+from kvstore.cli.tables import console, size, table
 from kvstore.client import KVClient
 from kvstore.config import KIB, MIB, ClientConfig, Config, override
 from kvstore.errors import ServiceError, SetupError, UsageError
@@ -192,14 +191,13 @@ def _progress() -> Progress:
 
 def print_result(result: dict[str, Any]) -> None:
     """For a person."""
-    table = Table()
-    for name in ("", "requests", "blocks", *TIERS, "missed", "stored", "wrong"):
-        table.add_column(name, justify="right" if name else "left")
+    columns = ("", "requests", "blocks", *TIERS, "missed", "stored", "wrong")
+    rows = table(*columns, right=" ".join(columns))
     for name, row in (("all", result), ("second half", result["second_half"])):
         hits = [str(row["hits"][tier]) for tier in TIERS]
         counts = [row["requests"], row["blocks"], *hits, row["misses"], row["stored"], row["wrong"]]
-        table.add_row(name, *(str(count) for count in counts))
-    console = Console()
-    console.print(table)
-    raw = f"{result['seconds']} s, {result['requests'] / max(result['seconds'], 1e-9):.1f} requests/s"
-    console.print(f"{raw}, get p50 {result['get_ms_p50']} ms, p99 {result['get_ms_p99']} ms")
+        rows.add_row(name, *(str(count) for count in counts))
+    out = console()
+    out.print(rows)
+    speed = f"{result['seconds']} s, {result['requests'] / max(result['seconds'], 1e-9):.1f} requests/s"
+    out.print(f"{speed}, get p50 {result['get_ms_p50']} ms, p99 {result['get_ms_p99']} ms")

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+
+PIPE_WIDTH = 140  # columns where no terminal says how many
+
+
+def console(**options: Any) -> Console:
+    """For stdout; wide where nobody looks on."""
+    made = Console(**options)
+    return made if made.is_terminal else Console(width=PIPE_WIDTH, **options)
+
+
+def table(*columns: str, right: str = "", title: str = "") -> Table:
+    """A plain table; `right`: names of the columns of numbers."""
+    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for name in columns:
+        made.add_column(name, justify="right" if name in right.split() else "left", no_wrap=True)
+    return made
 
 
 def size(nbytes: float) -> str:
@@ -19,16 +36,13 @@ def size(nbytes: float) -> str:
 
 def print_status(status: dict[str, Any], title: str = "") -> None:
     """The object of `kvstore status` as two tables."""
-    console = Console()
-    coordinators = Table(title=title or None, title_justify="left")
-    for name in ("coordinator", "state", "blocks"):
-        coordinators.add_column(name, justify="right" if name == "blocks" else "left")
+    out = console()
+    coordinators = table("coordinator", "state", "blocks", right="blocks", title=title)
     for coordinator in status["coordinators"]:
         coordinators.add_row(coordinator["address"], coordinator["state"], str(coordinator.get("blocks", "")))
-    console.print(coordinators)
-    workers = Table()
-    for name in ("worker", "node", "epoch", "state", "tier", "tier state", "used", "of", "blocks", "ratio"):
-        workers.add_column(name, justify="right" if name in ("epoch", "used", "of", "blocks", "ratio") else "left")
+    out.print(coordinators)
+    columns = ("worker", "node", "epoch", "worker state", "tier", "state", "used", "of", "blocks", "ratio")
+    workers = table(*columns, right="epoch used of blocks ratio")
     for worker in status["workers"]:
         head = [worker["id"], worker["node"], str(worker["epoch"]), worker["state"]]
         for tier, row in worker["tiers"].items() or {"-": None}.items():
@@ -40,49 +54,42 @@ def print_status(status: dict[str, Any], title: str = "") -> None:
             workers.add_row(*head, *cells)
             head = ["", "", "", ""]
         workers.add_section()
-    console.print(workers)
+    out.print(workers)
 
 
 def print_checks(report: dict[str, Any]) -> None:
     """The object of `kvstore doctor`: one line a check, the fix below what failed."""
-    console = Console(soft_wrap=True, highlight=False)
+    out = console(soft_wrap=True, highlight=False)
     for check in report["checks"]:
         mark = "[green]ok   [/green]" if check["ok"] else "[red]FAULT[/red]"
-        console.print(f"{mark} {check['name']}: ", end="")
-        console.print(check["detail"], markup=False)
+        out.print(f"{mark} {check['name']}: ", end="")
+        out.print(check["detail"], markup=False)
         if not check["ok"] and check["fix"]:
-            console.print(f"      -> {check['fix']}", markup=False)
+            out.print(f"      -> {check['fix']}", markup=False)
     faults = sum(not check["ok"] for check in report["checks"])
-    console.print(f"{len(report['checks'])} checks, " + (f"[red]{faults} faults[/red]" if faults else "all well"))
+    out.print(f"{len(report['checks'])} checks, " + (f"[red]{faults} faults[/red]" if faults else "all well"))
 
 
 def print_inspection(report: dict[str, Any]) -> None:
     """The object of `kvstore inspect`."""
-    console = Console(soft_wrap=True, highlight=False)
+    out = console(soft_wrap=True, highlight=False)
     ratio = report["raw_bytes"] / report["stored_bytes"] if report["stored_bytes"] else 1.0
     sizes = f"{size(report['stored_bytes'])} stored, {size(report['raw_bytes'])} raw, ratio {ratio:.2f}"
-    console.print(f"{report['folder']}: {report['segments']} segments, {report['records']} records, {sizes}")
+    out.print(f"{report['folder']}: {report['segments']} segments, {report['records']} records, {sizes}")
     for title in ("models", "namespaces", "skipped"):
         for name, count in report[title].items():
-            console.print(f"  {title.removesuffix('s')} {name}: {count}", markup=False)
+            out.print(f"  {title.removesuffix('s')} {name}: {count}", markup=False)
     for damage in report["damage"]:
-        console.print(
-            f"  damaged: segment {damage['segment']} offset {damage['offset']}: {damage['why']}", markup=False
-        )
+        out.print(f"  damaged: segment {damage['segment']} offset {damage['offset']}: {damage['why']}", markup=False)
     for block in report.get("blocks", ()):
-        table = Table(title=f"{block['key']} depth {block['depth']}", title_justify="left")
-        for name in ("field", "value"):
-            table.add_column(name)
+        fields = table("field", "value", title=f"{block['key']} depth {block['depth']}")
         for name, value in block.items():
             if name != "chunks":
-                table.add_row(name, str(value))
-        console.print(table)
-        chunks = Table()
-        for name in block["chunks"][0] if block["chunks"] else ():
-            chunks.add_column(name, justify="right")
+                fields.add_row(name, str(value))
+        out.print(fields)
+        names = tuple(block["chunks"][0]) if block["chunks"] else ()
+        chunks = table(*names, right=" ".join(names))
         for chunk in block["chunks"]:
             chunks.add_row(*(str(value) for value in chunk.values()))
-        console.print(chunks)
-    console.print(
-        "every record verifies" if not report["damaged"] else f"[red]{report['damaged']} damaged records[/red]"
-    )
+        out.print(chunks)
+    out.print("every record verifies" if not report["damaged"] else f"[red]{report['damaged']} damaged records[/red]")
