@@ -11,7 +11,8 @@ from kvstore.memory import MemfdMemory
 from kvstore.seams import Memory
 from kvstore.transport.base import Transport
 from kvstore.transport.rpc import GrpcTransport
-from tests.contracts.transport_suite import TOKEN, Case, TransportSuite
+from tests.contracts.transport_suite import TransportSuite
+from tests.contracts.transport_world import TOKEN, Case
 from tests.net_service import Clock
 from tests.sim.loop import run
 from tests.sim.network import MemoryNetwork
