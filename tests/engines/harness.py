@@ -8,15 +8,16 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvstore.bench.engine_process import SETTINGS, transfer_config
 from kvstore.config import Config, load_config
 from kvstore.local_cluster import LocalCluster
-from tests.engines.engine import SETTINGS, transfer_config
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 150.0
@@ -30,7 +31,7 @@ class Engine:
         self.log = Path(os.environ.get("ENGINE_LOG", os.devnull))
         with self.log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.engines.engine"],
+                [sys.executable, "-m", "kvstore.bench.engine_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -115,10 +116,10 @@ class Engine:
 
 
 @contextmanager
-def service(*, workers: int = 1, ssd: bool = False, redis: bool = False, **sections: Any) -> Iterator[LocalCluster]:
+def service(*, workers: int = 1, redis: bool = False, **sections: Any) -> Iterator[LocalCluster]:
     """A coordinator and workers as processes."""
     config: Config = load_config(env={}, overrides={"store": {"host_bytes": "128MiB"}, **sections})
-    cluster = LocalCluster(config, workers=workers, ssd=ssd, redis=redis)
+    cluster = LocalCluster(config, workers=workers, redis=redis)
     try:
         asyncio.run(cluster.start())
         yield cluster
@@ -137,4 +138,4 @@ def wait_until(holds: Any, timeout_s: float = 20.0, what: str = "it") -> None:
     end = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < end, f"{what} did not happen in {timeout_s} s"
-        time.sleep(0.05)
+        threading.Event().wait(0.05)

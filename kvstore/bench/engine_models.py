@@ -1,8 +1,10 @@
-"""Small models with random weights and a tokenizer of their own, made on the spot: no download."""
+"""Small models with random weights and a tokenizer of their own, made on the spot: no download. Needs transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random  # noqa: TID251 - seeded prompts
+from typing import Any
 
 TINY = {
     "vocab_size": 512,
@@ -14,7 +16,7 @@ TINY = {
     "head_dim": 32,
     "max_position_embeddings": 4096,
 }
-VISIBLE = {  # about 150 M parameters: a prefill that takes seconds on a CPU
+VISIBLE = {
     "vocab_size": 512,
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -24,37 +26,35 @@ VISIBLE = {  # about 150 M parameters: a prefill that takes seconds on a CPU
     "head_dim": 64,
     "max_position_embeddings": 4096,
 }
+"""About 150 M parameters: a prefill that takes seconds on a CPU."""
 
 
 def make_model(folder: Path, family: str = "llama", size: dict[str, int] | None = None, seed: int = 11) -> Path:
-    """A model folder vLLM can serve. `family`: llama, qwen3 or gemma3 (sliding and full layers in turns)."""
-    if (folder / "config.json").exists():
-        return folder
+    """A model folder an engine can serve, as float32. `family`: llama, qwen3 or gemma3 (sliding and full layers in
+    turns). Weights are wide enough that the prompt decides what comes next."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    shape = dict(size or TINY)
+    shape: dict[str, Any] = dict(size or TINY)
     if family == "llama":
-        config = transformers.LlamaConfig(**shape, tie_word_embeddings=False)
-        model = transformers.LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=False))
     elif family == "qwen3":
-        config = transformers.Qwen3Config(**shape, tie_word_embeddings=False)
-        model = transformers.Qwen3ForCausalLM(config)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, tie_word_embeddings=False))
     else:
-        kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(4)]
+        kinds = ["sliding_attention", "full_attention"] * 2
         shape["num_hidden_layers"] = len(kinds)
         config = transformers.Gemma3TextConfig(**shape, sliding_window=128, layer_types=kinds)
         model = transformers.Gemma3ForCausalLM(config)
-    for parameter in model.parameters():  # wide enough that the prompt decides what comes next
+    for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.08)
+            torch.nn.init.normal_(parameter, std=0.08 if shape["hidden_size"] < 512 else 0.03)
     model.to(torch.float32).save_pretrained(folder)
     _tokenizer(shape["vocab_size"]).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(vocabulary: int) -> object:
+def _tokenizer(vocabulary: int) -> Any:
     """A word per id: "w17" is token 17."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -70,7 +70,5 @@ def _tokenizer(vocabulary: int) -> object:
 
 def prompt(length: int, seed: int, vocabulary: int = 512) -> list[int]:
     """Token ids, the same for the same seed."""
-    from random import Random
-
     draw = Random(seed)
     return [draw.randrange(3, vocabulary) for _ in range(length)]
