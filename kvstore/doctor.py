@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -185,11 +186,17 @@ class Doctor:
             spec = replace(replay_spec(PROBE_BLOCK_BYTES), model=f"kvstore/doctor-{self._system.token_hex(8)}")
             try:
                 problem = await self._round_trip(config, chain(spec, tokens_of(tuple(range(PROBE_BLOCKS)))))
-                await asyncio.gather(*(self._observer.purge(w.member.address, spec.root, PROBE_S) for w in workers))
             except KVStoreError as error:
-                problem = problem_of(error)
+                problem = f"{type(error).__name__}: {error}"
+            await self._tidy(workers, spec.root)
             detail = problem or f"{PROBE_BLOCKS} blocks put, matched and read back byte for byte"
             self._add(f"client beside {name}", not problem, detail, "mend what failed above first, then run it again")
+
+    async def _tidy(self, workers: list[common_pb2.WorkerStatus], root: bytes) -> None:
+        """Drop what was put. What a worker can't drop now, its policy will: nobody asks for it again."""
+        for worker in workers:
+            with suppress(KVStoreError):
+                await self._observer.purge(worker.member.address, root, PROBE_S)
 
     async def _round_trip(self, config: ClientConfig, prompt: Chain) -> str:
         """What went wrong, empty when nothing did."""
@@ -206,8 +213,3 @@ class Doctor:
                 return f"get delivered {got.blocks} of {len(prompt)} blocks"
             right = all(payload.check(key, got.buffers[0][depth]) for depth, key in enumerate(prompt.keys))
             return "" if right else "get delivered other bytes than were put"
-
-
-def problem_of(error: KVStoreError) -> str:
-    """One line that names the kind of trouble. Pure."""
-    return f"{type(error).__name__}: {error}"

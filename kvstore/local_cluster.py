@@ -47,8 +47,10 @@ class Server:
 class LocalCluster:
     """`async with LocalCluster(config, workers=2) as cluster`. Start it from the main thread."""
 
-    def __init__(self, config: Config, *, workers: int = 2, redis: bool = True, ssd: bool = True) -> None:
-        self._config, self._worker_count, self._with_redis, self._with_ssd = config, workers, redis, ssd
+    def __init__(self, config: Config, *, workers: int = 2, redis: bool = True, ssd_folder: str = "") -> None:
+        """`redis`: an embedded one, unless the configuration names another. `ssd_folder`: one that is kept; empty for a
+        temporary one."""
+        self._config, self._worker_count, self._with_redis, self._ssd_folder = config, workers, redis, ssd_folder
         self._spawner = LocalSpawner()
         self.folder = ""
         self.redis: EmbeddedRedis | None = None
@@ -80,7 +82,7 @@ class LocalCluster:
         planned = []
         for index in range(self._worker_count):
             name = f"worker-{index}"
-            ssd = str(Path(self.folder) / name) if self._with_ssd else ""
+            ssd = str(Path(self._ssd_folder or self.folder) / name)
             socket = str(Path(self.folder) / f"{name}.sock")
             own = {"server": {"node": name}, "store": {"ssd_folder": ssd}, "worker": {"socket": socket}}
             planned.append(("worker", name, override(config, own)))
