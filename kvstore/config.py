@@ -52,6 +52,9 @@ class StoreConfig:
     load_queue_bytes: int = 512 * MIB  # in flight upwards
     threads: int = 4  # byte movers
     hold_max_s: float = 30.0
+    put_wait_s: float = 0.05  # for room in hot, before a put is dropped
+    load_wait_s: float = 0.5  # for room in host, before a load is a miss
+    evict_after_s: float = 1.0  # all lower tiers failing for so long: blocks are evicted to make room
     staging_bytes: int = 64 * MIB  # per connection
     staging_total_bytes: int = 512 * MIB
 
@@ -231,7 +234,7 @@ def _relations(c: Config) -> Iterator[tuple[bool, str]]:
     s, k = c.store, c.client
     ordered = s.low_watermark < s.high_watermark <= 1.0
     yield ordered, "store.low_watermark must be below store.high_watermark, and that at most 1.0"
-    yield s.hot_bytes <= s.host_bytes, "store.hot_bytes is a part of store.host_bytes: make it no larger"
+    yield s.hot_bytes < s.host_bytes, "store.hot_bytes is a part of store.host_bytes: make it smaller"
     yield s.ssd_segment_bytes <= s.ssd_bytes, "store.ssd_segment_bytes must not exceed store.ssd_bytes"
     yield s.staging_bytes <= s.staging_total_bytes, "store.staging_bytes must not exceed store.staging_total_bytes"
     yield k.staging_bytes <= k.inflight_bytes_max, "client.staging_bytes must not exceed client.inflight_bytes_max"

@@ -16,9 +16,6 @@ from kvstore.stack import Stack
 from kvstore.tiers.base import Location, TierStore
 from kvstore.types import BlockId, Fidelity, Tier
 
-LOAD_WAIT_S = 0.5
-"""A load waits so long for room in the host tier before it is a miss."""
-
 
 @dataclass(slots=True)
 class Loaded:
@@ -158,7 +155,7 @@ class Loading:
         stack = self.stack
         await self.budget.take(location.length)
         try:
-            place = await self.movement.room.wait(target, namespace, location.length, LOAD_WAIT_S)
+            place = await self.movement.room.wait(target, namespace, location.length, stack.config.load_wait_s)
             into = stack.arena_tier(target)
             if place is None or into is None:
                 stack.counters["loads_no_room"] += 1

@@ -14,9 +14,6 @@ from kvstore.spec import ModelSpec, Shard, namespace_digest
 from kvstore.stack import Stack
 from kvstore.types import BlockId, Fidelity
 
-PUT_WAIT_S = 0.05
-"""A put waits so long for a move to make room before it is dropped."""
-
 
 @dataclass(frozen=True, slots=True)
 class PutOutcome:
@@ -100,7 +97,7 @@ class Putting:
             self.stack.catalog.learn_shard(shard)
         except Overloaded as error:
             return self._end("dropped", why=str(error))
-        place = await self.movement.room.wait(stack.HOT, id.namespace, header.raw_length, PUT_WAIT_S)
+        place = await self.movement.room.wait(stack.HOT, id.namespace, header.raw_length, stack.config.put_wait_s)
         if place is None:
             return self._end("dropped", why="no room in the hot tier")
         kept = False

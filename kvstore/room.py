@@ -10,9 +10,6 @@ from kvstore.errors import TierFull
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location
 
-PRESSURE_S = 1.0
-"""So long may all outlets of a level be closed before blocks are evicted on purpose to make room."""
-
 ORDERLY_DROPS = 16
 """Victims given up in the policy's order before a whole segment is cleared for an allocation that finds no place."""
 
@@ -56,7 +53,7 @@ class Outlets:
         if any(destination not in self._closed for destination in below):
             return False
         now = self.stack.system.clock.monotonic()
-        return all(now - self._closed[destination] >= PRESSURE_S for destination in below)
+        return all(now - self._closed[destination] >= self.stack.config.evict_after_s for destination in below)
 
 
 class Room:

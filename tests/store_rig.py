@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.arena import generation_at
@@ -20,7 +21,9 @@ from tests.contracts.records import NAMESPACE, header_of, keys_of, raw_of, small
 from tests.store_fakes import ManualClock, fake_system
 
 KIB = 1 << 10
-SMALL = StoreConfig(host_bytes=512 * KIB, hot_bytes=128 * KIB)  # 16 raw blocks of 8 KiB hot, 48 records in host
+MANY = 120  # blocks: about twice what hot and host of SMALL take
+SMALL = StoreConfig(host_bytes=512 * KIB, hot_bytes=128 * KIB, put_wait_s=10, load_wait_s=10)
+# 16 raw blocks of 8 KiB in hot, 48 records in host; waits never end by time, but as soon as nothing moves
 
 
 @dataclass
@@ -159,3 +162,21 @@ class Rig:
     async def close(self) -> None:
         await self.settle()
         await self.store.close()
+
+
+async def filled(rig: Rig, count: int = MANY) -> list[int]:
+    """Put so many blocks; the depths that lie on SSD only."""
+    await rig.put_all(count)
+    await rig.settle()
+    found = [depth for depth in range(count) if rig.where(depth) == [Tier.SSD]]
+    assert found, "nothing was spilled that far"
+    return found
+
+
+async def until(rig: Rig, condition: Callable[[], bool]) -> None:
+    """Give other tasks their turns until it holds; a bound stands for a deadlock."""
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came about")
