@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from coordinator.registry import Registry
 from kvstore.announce import Verdict
+from kvstore.catalog import Catalog
 from kvstore.convert import chunk_from_wire, delta_from_wire, entry_from_wire
 from kvstore.directory import Directory
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.membership import Accepted, Fenced, Unknown
+from kvstore.runs import RemovedRun, RunChange
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec
 from kvstore.wire import common_pb2, coordinator_pb2
@@ -26,6 +28,7 @@ class Session:
     ) -> None:
         self._registry, self._clock, self._lease_s, self._welcome = registry, clock, lease_s, welcome
         self._accepted: Accepted | None = None
+        self._dictionary = Catalog()  # of this stream: an entry holds for all its namespaces
         self._asked: dict[str, float] = {}  # namespace -> when its snapshot was asked for, or last went on
         self.over = False
 
@@ -81,8 +84,9 @@ class Session:
         receiver = self._registry.receiver(self._accepted.worker, self._accepted.epoch, message.namespace)
         if receiver is None:
             return []
-        learn(receiver.directory, message.dictionary)
-        verdict = receiver.offer(delta_from_wire(message))
+        delta = delta_from_wire(message)
+        self._learn(receiver.directory, message.dictionary, delta.changes)
+        verdict = receiver.offer(delta)
         self._registry.counters["deltas"] += 1
         return self._after(message.namespace, verdict)
 
@@ -91,8 +95,9 @@ class Session:
         receiver = self._registry.receiver(self._accepted.worker, self._accepted.epoch, message.namespace)
         if receiver is None:
             return []
-        learn(receiver.directory, message.dictionary)
-        verdict = receiver.snapshot(chunk_from_wire(message))
+        part = chunk_from_wire(message)
+        self._learn(receiver.directory, message.dictionary, part.runs)
+        verdict = receiver.snapshot(part)
         self._asked[message.namespace] = self._clock.monotonic()
         self._registry.counters["snapshot_parts"] += 1
         return self._after(message.namespace, verdict)
@@ -135,12 +140,24 @@ class Session:
         self._registry.counters["gaps"] += 1
         return [Reply(snapshot_request=coordinator_pb2.SnapshotRequest(namespace=namespace))]
 
-
-def learn(directory: Directory, dictionary: Iterable[common_pb2.DictionaryEntry]) -> None:
-    """What digests of the following runs stand for. Mutates. BadRequest, Overloaded."""
-    for message in dictionary:
-        entry = entry_from_wire(message)
-        if isinstance(entry, ModelSpec):
-            directory.learn_spec(entry)
-        else:
-            directory.learn_shard(entry)
+    def _learn(
+        self,
+        directory: Directory,
+        entries: Iterable[common_pb2.DictionaryEntry],
+        changes: Sequence[RunChange],
+    ) -> None:
+        """Take in new entries, and tell the directory those it needs. Mutates. BadRequest, Overloaded."""
+        for message in entries:
+            entry = entry_from_wire(message)
+            if isinstance(entry, ModelSpec):
+                self._dictionary.learn_spec(entry)
+            else:
+                self._dictionary.learn_shard(entry)
+        for change in changes:
+            if isinstance(change, RemovedRun):
+                continue
+            spec, shard = self._dictionary.spec(change.root), self._dictionary.shard(change.shard)
+            if spec is not None and directory.spec(change.root) is None:
+                directory.learn_spec(spec)
+            if shard is not None and directory.shard(change.shard) is None:
+                directory.learn_shard(shard)

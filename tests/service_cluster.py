@@ -11,7 +11,7 @@ import numpy as np
 
 from coordinator.runtime import CoordinatorRuntime
 from kvstore.client import GetResult, KVClient
-from kvstore.config import MIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig, WorkerConfig
+from kvstore.config import KIB, MIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig, WorkerConfig
 from kvstore.keys import Chain
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
@@ -30,6 +30,8 @@ STORE = StoreConfig(
     staging_total_bytes=16 * MIB,
     threads=2,
 )
+SMALL = replace(STORE, host_bytes=1024 * KIB, hot_bytes=128 * KIB, segment_bytes=64 * KIB)
+"""So little memory that a few hundred small blocks move on."""
 COORDINATOR = CoordinatorConfig(heartbeat_s=0.05, lease_s=0.6)
 
 
@@ -103,3 +105,12 @@ def check(plan: HitPlan, result: GetResult, expected: int, copy: int = 0) -> Non
             if result.tiers[index][depth] is not None:
                 wanted = payload(plan.spec, shard, plan.keys[depth], copy)
                 assert np.array_equal(np.asarray(result.buffers[index][depth]).view(np.uint8).ravel(), wanted), depth
+
+
+async def put_slowly(client: KVClient, worker: WorkerRuntime, prefix: Chain) -> None:
+    """Put a chain in steps, each of which has moved on where it must before the next one comes."""
+    raws = blocks_of(prefix)
+    for first in range(0, len(raws), 4):
+        put = await client.put(prefix.spec, prefix, raws[first : first + 4], first)
+        assert put.states == ["committed"] * len(put.states)
+        await worker.store.idle()

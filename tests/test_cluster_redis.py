@@ -10,33 +10,22 @@ from pathlib import Path
 import pytest
 
 from kvstore.client import KVClient
-from kvstore.config import KIB
 from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.keys import Chain
 from kvstore.plan import HitPlan
 from kvstore.types import Tier
-from tests.service_cluster import STORE, MiniCluster, blocks_of, check
+from tests.service_cluster import SMALL, MiniCluster, blocks_of, check, put_slowly
 from tests.service_helpers import FULL, prompt, until
 
 pytest_plugins = ["tests.redis_fixtures"]
 
-SMALL = replace(STORE, host_bytes=1024 * KIB, hot_bytes=128 * KIB, segment_bytes=64 * KIB, redis_timeout_s=0.5)
-BLOCKS = 400
+BLOCKS = 320
 
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[MiniCluster]:
     async with MiniCluster(tmp_path) as made:
         yield made
-
-
-async def filled(cluster: MiniCluster, client: KVClient, prefix: Chain, worker: int = 0) -> None:
-    """Put a chain slowly enough that what does not fit moves on to Redis."""
-    raws = blocks_of(prefix)
-    for first in range(0, len(raws), 4):
-        put = await client.put(FULL, prefix, raws[first : first + 4], first)
-        assert put.states == ["committed"] * len(put.states)
-        await cluster.workers[worker].store.idle()
 
 
 async def found(client: KVClient, prefix: Chain, blocks: int, redis: int) -> HitPlan:
@@ -54,7 +43,7 @@ async def test_what_left_a_worker_is_served_from_redis(
     cluster: MiniCluster, server: EmbeddedRedis, raw: object, far: bool
 ) -> None:
     await cluster.coordinator()
-    store = replace(SMALL, redis_url=server.url)
+    store = replace(SMALL, redis_url=server.url, redis_timeout_s=0.5)
     await cluster.worker("a", store=store)
     await cluster.worker("b", store=store)
     elected = [worker for worker in cluster.workers for mine in worker.redis_announcers if mine.elected]
@@ -64,7 +53,7 @@ async def test_what_left_a_worker_is_served_from_redis(
     assert len(elected) <= 1
     writer = await cluster.client(alone=True, workers=(cluster.workers[0].socket,))
     prefix = prompt(1, BLOCKS)
-    await filled(cluster, writer, prefix)
+    await put_slowly(writer, cluster.workers[0], prefix)
     reader = await cluster.client(far=far)
     plan = await found(reader, prefix, BLOCKS, 50)
     assert "redis:default" in plan.holders
@@ -80,11 +69,11 @@ async def test_redis_outlives_the_workers_and_its_end_is_a_miss(cluster: MiniClu
     server.start()
     try:
         await cluster.coordinator()
-        store = replace(SMALL, redis_url=server.url)
+        store = replace(SMALL, redis_url=server.url, redis_timeout_s=0.5)
         first = await cluster.worker("a", store=store)
         writer = await cluster.client(alone=True, workers=(first.socket,))
         prefix = prompt(2, BLOCKS)
-        await filled(cluster, writer, prefix)
+        await put_slowly(writer, cluster.workers[0], prefix)
         await first.stop()
         cluster.workers.clear()
         await cluster.worker("b", store=store)

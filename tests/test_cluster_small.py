@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.client import KVClient
+from kvstore.keys import Chain
 from kvstore.layout import block_bytes, cut
+from kvstore.plan import HitPlan
 from kvstore.spec import Shard
 from kvstore.types import Tier
-from tests.service_cluster import STORE, MiniCluster, blocks_of, check
+from tests.service_cluster import SMALL, STORE, MiniCluster, blocks_of, check, put_slowly
 from tests.service_helpers import FULL, TWO_GROUPS, payload, prompt
 from workers.runtime import WorkerRuntime
 
@@ -77,23 +81,26 @@ async def test_read_your_writes_and_tokens_for_another_replica(cluster: MiniClus
 
 async def test_ssd_blocks_come_back_after_a_restart(cluster: MiniCluster) -> None:
     await cluster.coordinator()
-    worker = await cluster.worker("a", ssd=True)
-    client = await cluster.client()
-    prefix = prompt(3, 30)
-    await client.put(FULL, prefix, blocks_of(prefix))
-    await worker.store.idle()
-    first = worker.identity
-    await worker.stop()
-    cluster.workers.clear()
-    back = await cluster.worker("a", ssd=True)
-    assert (back.identity.worker, back.identity.epoch) == (first.worker, first.epoch + 1)
+    prefix = prompt(3, 400)
+    back = await on_ssd_only(cluster, "a", prefix)
+    assert back.identity.epoch == 2
     held = len(back.store.snapshot("default")[1])
-    far = await cluster.client(far=True)
+    assert 50 < held < 400
+    for far in (True, False):
+        reader = await cluster.client(far=far)
+        plan = await found(reader, prefix, 50)
+        check(plan, await reader.get(plan), plan.blocks)
+        assert not far or reader.counters["hits_ssd"] > 40  # which brought them into memory
+
+
+async def found(client: KVClient, prefix: Chain, blocks: int) -> HitPlan:
+    """The plan once so many blocks are known."""
     async with asyncio.timeout(10):
-        while (plan := await far.match(FULL, prefix)).blocks < held:
+        while True:
+            plan = await client.match(prefix.spec, prefix)
+            if plan.blocks >= blocks:
+                return plan
             await asyncio.sleep(0.01)
-    assert plan.tiers().get(Tier.SSD, 0) == plan.blocks
-    check(plan, await far.get(plan), plan.blocks)
 
 
 async def test_a_worker_killed_between_match_and_get_is_a_miss(cluster: MiniCluster) -> None:
@@ -244,3 +251,95 @@ async def test_a_block_beyond_the_staging_goes_by_stream(cluster: MiniCluster) -
     assert client.counters["errors_Overloaded"] == 1
     plan = await client.match(FULL, prefix)
     check(plan, await client.get(plan), 3)
+
+
+async def on_ssd_only(cluster: MiniCluster, name: str, prefix: Chain) -> WorkerRuntime:
+    """A worker that was restarted: what it still has lies on its SSD."""
+    worker = await cluster.worker(name, ssd=True, store=SMALL)
+    client = await cluster.client(alone=True, workers=(worker.socket,))
+    await put_slowly(client, worker, prefix)
+    await client.close()
+    await worker.stop()
+    cluster.workers.remove(worker)
+    return await cluster.worker(name, ssd=True, store=SMALL)
+
+
+def rot(folder: Path) -> int:
+    """Flip a bit every 1000 bytes of every segment file, as a bad disk would; how many."""
+    flips = 0
+    for path in sorted(folder.iterdir()):
+        content = bytearray(path.read_bytes())
+        if path.suffix in (".json", ".lock", ".idx") or len(content) < 100_000:
+            continue
+        for at in range(200, len(content), 1000):
+            if content[at]:
+                content[at] ^= 0x10
+                flips += 1
+        with path.open("r+b") as file:
+            file.write(content)
+    return flips
+
+
+@pytest.mark.parametrize("far", [False, True])
+async def test_a_rotten_disk_is_a_miss_or_the_next_holder(cluster: MiniCluster, tmp_path: Path, far: bool) -> None:
+    await cluster.coordinator()
+    prefix = prompt(20, 400)
+    await on_ssd_only(cluster, "bad", prefix)
+    reader = await cluster.client(far=far)
+    plan = (await found(reader, prefix, 50)).shortened(50)
+    assert rot(tmp_path / "ssd-bad") > 100
+    result = await reader.get(plan)
+    check(plan, result, result.blocks)
+    assert reader.counters["misses"] > 25
+    good = await cluster.worker("good")
+    writer = await cluster.client(alone=True, workers=(good.socket,))
+    await writer.put(FULL, prefix, blocks_of(prefix)[:60])
+    fresh = await cluster.client(far=far)
+    plan = (await found(fresh, prefix, 60)).shortened(60)
+    check(plan, await fresh.get(plan), 60)
+
+
+async def test_namespaces_do_not_share(cluster: MiniCluster, tmp_path: Path) -> None:
+    tokens = {name: f"{name}-token-0123456789" for name in ("cluster", "alice", "bob")}
+    for name, token in tokens.items():
+        (tmp_path / name).write_text(token)
+    lines = ["[namespaces.a]", "[namespaces.b]"]
+    for name, namespace in (("alice", "a"), ("bob", "b")):
+        digest = hashlib.sha256(tokens[name].encode()).hexdigest()
+        lines += [f"[identities.{name}]", f'token_sha256 = "{digest}"', f'namespaces = ["{namespace}"]']
+    (tmp_path / "namespaces.toml").write_text("\n".join(lines))
+    files = {"namespaces_file": str(tmp_path / "namespaces.toml"), "token_file": str(tmp_path / "cluster")}
+    await cluster.coordinator(**files)
+    worker = await cluster.worker("a", **files)
+    for far in (False, True):
+        alice = await cluster.client(far=far, namespace="a", token_file=str(tmp_path / "alice"))
+        bob = await cluster.client(far=far, namespace="b", token_file=str(tmp_path / "bob"))
+        prefix = prompt(21 + far, 5)
+        put = await alice.put(FULL, prefix, blocks_of(prefix))
+        assert put.states == ["committed"] * 5
+        assert (await bob.match(FULL, prefix, after=put.tokens)).blocks == 0
+        stolen = replace(await alice.match(FULL, prefix))
+        assert stolen.blocks == 5
+        assert (await bob.get(stolen)).blocks == 0  # the plan grants nothing
+        mine = await bob.put(FULL, prefix, blocks_of(prefix, copy=1))
+        assert mine.states == ["committed"] * 5  # what alice has tells bob nothing
+        check(stolen, await alice.get(stolen), 5)
+        plan = await bob.match(FULL, prefix)
+        check(plan, await bob.get(plan), 5, copy=1)
+        assert await bob.purge() == 5
+        assert (await alice.get(await alice.match(FULL, prefix))).blocks == 5
+    segments = {segment.namespace for segment in worker.store.arena.segments()}
+    assert {"a", "b"} <= segments
+
+
+async def test_everything_is_given_back(tmp_path: Path, no_leaks: None) -> None:
+    async with MiniCluster(tmp_path) as cluster:
+        await cluster.coordinator()
+        await cluster.worker("a", ssd=True)
+        for far in (False, True):
+            client = await cluster.client(far=far)
+            prefix = prompt(30 + far, 20)
+            await client.put(FULL, prefix, blocks_of(prefix))
+            plan = await client.match(FULL, prefix)
+            check(plan, await client.get(plan), 20)
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".sock"]
