@@ -73,7 +73,7 @@ def test_the_text_is_english_and_the_same_every_time() -> None:
 
 
 def answer(**changes: Any) -> Answer:
-    made = Answer([1, 2], np.zeros((2, 4), np.float32), 10, 8, {"hot": 8}, 0.1, 0.1, 0.3, 0.2, 0)
+    made = Answer([1, 2], np.zeros((2, 4), np.float32), 10, 8, 8, {"hot": 8}, 0.1, 0.1, 0.3, 0.2, {})
     return replace(made, **changes)
 
 

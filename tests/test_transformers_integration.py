@@ -88,13 +88,14 @@ async def answered(
 async def test_a_loaded_prefix_gives_the_same_tokens_and_logits(model: Any, spec: ModelSpec) -> None:
     client, ids = DictClient(), prompt(300)
     first = await prefill(model, ids, client, spec=spec)
-    assert (first.stats.loaded_tokens, first.stats.stored_blocks) == (0, 4)
+    assert (first.stats.matched_tokens, first.stats.loaded_tokens) == (0, 0)
+    assert first.stats.put_states == {"committed": 4}
     longer = torch.cat([ids, prompt(90, 4)], 1)
     _, plain_tokens, plain = await answered(model, longer, None, spec)
     made, tokens, logits = await answered(model, longer, client, spec)
     assert made.stats.loaded_tokens == 256
     assert made.stats.tokens_by_tier == {Tier.HOT: 128, Tier.SSD: 128}
-    assert made.stats.stored_blocks == 2
+    assert made.stats.put_states == {"committed": 2}
     assert made.stats.commits == (CommitToken("w", 1, 6),)
     assert made.past_key_values.get_seq_length() == 390 + 7
     assert tokens == plain_tokens
@@ -146,6 +147,7 @@ async def test_a_load_that_falls_short_is_computed(model: Any, spec: ModelSpec) 
     for client.serve in (0, 1, 3):
         made, tokens, logits = await answered(model, prompt(400), client, spec)
         assert client.matched[-1] == 6
+        assert made.stats.matched_tokens == 6 * 64
         assert made.stats.loaded_tokens == client.serve * 64
         assert tokens == plain_tokens
         assert float((logits - plain).abs().max()) <= 1e-4

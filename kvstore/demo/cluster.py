@@ -36,13 +36,19 @@ STOP_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes of each tier of a worker, and of Redis for both. Small, so that a few conversations fill them all."""
+    """Bytes of each tier of a worker, and of Redis for both. Small, so that a few conversations fill them all; hot
+    still takes the blocks of one prompt at a time, so that storing them never waits for a spill."""
 
-    hot: int = 24 * MIB
-    arena: int = 60 * MIB  # hot and host together
-    ssd: int = 48 * MIB
-    redis: int = 160 * MIB
-    segment: int = 8 * MIB  # of the SSD log
+    hot: int
+    arena: int  # hot and host together
+    ssd: int
+    redis: int
+    segment: int = 4 * MIB  # of the SSD log
+    inflight: int = 32 * MIB  # of one client; one call asks for a quarter of it, which must fit the arena
+
+
+FULL_LIMITS = Limits(hot=34 * MIB, arena=52 * MIB, ssd=24 * MIB, redis=128 * MIB)
+QUICK_LIMITS = Limits(hot=23 * MIB, arena=32 * MIB, ssd=14 * MIB, redis=96 * MIB, inflight=16 * MIB)
 
 
 def fleet_config(folder: Path, limits: Limits) -> Config:
@@ -64,6 +70,8 @@ def fleet_config(folder: Path, limits: Limits) -> Config:
                 "ssd_folder": str(folder / "ssd"),
                 "ssd_segment_bytes": limits.segment,
                 "redis_bytes": limits.redis,
+                "high_watermark": 0.6,  # room for the next prompt is made before it comes
+                "low_watermark": 0.5,
                 "threads": 2,
             },
         },
@@ -76,7 +84,7 @@ class FleetCluster:
     def __init__(
         self, folder: Path, system: System, spawner: Spawner, limits: Limits, say: Callable[[str], None]
     ) -> None:
-        self._config = fleet_config(folder, limits)
+        self._config, self._limits = fleet_config(folder, limits), limits
         self._folder = fleet_folder(self._config.fleet, os.environ)
         self._system, self._spawner, self._say = system, spawner, say
         self._supervisor: Process | None = None
@@ -127,10 +135,14 @@ class FleetCluster:
         return self._state
 
     async def client(self, worker: int) -> dict[str, Any]:
-        """`ClientConfig` fields of a replica beside that worker: its own worker first, the other one as well."""
+        """`ClientConfig` fields of a replica beside that worker: its own worker first."""
         sockets = [status.member.socket for status in alive(await self._look()).values()]
         own = sockets[worker % len(sockets)]
-        return {"coordinators": list(self.state.coordinators), "workers": [own], "inflight_bytes_max": 64 * MIB}
+        return {
+            "coordinators": list(self.state.coordinators),
+            "workers": [own],
+            "inflight_bytes_max": self._limits.inflight,
+        }
 
     async def _look(self) -> View:
         config = ClientConfig(coordinators=self.state.coordinators)

@@ -83,16 +83,16 @@ FULL = Script(
     share="document:A document:B chat-1:A chat-1:B chat-2:B chat-2:A document:A chat-1:A "
     "chat-3:A chat-3:B chat-2:B document:B chat-3:A",
     again="chat-1:B chat-2:A document:A",
-    outage="chat-3:B document:B chat-1:A",
-    after="chat-1:B chat-2:B chat-3:A document:A",
+    outage="document:B chat-2:B",
+    after="chat-3:B chat-1:A chat-2:A document:A",
     first_bytes=1500,
     new_tokens=12,
 )
 QUICK = Script(
-    share="document:A document:B chat-1:B chat-1:A chat-2:A chat-2:B",
+    share="document:A document:B chat-1:B chat-1:A chat-2:A chat-2:B chat-3:B chat-3:A",
     again="document:A chat-1:B",
-    outage="chat-2:A",
-    after="document:B chat-1:A",
+    outage="document:B",
+    after="chat-2:A chat-3:B chat-1:A",
     first_bytes=900,
     new_tokens=6,
 )

@@ -87,7 +87,7 @@ async def _run(
     options: argparse.Namespace, guard: Guard, stop: Stop, show: Show, system: System, checks: Checks, report: Report
 ) -> None:
     """Start everything, play the script, end everything. Fills `checks` and `report`."""
-    from kvstore.demo.cluster import FleetCluster, Limits
+    from kvstore.demo.cluster import FULL_LIMITS, QUICK_LIMITS, FleetCluster
     from kvstore.demo.load import FULL, QUICK
     from kvstore.demo.peers import Replicas
     from kvstore.demo.scenario import Scenario
@@ -98,9 +98,9 @@ async def _run(
     if stop.asked:
         raise asyncio.CancelledError
     spawner = LocalSpawner()
-    script = QUICK if options.quick else FULL
+    script, limits = (QUICK, QUICK_LIMITS) if options.quick else (FULL, FULL_LIMITS)
     replicas = Replicas(guard.folder, spawner, options.threads)
-    cluster = FleetCluster(guard.folder, system, spawner, Limits(), show.say)
+    cluster = FleetCluster(guard.folder, system, spawner, limits, show.say)
     try:
         async with asyncio.timeout(TIME_MAX_S):
             show.say("starting two replicas, each its own process: a Llama in fp32, weights drawn from a seed")

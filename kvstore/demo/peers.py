@@ -28,13 +28,14 @@ class Answer:
     tokens: list[int]  # greedy
     logits: NDArray[np.float32]  # [new token, vocabulary]
     prompt_tokens: int
+    matched_tokens: int
     loaded_tokens: int
     tokens_by_tier: dict[str, int]
     match_s: float
     load_s: float
     compute_s: float
     store_s: float
-    stored_blocks: int
+    put_states: dict[str, int]
     stored: dict[str, str] = field(default_factory=dict)  # key -> digest of the raw bytes given to the client
     loaded: dict[str, str] = field(default_factory=dict)  # key -> digest of the raw bytes it gave back
     commits: list[list[Any]] = field(default_factory=list)

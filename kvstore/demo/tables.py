@@ -25,10 +25,12 @@ class Row:
     replica: str
     prompt_tokens: int
     tokens_by_tier: dict[str, int]
+    matched_tokens: int
     computed_tokens: int
     with_s: float
     without_s: float
     store_s: float
+    put_states: dict[str, int]
     equal: bool
 
     @classmethod
@@ -39,10 +41,12 @@ class Row:
             replica=replica,
             prompt_tokens=cached.prompt_tokens,
             tokens_by_tier={tier: cached.tokens_by_tier.get(tier, 0) for tier in TIERS},
+            matched_tokens=cached.matched_tokens,
             computed_tokens=cached.prompt_tokens - cached.loaded_tokens,
             with_s=cached.prefill_s,
             without_s=plain.prefill_s,
             store_s=cached.store_s,
+            put_states=cached.put_states,
             equal=cached.tokens == plain.tokens,
         )
 

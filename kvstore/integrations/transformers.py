@@ -163,13 +163,14 @@ class PrefillStats:
     """Where a prompt's tokens came from and what each step took, in seconds."""
 
     prompt_tokens: int
+    matched_tokens: int = 0  # what the lookup promised
     loaded_tokens: int = 0
     tokens_by_tier: dict[Tier, int] = field(default_factory=dict)  # of the loaded ones, the tier that served them
     match_s: float = 0.0
     load_s: float = 0.0
     compute_s: float = 0.0
     store_s: float = 0.0
-    stored_blocks: int = 0  # new ones; what was held already does not count
+    put_states: dict[str, int] = field(default_factory=dict)  # blocks by outcome: committed, held, dropped, refused
     commits: tuple[CommitToken, ...] = ()  # give them to whoever must see these blocks: prefill(..., after=commits)
 
 
@@ -212,13 +213,14 @@ async def prefill(
     stored = await _store(client, prompt, cache, len(blocks))
     stats = PrefillStats(
         prompt_tokens=input_ids.shape[1],
+        matched_tokens=plan.tokens,
         loaded_tokens=known,
         tokens_by_tier={tier: count * spec.block_tokens for tier, count in sorted(by_tier.items())},
         match_s=matched - begun,
         load_s=loaded - matched,
         compute_s=computed - loaded,
         store_s=clock() - computed,
-        stored_blocks=stored.states.count("committed"),
+        put_states=dict(sorted(Counter(stored.states).items())),
         commits=tuple(stored.tokens),
     )
     return Prefilled(cache, logits, stats)
