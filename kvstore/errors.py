@@ -105,7 +105,8 @@ class UnknownFormat(DataError):
 
 def from_code(code: str, message: str) -> KVStoreError:
     """The error a peer reported: `code` is a gRPC status name, unknown ones become ServiceError."""
-    for kind in (BadRequest, NotGranted, Unauthenticated, Incompatible, Overloaded, Unavailable, DeadlineExceeded, Corrupt):
+    told = (BadRequest, NotGranted, Unauthenticated, Incompatible, Overloaded, Unavailable, DeadlineExceeded, Corrupt)
+    for kind in told:
         if kind.code == code:
             return kind(message)
     return ServiceError(f"{code}: {message}")

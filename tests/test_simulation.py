@@ -26,8 +26,9 @@ def test_the_histories_held_what_they_should() -> None:
     """The faults landed, and hits went on under them: a quiet history would prove nothing."""
     if not SEEN:
         pytest.fail("runs after the seeds: run the whole file")
-    for fault in ("worker_crashes", "coordinator_crashes", "client_crashes", "cuts", "pauses", "requests_cut_short"):
-        assert SEEN[fault] >= 5, f"{fault}: {SEEN}"
+    for fault in ("worker_crashes", "coordinator_crashes", "client_crashes", "cuts", "pauses"):
+        assert SEEN[fault] >= 10, f"{fault}: {SEEN}"
+    assert SEEN["requests_cut_short"] >= 1, SEEN
     for tier in ("hot", "host", "ssd"):
         assert SEEN[f"blocks_{tier}"] >= 50, f"{tier}: {SEEN}"
 

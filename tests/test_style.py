@@ -55,7 +55,11 @@ def test_nothing_is_swallowed_and_no_test_sleeps() -> None:
                 silent = all(isinstance(b, ast.Pass) for b in node.body)
                 if silent and (node.type is None or "Exception" in ast.unparse(node.type)):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno} swallows every error")
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.sleep" and path.is_relative_to(ROOT / "tests"):
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) == "time.sleep"
+                and path.is_relative_to(ROOT / "tests")
+            ):
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} sleeps")
     assert found == []
 
