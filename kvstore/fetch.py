@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DataError, ServiceError
+from kvstore.errors import DataError, DeadlineExceeded, ServiceError
 from kvstore.layout import block_bytes
 from kvstore.links import Links
 from kvstore.matching import make_plan, rule_of
@@ -28,6 +28,9 @@ CALL_BLOCKS_MAX = 4096
 """Blocks asked for in one call."""
 
 _NEARNESS = {Tier.HOT: 0, Tier.HOST: 1, Tier.SSD: 4, Tier.REDIS: 7}
+FIRST_SHARE = 0.4
+"""Of the time that is left, what an attempt gets when another one could follow: a holder that hangs leaves time."""
+
 _REMOTE = 2
 """What another host adds: its memory is nearer than this host's disk."""
 
@@ -195,24 +198,33 @@ class Fetch:
         """One call to one holder. Service trouble is counted and leaves its pieces undelivered."""
         asked = Asked(self._namespace, self._plan.spec, self._plan.least)
         routes = self._routes(holder)
+        others = any(self._next(piece.shard, piece.depth, piece.tried) is not None for piece in pieces)
         for index, route in enumerate(routes):
             left = self._end - self._system.clock.monotonic()
             if left <= 0:
                 return
-            if index + 1 < len(routes) or any(self._next(p.shard, p.depth, p.tried) is not None for p in pieces):
-                left /= 2  # a holder that hangs leaves time for another
+            if others or index + 1 < len(routes):
+                left *= FIRST_SHARE
             try:
-                if route.socket:
-                    async with self._links.local.use(route.socket) as link:
-                        await read_local(link, self._system.pool, asked, pieces, timeout_s=left)
-                else:
-                    async with self._links.remote.use(route.address) as channel:
-                        await read_remote(channel, self._system.pool, asked, pieces, timeout_s=left)
+                await self._by(route, asked, pieces, left)
                 return
+            except DeadlineExceeded:
+                self._counters["errors_DeadlineExceeded"] += 1
+                (self._links.local if route.socket else self._links.remote).down.add(route.socket or route.address)
+                if not is_redis(holder):
+                    return  # it hangs: another way to the same worker would too
             except (ServiceError, DataError) as error:
                 self._counters[f"errors_{type(error).__name__}"] += 1
-                if any(piece.tier is not None for piece in pieces):
-                    return  # it did answer: what is left is tried elsewhere
+            if any(piece.tier is not None for piece in pieces):
+                return  # it did answer: what is left is tried elsewhere
+
+    async def _by(self, route: Route, asked: Asked, pieces: list[Piece], timeout_s: float) -> None:
+        if route.socket:
+            async with self._links.local.use(route.socket, timeout_s=timeout_s) as link:
+                await read_local(link, self._system.pool, asked, pieces, timeout_s=timeout_s)
+        else:
+            async with self._links.remote.use(route.address, timeout_s=timeout_s) as channel:
+                await read_remote(channel, self._system.pool, asked, pieces, timeout_s=timeout_s)
 
     def _routes(self, holder: str) -> list[Route]:
         """Ways to the holder's blocks, the best first. Redis is read through any worker, at most two of them."""

@@ -65,8 +65,9 @@ class Pooled(Generic[C]):
         self._closing: dict[asyncio.Task[None], None] = {}
 
     @asynccontextmanager
-    async def use(self, address: str) -> AsyncIterator[C]:
-        """The connection for the time of the block. ServiceError when it can't be had, or failed a moment ago."""
+    async def use(self, address: str, *, timeout_s: float | None = None) -> AsyncIterator[C]:
+        """The connection for the time of the block. ServiceError when it can't be had (within `timeout_s`), or failed a
+        moment ago."""
         if address in self.down:
             raise Unavailable(f"{address} did not answer a moment ago")
         entry = self._entries.get(address)
@@ -80,7 +81,11 @@ class Pooled(Generic[C]):
         entry.users += 1
         try:
             try:
-                connection = await asyncio.shield(entry.opening)
+                async with asyncio.timeout(timeout_s):
+                    connection = await asyncio.shield(entry.opening)
+            except TimeoutError:
+                self.down.add(address)
+                raise DeadlineExceeded(f"{address} did not answer within {timeout_s:.3f} s") from None
             except ServiceError:
                 self.drop(address, entry)
                 self.down.add(address)
@@ -195,8 +200,9 @@ class Coordinators:
             if left <= 0:
                 break
             try:
-                async with self._channels.use(address) as channel:
-                    reply = await channel.unary(method, request, timeout_s=left / (len(order) - index))
+                turn_s = left / (len(order) - index)
+                async with self._channels.use(address, timeout_s=turn_s) as channel:
+                    reply = await channel.unary(method, request, timeout_s=turn_s)
             except RETRIED as error:
                 last = error
                 if not isinstance(error, Overloaded):

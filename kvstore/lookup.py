@@ -96,7 +96,7 @@ class Lookup:
         if timeout_s <= 0:
             return empty
         try:
-            async with self._links.local.use(socket) as link:
+            async with self._links.local.use(socket, timeout_s=timeout_s) as link:
                 reply = await link.match(request, timeout_s=timeout_s)
             self._members.learn(reply.holders)
             return plan_from_wire(reply, empty.spec, keys, empty.shards, empty.least)

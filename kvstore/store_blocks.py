@@ -131,7 +131,7 @@ class Putter:
         self, socket: str, stored: Stored, items: list[Item], tokens: list[CommitToken], end: float
     ) -> None:
         try:
-            async with self._links.local.use(socket) as link:
+            async with self._links.local.use(socket, timeout_s=self._left(end)) as link:
                 tokens += await put_local(
                     link,
                     self._system.pool,
@@ -147,7 +147,7 @@ class Putter:
         self, address: str, stored: Stored, items: list[Item], tokens: list[CommitToken], end: float
     ) -> None:
         try:
-            async with self._links.remote.use(address) as channel:
+            async with self._links.remote.use(address, timeout_s=self._left(end)) as channel:
                 tokens += await put_remote(channel, self._system.pool, stored, items, timeout_s=self._left(end))
         except ServiceError as error:
             self._failed(error)
