@@ -25,6 +25,7 @@ from kvstore.lookup import Lookup
 from kvstore.matching import rule_of
 from kvstore.members import Members
 from kvstore.observe import Observer, look, status_object
+from kvstore.pinning import Pin, Pinner
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import System
@@ -40,6 +41,9 @@ Buffers = Sequence[Sequence[Any]]
 
 REFUSALS = (NotGranted, Unauthenticated, Incompatible)
 """What a server says when the configuration is wrong: told at `connect`, later a miss like anything else."""
+
+PIN_S = 15.0
+"""Life of a pin that is not renewed."""
 
 SETTLE_SHARE = 0.05
 """Of a call's time, kept back so that what has arrived when it ends is still counted."""
@@ -73,6 +77,7 @@ class KVClient:
         self.members = Members(config, system, self.coordinators)
         self._failed: Recent[Failed] = Recent(system.clock, config.negative_cache_s, config.negative_cache_max)
         self._lookup = Lookup(config, system, self._links, self.coordinators, self.members, self._failed, self.counters)
+        self._pinner = Pinner(system, self._links, self.members, self.counters)
         self._putter = Putter(config, system, self._links, self.members, self.counters)
 
     @classmethod
@@ -242,6 +247,24 @@ class KVClient:
                 self.counters["misses"] += 1
         result.blocks = delivered_blocks(plan, result.tiers, first)
         self.counters["bytes_read"] += result.bytes
+
+    # --- pin -------------------------------------------------------------------------------------------------------
+
+    async def pin(self, plan: HitPlan, *, first: int = 0, ttl_s: float = PIN_S, timeout_s: float | None = None) -> Pin:
+        """Keep the plan's blocks from depth `first` on where they are, for whoever reads them within `ttl_s`. Fewer,
+        or none, where a worker does not answer or a bound is reached."""
+        timeout_s = self.config.match_timeout_s if timeout_s is None else timeout_s
+        return await self._pinner.pin(plan, first=first, ttl_s=ttl_s, timeout_s=timeout_s)
+
+    async def renew(self, pin: Pin, *, ttl_s: float = PIN_S, timeout_s: float | None = None) -> bool:
+        """Whether all of the pin was still there; it lives on for `ttl_s`."""
+        timeout_s = self.config.match_timeout_s if timeout_s is None else timeout_s
+        return await self._pinner.renew(pin, ttl_s=ttl_s, timeout_s=timeout_s)
+
+    async def unpin(self, *pins: Pin, timeout_s: float | None = None) -> None:
+        """Idempotent; also another process's pins. What can't be told ends by itself."""
+        timeout_s = self.config.match_timeout_s if timeout_s is None else timeout_s
+        await self._pinner.unpin(pins, timeout_s=timeout_s)
 
     # --- put -------------------------------------------------------------------------------------------------------
 

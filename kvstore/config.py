@@ -52,6 +52,8 @@ class StoreConfig:
     load_queue_bytes: int = 512 * MIB  # in flight upwards
     threads: int = 4  # byte movers
     hold_max_s: float = 30.0
+    pin_max_s: float = 60.0
+    pinned_bytes: int = GIB  # per namespace, raw
     put_wait_s: float = 0.05  # for room in hot, before a put is dropped
     load_wait_s: float = 0.5  # for room in host, before a load is a miss
     evict_after_s: float = 1.0  # all lower tiers failing for so long: blocks are evicted to make room

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.message import Message
+
 from kvstore.arena import generation_at, table_bytes
 from kvstore.errors import Corrupt, DeadlineExceeded, Overloaded, ServiceError, Unavailable
 from kvstore.seams import System
@@ -102,6 +104,11 @@ class HostLink:
     async def match(self, request: common_pb2.MatchRequest, *, timeout_s: float) -> common_pb2.MatchReply:
         reply, _ = await self._channel.call(WORKER_LOCAL["Match"], request, timeout_s=timeout_s)
         assert isinstance(reply, common_pb2.MatchReply)
+        return reply
+
+    async def call(self, method: Method, request: Message, *, timeout_s: float) -> Any:
+        """A call that passes no memory."""
+        reply, _ = await self._channel.call(method, request, timeout_s=timeout_s)
         return reply
 
     async def open(self, request: worker_pb2.OpenRequest, *, timeout_s: float) -> worker_pb2.OpenReply:

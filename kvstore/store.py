@@ -22,6 +22,7 @@ from kvstore.loading import Loading
 from kvstore.local_match import match
 from kvstore.movement import Movement
 from kvstore.opening import Opening
+from kvstore.pins import Pins
 from kvstore.probe import Probe, ProbeOutcome
 from kvstore.promotion import Promotion
 from kvstore.putting import PutOutcome, Putting
@@ -67,6 +68,7 @@ class TieredStore:
         self.promotion = Promotion(self.stack, self.movement, budget)
         self.putting = Putting(self.stack, self.movement)
         self.opening = Opening(self.stack, self.movement, self.loading, self.promotion)
+        self.pins = Pins(self.stack)
         self._started: list[TierStore] = []
 
     # ---- life
@@ -105,6 +107,7 @@ class TieredStore:
         if self._finder is not None:
             await self._finder.close()
         self.opening.holds.end_all()
+        self.pins.end_all()
         started, self._started = self._started, []
         for tier in reversed(started):
             await tier.close()
@@ -112,8 +115,9 @@ class TieredStore:
         self.arena.close()
 
     async def tick(self) -> None:
-        """The heartbeat: ends old holds, lets tiers do their housekeeping, tries again what failed."""
+        """The heartbeat: ends old holds and pins, lets tiers do their housekeeping, tries again what failed."""
         self.stack.counters["holds_expired"] += self.opening.holds.expire()
+        self.stack.counters["pins_expired"] += self.pins.expire()
         ticks = [tier.tick() for tier in self._started]
         for error in await asyncio.gather(*ticks, return_exceptions=True):
             if isinstance(error, TierError):

@@ -11,7 +11,8 @@ from kvstore.store import Placed
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
-from workers.node import Answer, Node, Offered
+from workers.node import Answer, Offered
+from workers.pinning import PinCalls
 
 HOLDS_MAX = 4096
 """Of one connection at a time."""
@@ -28,11 +29,8 @@ class Peer:
     staging: StagingSegment | None = None
 
 
-class LocalService:
+class LocalService(PinCalls):
     """One coroutine per call of `WorkerLocal`."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     def _peer(self, context: CallContext) -> Peer:
         connection = context.connection

@@ -20,16 +20,14 @@ from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
 from workers.node import Answer, Node, Offered
 from workers.outgoing import Outgoing
+from workers.pinning import PinCalls
 
 FRAME_SLACK_BYTES = 256 * KIB
 """Of a message's bound, what its header may take."""
 
 
-class WorkerService:
+class WorkerService(PinCalls):
     """One coroutine per call of the proto; `context.namespace` is granted already."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
 
     async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
         return self._node.hello(request)

@@ -29,6 +29,9 @@ WORKER = {
         Method("Worker", "Purge", worker_pb2.PurgeRequest, worker_pb2.PurgeReply),
         Method("Worker", "Status", common_pb2.StatusRequest, common_pb2.WorkerStatus),
         Method("Worker", "Probe", worker_pb2.ProbeRequest, worker_pb2.ProbeReply),
+        Method("Worker", "Pin", worker_pb2.PinRequest, worker_pb2.PinReply),
+        Method("Worker", "Renew", worker_pb2.RenewRequest, worker_pb2.RenewReply),
+        Method("Worker", "Unpin", worker_pb2.UnpinRequest, worker_pb2.UnpinReply),
     )
 }
 
@@ -41,6 +44,9 @@ WORKER_LOCAL = {
         Method("WorkerLocal", "Release", worker_pb2.ReleaseRequest, worker_pb2.ReleaseReply),
         Method("WorkerLocal", "Stage", worker_pb2.StageRequest, worker_pb2.StageReply),
         Method("WorkerLocal", "Commit", worker_pb2.CommitRequest, worker_pb2.PutReply),
+        Method("WorkerLocal", "Pin", worker_pb2.PinRequest, worker_pb2.PinReply),
+        Method("WorkerLocal", "Renew", worker_pb2.RenewRequest, worker_pb2.RenewReply),
+        Method("WorkerLocal", "Unpin", worker_pb2.UnpinRequest, worker_pb2.UnpinReply),
     )
 }
 

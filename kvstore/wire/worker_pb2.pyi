@@ -131,6 +131,34 @@ class OpenRequest(_message.Message):
     root: bytes
     def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
+class PinReply(_message.Message):
+    __slots__ = ["epoch", "states", "ttl_ms"]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    states: _containers.RepeatedScalarFieldContainer[BlockState]
+    ttl_ms: int
+    def __init__(self, states: _Optional[_Iterable[_Union[BlockState, str]]] = ..., epoch: _Optional[int] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ["blocks", "deadline_ms", "least", "pin", "redis", "root", "ttl_ms"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    REDIS_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
+    deadline_ms: int
+    least: _common_pb2.Fidelity
+    pin: bytes
+    redis: bool
+    root: bytes
+    ttl_ms: int
+    def __init__(self, pin: _Optional[bytes] = ..., root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., ttl_ms: _Optional[int] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
 class ProbeReply(_message.Message):
     __slots__ = ["results"]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +249,20 @@ class ReleaseRequest(_message.Message):
     holds: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, holds: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class RenewReply(_message.Message):
+    __slots__ = ["known"]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    known: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, known: _Optional[_Iterable[bool]] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ["pins", "ttl_ms"]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedScalarFieldContainer[bytes]
+    ttl_ms: int
+    def __init__(self, pins: _Optional[_Iterable[bytes]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
 class SegmentInfo(_message.Message):
     __slots__ = ["bytes", "data_offset", "segment", "writable"]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +294,16 @@ class StageRequest(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class UnpinReply(_message.Message):
+    __slots__ = []
+    def __init__(self) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ["pins"]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, pins: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class BlockState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = []

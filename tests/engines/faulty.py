@@ -7,9 +7,7 @@ import signal
 from typing import Any
 
 from kvstore.integrations.vllm.connector import KVStoreConnector
-
-VICTIM = "ENGINE_TEST_VICTIM"
-"""Environment: a file with the process id to kill once pages for matched tokens are allocated."""
+from tests.engines.harness import VICTIM
 
 
 class KillsBeforeLoading(KVStoreConnector):

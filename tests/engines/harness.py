@@ -20,6 +20,9 @@ from kvstore.config import Config, load_config
 from kvstore.local_cluster import LocalCluster
 
 ROOT = Path(__file__).resolve().parents[2]
+VICTIM = "ENGINE_TEST_VICTIM"
+"""Environment: a file with the process id to kill once pages for matched tokens are allocated (tests.engines.faulty)."""
+
 START_S = 150.0
 ANSWER_S = 120.0
 

@@ -13,8 +13,7 @@ from kvstore.bench.engine_models import prompt
 from kvstore.bench.engine_process import transfer_config
 from kvstore.local_cluster import LocalCluster
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
-from tests.engines.faulty import VICTIM
-from tests.engines.harness import Engine, addresses, service, wait_until
+from tests.engines.harness import VICTIM, Engine, addresses, service, wait_until
 
 ANSWERS_IN_S = 60.0
 """A hang would last longer, on a machine that is busy too."""
