@@ -72,8 +72,10 @@ class Lookup:
             del request.after[:]
             request.wait_ms = 0
         if not plan.complete:  # none answered, or one that has just begun to learn
-            for socket in sockets[:SOCKETS_MAX]:
-                local = await self._ask_worker(socket, request, plan, keys, end - self._system.clock.monotonic())
+            asked = sockets[:SOCKETS_MAX]
+            for turn, socket in enumerate(asked):
+                left = (end - self._system.clock.monotonic()) / (len(asked) - turn)
+                local = await self._ask_worker(socket, request, plan, keys, left)
                 if local.blocks > plan.blocks:
                     plan = replace(local, complete=plan.complete, not_applied=plan.not_applied)
         return self._without_failed(plan)

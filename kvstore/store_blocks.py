@@ -22,6 +22,9 @@ from kvstore.writes import DROPPED, Item, Stored, put_local, put_remote, unanswe
 TOKEN_S = 5.0
 """How long a commit is shown to coordinators: after that its worker's lease is over, or it is applied everywhere."""
 
+FIRST_SHARE = 0.6
+"""Of the time that is left, what a worker of this host gets: one that hangs leaves time for another."""
+
 CANDIDATES_MAX = 2
 """Workers of other hosts that a group of blocks is offered to."""
 
@@ -130,15 +133,16 @@ class Putter:
     async def _local(
         self, socket: str, stored: Stored, items: list[Item], tokens: list[CommitToken], end: float
     ) -> None:
+        timeout_s = self._left(end) * FIRST_SHARE
         try:
-            async with self._links.local.use(socket, timeout_s=self._left(end)) as link:
+            async with self._links.local.use(socket, timeout_s=timeout_s) as link:
                 tokens += await put_local(
                     link,
                     self._system.pool,
                     stored,
                     items,
                     staging_bytes=self._config.staging_bytes,
-                    timeout_s=self._left(end),
+                    timeout_s=timeout_s,
                 )
         except ServiceError as error:
             self._failed(error)
