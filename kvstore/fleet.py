@@ -20,7 +20,7 @@ from kvstore.auth import read_token
 from kvstore.config import Config, override, to_toml
 from kvstore.embedded_redis import SOCKET_PATH_MAX, EmbeddedRedis
 from kvstore.errors import ConfigError, SetupError
-from kvstore.fleet_state import FleetState, FleetWorker
+from kvstore.fleet_state import SSD_FOLDER, FleetState, FleetWorker
 from kvstore.processes import process_id
 from kvstore.ray_nodes import RESOURCE, RayNode, RayNodes
 from kvstore.system import real_system
@@ -92,7 +92,7 @@ class Fleet:
         if len(machines) > 1 and not config.server.token_file:
             config = override(config, {"server": {"token_file": self._make_token()}})  # they listen beyond loopback
         if not config.store.ssd_folder and len(machines) == 1:
-            config = override(config, {"store": {"ssd_folder": str(self._folder / "ssd")}})
+            config = override(config, {"store": {"ssd_folder": str(self._folder / SSD_FOLDER)}})
         return config
 
     def _make_token(self) -> str:
@@ -258,10 +258,10 @@ def end_actors(actors: list[Any], grace_s: float) -> None:
 
 def end_detached(state: FleetState, grace_s: float) -> None:
     """End the actors of a fleet in an existing cluster whose supervisor is gone. SetupError when Ray is silent."""
+    nodes = RayNodes()
+    nodes.join(state.ray_address, state.name)  # before ray is imported: it reads its environment then
     import ray
 
-    nodes = RayNodes()
-    nodes.join(state.ray_address, state.name)
     try:
         found = []
         for name in [*(worker.actor for worker in state.workers), *state.coordinator_actors]:

@@ -15,6 +15,7 @@ from kvstore.processes import ProcessId
 
 STATE_FILE = "fleet.json"
 STATE_VERSION = 1
+SSD_FOLDER = "ssd"  # in the fleet's folder, where no other is named
 MARK = "TIERED_KVSTORE_FLEET"
 """Environment variable every process of a fleet inherits: `down` ends what carries it, and nothing else."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -16,6 +17,10 @@ RESOURCE = "kvstore_worker"
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Set to 0 it makes Ray take 127.0.0.1 for itself, on Linux too."""
+
+KNOCK_S = 5.0
+SHORT_FOLDER = 24
+"""Characters of a temporary folder below which Ray's sockets, whose paths end at 107, still fit."""
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; no block ever goes there
 
@@ -38,7 +43,8 @@ class RayNodes:
 
     def start(self, namespace: str, nodes: int, workers_per_node: int) -> None:
         """A cluster on 127.0.0.1 with its files in a folder of its own."""
-        self.folder = tempfile.mkdtemp(prefix="kv-", dir="/tmp")  # short: Ray puts sockets of 107 characters below it
+        base = tempfile.gettempdir()
+        self.folder = tempfile.mkdtemp(prefix="kv-", dir=base if len(base) <= SHORT_FOLDER else "/tmp")
         os.environ.update(
             RAY_TMPDIR=self.folder,  # also keeps the address file of other clusters of this user as it is
             RAY_USAGE_STATS_ENABLED="0",
@@ -68,8 +74,9 @@ class RayNodes:
         if is_loopback(address):
             os.environ[LOOPBACK_SWITCH] = "0"
         try:
+            asyncio.run(_knock(address))  # Ray itself would try for minutes
             self._init(address, namespace)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SetupError(f"no Ray cluster answers at {address}: start one or check --address ({reason})") from error
 
@@ -104,3 +111,12 @@ class RayNodes:
             cluster.shutdown()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+async def _knock(address: str) -> None:
+    """Whether anybody listens there: OSError, TimeoutError or ValueError otherwise."""
+    host, _, port = address.rpartition(":")
+    async with asyncio.timeout(KNOCK_S):
+        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    writer.close()
+    await writer.wait_closed()

@@ -31,7 +31,7 @@ from kvstore.cli.common import (
 from kvstore.config import Config, load_config, to_toml
 from kvstore.disk import FolderDisk
 from kvstore.errors import ConfigError, KVStoreError, SetupError
-from kvstore.fleet_state import MARK, FleetState, fleet_folder
+from kvstore.fleet_state import MARK, SSD_FOLDER, FleetState, fleet_folder
 from kvstore.processes import ProcessId, carrying
 from kvstore.spawn import LocalProcess, LocalSpawner
 
@@ -95,6 +95,7 @@ def run_up(arguments: argparse.Namespace) -> int:
     prepare(config, folder)
     argv = [sys.executable, "-m", "kvstore.cli.main", "fleet-supervisor", str(folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSTORE_")} | {MARK: mark}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either ends what was started
     supervisor = LocalSpawner(death_signal=0).spawn(argv, env=environment, log=str(folder / LOG_FILE))
     try:
         follow(supervisor, folder, config.fleet.start_timeout_s + 30)
@@ -137,8 +138,9 @@ def prepare(config: Config, folder: Path) -> None:
     if unlock is None:
         raise SetupError(f"fleet {config.fleet.name} is being started or ended by another process: wait for it")
     unlock()
-    for name in (PROGRESS_FILE, LOG_FILE):
+    for name in (PROGRESS_FILE, LOG_FILE):  # of a start that failed
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / SSD_FOLDER, ignore_errors=True)
     disk.replace(CONFIG_FILE, to_toml(config).encode())
 
 
