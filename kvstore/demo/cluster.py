@@ -36,8 +36,7 @@ STOP_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes of each tier of a worker, and of Redis for both. Small, so that a few conversations fill them all; hot
-    still takes the blocks of one prompt at a time, so that storing them never waits for a spill."""
+    """Bytes of each tier of a worker, and of Redis for both. Small, so that a few conversations fill them all."""
 
     hot: int
     arena: int  # hot and host together
@@ -47,8 +46,8 @@ class Limits:
     inflight: int = 32 * MIB  # of one client; one call asks for a quarter of it, which must fit the arena
 
 
-FULL_LIMITS = Limits(hot=34 * MIB, arena=52 * MIB, ssd=24 * MIB, redis=128 * MIB)
-QUICK_LIMITS = Limits(hot=23 * MIB, arena=32 * MIB, ssd=14 * MIB, redis=96 * MIB, inflight=16 * MIB)
+FULL_LIMITS = Limits(hot=20 * MIB, arena=40 * MIB, ssd=32 * MIB, redis=160 * MIB)
+QUICK_LIMITS = Limits(hot=12 * MIB, arena=24 * MIB, ssd=20 * MIB, redis=96 * MIB, inflight=16 * MIB)
 
 
 def fleet_config(folder: Path, limits: Limits) -> Config:
@@ -70,8 +69,8 @@ def fleet_config(folder: Path, limits: Limits) -> Config:
                 "ssd_folder": str(folder / "ssd"),
                 "ssd_segment_bytes": limits.segment,
                 "redis_bytes": limits.redis,
-                "high_watermark": 0.6,  # room for the next prompt is made before it comes
-                "low_watermark": 0.5,
+                "put_wait_s": 2.0,  # one prompt fills hot: what stores waits for a spill rather than being dropped
+                "load_wait_s": 2.0,
                 "threads": 2,
             },
         },
