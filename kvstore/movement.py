@@ -264,8 +264,9 @@ class Movement:
                 residency.replace_header(row, moving.header)
                 stack.add(row, destination, location)
         if not residency.gone(row) and residency.present(row, ticket.level) and not residency.pinned(row):
+            leaves = not residency.elsewhere(row, ticket.level)
             stack.drop(row, ticket.level)
-            stack.counters["spilled"] += 1
+            stack.counters["left_to_redis" if leaves else "spilled"] += 1
 
     async def _to_redis(self, ticket: Ticket) -> None:
         """To a holder of its own. What Redis has already is not sent again."""
