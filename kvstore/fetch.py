@@ -210,7 +210,7 @@ class Fetch:
                 return
             except DeadlineExceeded:
                 self._counters["errors_DeadlineExceeded"] += 1
-                (self._links.local if route.socket else self._links.remote).down.add(route.socket or route.address)
+                (self._links.local if route.socket else self._links.remote).hung.add(route.socket or route.address)
                 if not is_redis(holder):
                     return  # it hangs: another way to the same worker would too
             except (ServiceError, DataError) as error:

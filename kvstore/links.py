@@ -25,7 +25,10 @@ COORDINATORS_MAX = 64
 """Addresses kept, configured and learnt."""
 
 DOWN_S = 0.5
-"""How long a peer that did not answer is left alone."""
+"""How long a peer that can't be reached is left alone: it may be starting again."""
+
+HUNG_S = 3.0
+"""How long one that takes calls and does not answer in time is: every further try would cost a wait."""
 
 ATTEMPTS_MAX = 3
 """Coordinators asked within one call."""
@@ -62,13 +65,14 @@ class Pooled(Generic[C]):
         self._open, self._bound, self._broken = open_, bound, broken
         self._entries: OrderedDict[str, _Entry[C]] = OrderedDict()
         self.down: Recent[str] = Recent(system.clock, DOWN_S, 4 * bound)
+        self.hung: Recent[str] = Recent(system.clock, HUNG_S, 4 * bound)
         self._closing: dict[asyncio.Task[None], None] = {}
 
     @asynccontextmanager
     async def use(self, address: str, *, timeout_s: float | None = None) -> AsyncIterator[C]:
         """The connection for the time of the block. ServiceError when it can't be had (within `timeout_s`), or failed a
         moment ago."""
-        if address in self.down:
+        if self.avoided(address):
             raise Unavailable(f"{address} did not answer a moment ago")
         entry = self._entries.get(address)
         if entry is not None and self._is_broken(entry):
@@ -84,7 +88,7 @@ class Pooled(Generic[C]):
                 async with asyncio.timeout(timeout_s):
                     connection = await asyncio.shield(entry.opening)
             except TimeoutError:
-                self.down.add(address)
+                self.hung.add(address)
                 raise DeadlineExceeded(f"{address} did not answer within {timeout_s:.3f} s") from None
             except ServiceError:
                 self.drop(address, entry)
@@ -93,6 +97,10 @@ class Pooled(Generic[C]):
             yield connection
         finally:
             entry.users -= 1
+
+    def avoided(self, address: str) -> bool:
+        """Whether it failed a short while ago. Pure but for what expires."""
+        return address in self.down or address in self.hung
 
     def _is_broken(self, entry: _Entry[C]) -> bool:
         opening = entry.opening
@@ -181,7 +189,7 @@ class Coordinators:
     @property
     def reachable(self) -> bool:
         """Whether any is known that did not fail a moment ago."""
-        return any(address not in self._channels.down for address in self._addresses)
+        return any(not self._channels.avoided(address) for address in self._addresses)
 
     def learn(self, coordinators: Iterable[CoordinatorInfo]) -> None:
         """Remember the addresses a reply named. Mutates; bounded."""
@@ -205,18 +213,19 @@ class Coordinators:
                     reply = await channel.unary(method, request, timeout_s=turn_s)
             except RETRIED as error:
                 last = error
-                if not isinstance(error, Overloaded):
+                if isinstance(error, DeadlineExceeded):
+                    self._channels.hung.add(address)
+                elif isinstance(error, Unavailable):
                     self._channels.down.add(address)
                 if self._preferred == address:
                     self._preferred = ""
                 continue
             self._preferred = address
-            self._channels.down.discard(address)
             return reply
         raise last
 
     def _order(self) -> list[str]:
-        live = [address for address in self._addresses if address not in self._channels.down]
+        live = [address for address in self._addresses if not self._channels.avoided(address)]
         self._system.rng.shuffle(live)  # so that many clients do not all take the first
         if self._preferred in live:
             live.remove(self._preferred)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DataError, ServiceError
+from kvstore.errors import DataError, DeadlineExceeded, ServiceError
 from kvstore.fetch import Failed
 from kvstore.links import Coordinators, Links
 from kvstore.matching import longest, make_plan
@@ -103,6 +103,8 @@ class Lookup:
             self._members.learn(reply.holders)
             return plan_from_wire(reply, empty.spec, keys, empty.shards, empty.least)
         except (ServiceError, DataError) as error:
+            if isinstance(error, DeadlineExceeded):
+                self._links.local.hung.add(socket)
             self._counters[f"errors_{type(error).__name__}"] += 1
             return empty
 

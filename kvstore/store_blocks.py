@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.config import ClientConfig
-from kvstore.errors import ServiceError
+from kvstore.errors import DeadlineExceeded, ServiceError
 from kvstore.keys import Chain
 from kvstore.links import Links
 from kvstore.members import Members
@@ -145,6 +145,8 @@ class Putter:
                     timeout_s=timeout_s,
                 )
         except ServiceError as error:
+            if isinstance(error, DeadlineExceeded):
+                self._links.local.hung.add(socket)
             self._failed(error)
 
     async def _remote(
@@ -154,6 +156,8 @@ class Putter:
             async with self._links.remote.use(address, timeout_s=self._left(end)) as channel:
                 tokens += await put_remote(channel, self._system.pool, stored, items, timeout_s=self._left(end))
         except ServiceError as error:
+            if isinstance(error, DeadlineExceeded):
+                self._links.remote.hung.add(address)
             self._failed(error)
 
     def _failed(self, error: ServiceError) -> None:
