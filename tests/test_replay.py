@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from kvstore.cli.main import main
-from kvstore.config import StoreConfig
+from kvstore.client import KVClient
+from kvstore.config import ClientConfig, StoreConfig, load_config
 from kvstore.errors import UsageError
 from kvstore.keys import chain
 from kvstore.layout import block_bytes
+from kvstore.local_cluster import LocalCluster
 from kvstore.payload import BLOCK_BYTES_STEP, Payload, replay_spec, tokens_of
 from kvstore.replay import TIERS
 from kvstore.replay_sizes import TierSizes, choose_sizes, store_settings
@@ -196,3 +199,39 @@ def test_bad_input_is_one_line_and_exit_2(
     assert status == 2
     assert why in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_wrong_bytes_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The negative control: somebody stored other bytes under the keys of one prompt, and every block of it is told."""
+    requests = conversations(3, 3)
+    trace = write_trace(tmp_path / "trace.jsonl", requests)
+    small = {"store": {"host_bytes": "16MiB", "ssd_bytes": "16MiB", "ssd_segment_bytes": "1MiB"}}
+    cluster = LocalCluster(load_config(env={}, overrides=small), workers=1, redis=False)
+    try:
+        asyncio.run(cluster.start())
+        config = cluster.client_config(0)
+        command = ["replay", str(trace), "--json", "--concurrency", "1", "--coordinators", config.coordinators[0]]
+        asyncio.run(poison(config, requests[0]))
+        assert main(command) == 1
+        result = json.loads(capsys.readouterr().out)
+        shared = sum(len(set(r.hash_ids) & set(requests[0].hash_ids)) for r in requests)
+        assert result["wrong"] == shared > 0
+        assert main(["purge", "--json", "--coordinators", config.coordinators[0]]) == 0
+        assert json.loads(capsys.readouterr().out)["blocks"] == footprint(requests).distinct
+        assert main(command) == 0  # the same service without the poison
+        result = json.loads(capsys.readouterr().out)
+        assert result["wrong"] == 0
+        assert sum(result["hits"].values()) == footprint(requests).reusable
+        assert result["hits"]["hot"] == footprint(requests).reusable  # there is room for all of it
+        assert result["stored"] == footprint(requests).distinct
+    finally:
+        cluster.stop()
+
+
+async def poison(config: ClientConfig, request: Request) -> None:
+    """Store other bytes under the keys of that prompt."""
+    spec = replay_spec(16 << 10)
+    prompt = chain(spec, tokens_of(request.hash_ids))
+    async with await KVClient.connect(config) as client:
+        stored = await client.put(spec, prompt, [np.full(16 << 10, 7, np.uint8) for _ in prompt.keys])
+        assert stored.states == ["committed"] * len(prompt)
