@@ -45,8 +45,9 @@ class Rig:
         redis: SharedTier | None = None,
         system: System | None = None,
         spec: ModelSpec | None = None,
+        catalog: Catalog | None = None,
     ) -> Rig:
-        system, catalog = system or fake_system(), Catalog()
+        system, catalog = system or fake_system(), catalog or Catalog()
         store = TieredStore(system, config, catalog, ssd=ssd, redis=redis, holder="me")
         rig = cls(store, system, catalog, spec or small_spec())
         store.subscribe(lambda namespace, seq, change: rig.told.setdefault(namespace, []).append((seq, change)))

@@ -48,6 +48,7 @@ def _keys(spec: ModelSpec, session: int, blocks: int) -> list[bytes]:
     return chain(spec, tokens).keys
 
 
+@lru_cache(maxsize=256)
 def raw_of(spec: ModelSpec, shard: Shard, key: bytes, salt: bytes = b"") -> bytes:
     """Raw bytes of a block, like KV in bfloat16: a function of its key, its shard and a salt."""
     rng = np.random.Generator(np.random.PCG64(xxh3(key + shard.digest + salt)))
