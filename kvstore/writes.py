@@ -93,7 +93,10 @@ async def put_local(
 
     async def one(part: Sequence[Item]) -> CommitToken:
         async with turns, link.space(staging, size * len(part)) as space:
-            await pool.run(_copy, part, space)
+            view = space.view  # taken here: while it lives, the memory stays mapped even if the connection ends
+            if len(view) < size * len(part):
+                raise Unavailable("the connection ended, and its staging memory with it")
+            await pool.run(_copy, part, view)
             return note(part, await link.commit(_commit(stored, part, staging, space), timeout_s=timeout_s))
 
     parts = [items[at : at + step] for at in range(0, len(items), step)]
@@ -104,9 +107,9 @@ async def put_local(
     return [outcome for outcome in outcomes if isinstance(outcome, CommitToken)]
 
 
-def _copy(part: Sequence[Item], space: Space) -> None:
+def _copy(part: Sequence[Item], view: memoryview) -> None:
     """Runs in a byte mover."""
-    target = np.frombuffer(space.view, np.uint8)
+    target = np.frombuffer(view, np.uint8)
     at = 0
     for item in part:
         target[at : at + len(item.raw)] = np.frombuffer(item.raw, np.uint8)
