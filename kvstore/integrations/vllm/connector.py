@@ -176,6 +176,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert self.scheduler is not None
         if connector_output.kv_connector_worker_meta is not None:
             self.scheduler.reported(connector_output.kv_connector_worker_meta)
+        self.scheduler.loaded(connector_output.finished_recving or ())
         if connector_output.kv_connector_stats is not None:
             self.scheduler.totals.aggregate(connector_output.kv_connector_stats)
 

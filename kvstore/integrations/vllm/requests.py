@@ -10,6 +10,7 @@ from typing import Any
 
 from kvstore.integrations.vllm.identity import folder_digest
 from kvstore.keys import ChainBuilder, Extra
+from kvstore.pinning import Pin
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec
 
@@ -29,6 +30,7 @@ class Tracked:
     lookup_at: float = 0.0  # begun
     plan: HitPlan | None = None
     plan_at: float = 0.0
+    pin: Future[Pin] | None = None  # of the plan's blocks, from the match to the end of the load
     saving: dict[int, int] = field(default_factory=dict)  # save number -> ranks that still need its pages
 
     def extend(self, tokens: int) -> list[bytes]:

@@ -6,6 +6,8 @@ It stands still for a lookup at most `lookup_wait_ms`; everything else is bookke
 from __future__ import annotations
 
 import logging
+from asyncio import wrap_future
+from collections.abc import Iterable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -19,6 +21,7 @@ from kvstore.integrations.vllm.options import Options
 from kvstore.integrations.vllm.requests import Tracked, track
 from kvstore.keys import Chain
 from kvstore.layout import block_bytes
+from kvstore.pinning import Pin
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import Clock
@@ -54,7 +57,9 @@ class SchedulerSide:
         self._saving: dict[int, tuple[str, dict[int, int]]] = {}  # save number -> its request
         self._number = 0  # last load or save
         self._step = 0  # last step built
-        self._unconfirmed: list[int] = []  # steps with synchronous loads whose outcome is not known yet
+        self._unconfirmed: dict[
+            int, list[str]
+        ] = {}  # steps with synchronous loads, of whom, whose end is not known yet
         self._prefill_tokens_s: float | None = None
         self._load_bytes_s: float | None = None
         self.counters = Counters()
@@ -115,8 +120,40 @@ class SchedulerSide:
             return None
         known = next((depth for depth, key in enumerate(plan.keys) if key in self._failed), plan.blocks)
         tracked.lookup, tracked.plan, tracked.plan_at = None, plan.shortened(known), now
+        self._pin(tracked)
         tracked.saved = max(tracked.saved, tracked.plan.blocks)
         return tracked.plan
+
+    def _pin(self, tracked: Tracked) -> None:
+        """Have the plan's blocks kept while the request waits and loads. Nobody waits for the pin: a block that goes
+        before it is kept is computed. Mutates."""
+        plan = tracked.plan
+        self._unpin(tracked)
+        if plan is None or not plan.blocks:
+            return
+
+        async def keep(client: KVClient) -> Pin:
+            return await client.pin(plan)
+
+        tracked.pin = self._face.submit_work(keep)
+
+    def _unpin(self, tracked: Tracked) -> None:
+        """End the request's pin, once it is known. Mutates."""
+        pin, tracked.pin = tracked.pin, None
+        if pin is None:
+            return
+
+        async def let_go(client: KVClient) -> None:
+            await client.unpin(await wrap_future(pin))
+
+        self._face.submit_work(let_go)
+
+    def loaded(self, requests: Iterable[str]) -> None:
+        """Loads of these requests have ended, one way or the other. Mutates."""
+        for request_id in requests:
+            tracked = self._requests.get(request_id)
+            if tracked is not None:
+                self._unpin(tracked)
 
     def _asking(self, keys: list[bytes]) -> Any:
         prefix = Chain(self._spec, list(keys))
@@ -172,8 +209,9 @@ class SchedulerSide:
         """What the workers have to do in the step that `output` describes. Mutates."""
         self._step += 1
         loads, self._loads = self._loads, []
-        if any(load.synchronous for load in loads):
-            self._unconfirmed.append(self._step)
+        synchronous = [load.request for load in loads if load.synchronous]
+        if synchronous:
+            self._unconfirmed[self._step] = synchronous
         step = Step(
             number=self._step,
             root=self._spec.root,
@@ -238,7 +276,8 @@ class SchedulerSide:
 
     def reported(self, report: Report) -> None:
         """Mutates."""
-        self._unconfirmed = [step for step in self._unconfirmed if step > report.step]
+        for step in [step for step in self._unconfirmed if step <= report.step]:
+            self.loaded(self._unconfirmed.pop(step))
         self._prefill_tokens_s = report.prefill_tokens_s or self._prefill_tokens_s
         self._load_bytes_s = report.load_bytes_s or self._load_bytes_s
         for number, ranks in report.saved.items():
@@ -264,6 +303,7 @@ class SchedulerSide:
             return False
         if tracked.lookup is not None:
             tracked.lookup.cancel()
+        self._unpin(tracked)
         if not tracked.saving:
             return False
         self._ended[tracked.id] = tracked.saving
