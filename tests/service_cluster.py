@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +116,13 @@ async def put_slowly(client: KVClient, worker: WorkerRuntime, prefix: Chain) -> 
         put = await client.put(prefix.spec, prefix, raws[first : first + 4], first)
         assert put.states == ["committed"] * len(put.states)
         await worker.store.idle()
+
+
+async def found(client: KVClient, prefix: Chain, blocks: int, shards: Sequence[Shard] | None = None) -> HitPlan:
+    """The plan once so many blocks are known: announcements take their time on a busy machine."""
+    async with asyncio.timeout(15):
+        while True:
+            plan = await client.match(prefix.spec, prefix, shards)
+            if plan.blocks >= blocks:
+                return plan
+            await asyncio.sleep(0.01)

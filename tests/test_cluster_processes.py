@@ -20,7 +20,7 @@ from kvstore.local_cluster import LocalCluster
 from kvstore.seams import System
 from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
-from tests.service_cluster import blocks_of, check
+from tests.service_cluster import blocks_of, check, found
 from tests.service_helpers import LARGE, prompt
 
 CONFIG = Config(
@@ -86,17 +86,17 @@ async def test_a_stopped_worker_costs_time_a_killed_one_less_and_none_a_byte(fle
     prefix = prompt(1, 40, LARGE)
     far = await fleet.everywhere(prefix)
     near = await fleet.client()
-    nearest = (await near.match(LARGE, prefix)).runs[0].holder
+    nearest = (await found(near, prefix, 40)).runs[0].holder
     stopped = next(worker for worker in fleet.cluster.workers if worker.ready["id"] == nearest)
     for client in (near, far):
-        plan = await client.match(LARGE, prefix)
+        plan = await found(client, prefix, 40)
         os.kill(stopped.process.pid, signal.SIGSTOP)
         result = await timed(client.get(plan))
         check(plan, result, 40)  # from the other one
         put = prompt(2, 4, LARGE)
         assert len((await timed(client.put(LARGE, put, blocks_of(put)))).states) == 4
         os.kill(stopped.process.pid, signal.SIGCONT)
-    plan = await far.match(LARGE, prefix)
+    plan = await found(far, prefix, 40)
     gets = [asyncio.ensure_future(timed(far.get(plan))) for _ in range(6)]
     await asyncio.sleep(0)
     for worker in fleet.cluster.workers:

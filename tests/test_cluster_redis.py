@@ -15,6 +15,7 @@ from kvstore.keys import Chain
 from kvstore.plan import HitPlan
 from kvstore.types import Tier
 from tests.service_cluster import SMALL, MiniCluster, blocks_of, check, put_slowly
+from tests.service_cluster import found as found_blocks
 from tests.service_helpers import FULL, prompt, until
 
 pytest_plugins = ["tests.redis_fixtures"]
@@ -86,7 +87,7 @@ async def test_redis_outlives_the_workers_and_its_end_is_a_miss(cluster: MiniClu
         mine = prompt(3, 10)
         assert (await reader.put(FULL, mine, blocks_of(mine))).states == ["committed"] * 10
         server.stop()
-        plan = await reader.match(FULL, mine)
+        plan = await found_blocks(reader, mine, 10)
         check(plan, await reader.get(plan), 10)  # same-host hits go on
         async with asyncio.timeout(20):
             while (await reader.match(FULL, prompt(2, BLOCKS))).tiers().get(Tier.REDIS, 0):
