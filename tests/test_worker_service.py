@@ -1,4 +1,4 @@
-"""The worker's two services on real sockets, met by honest peers, careless ones and hostile ones."""
+"""The worker's gRPC service on real sockets, met by honest peers, careless ones and hostile ones."""
 
 from __future__ import annotations
 
@@ -13,121 +13,22 @@ import numpy as np
 import pytest
 
 from kvstore.checksum import xxh3
-from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, KVStoreError, Overloaded, Unavailable
+from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header
-from kvstore.keys import Chain
-from kvstore.layout import block_bytes
 from kvstore.spec import Shard
 from kvstore.transport import frames
-from kvstore.transport.base import Channel, Credentials, LocalChannel, MappedSegment
-from kvstore.transport.methods import WORKER, WORKER_LOCAL
-from kvstore.types import Tier, pack_keys
+from kvstore.transport.methods import WORKER
+from kvstore.types import Tier
 from kvstore.wire import common_pb2, worker_pb2
-from kvstore.wireform import shard_to_wire
-from tests.service_cluster import STORE, MiniCluster, blocks_of, check
-from tests.service_helpers import FULL, LARGE, payload, prompt, until
-from workers.runtime import WorkerRuntime
-
-WHOLE = Shard.whole(FULL)
-SIZE = block_bytes(FULL, WHOLE)
-
-
-class Met:
-    """A worker and a raw channel of either kind to it."""
-
-    def __init__(self, cluster: MiniCluster, worker: WorkerRuntime, channel: Channel, local: LocalChannel) -> None:
-        self.cluster, self.worker, self.channel, self.local = cluster, worker, channel, local
-
-    async def call(self, name: str, request: Any) -> Any:
-        return await self.channel.unary(WORKER[name], request, timeout_s=5)
-
-    async def locally(
-        self, name: str, request: Any, channel: LocalChannel | None = None
-    ) -> tuple[Any, list[MappedSegment]]:
-        return await (channel or self.local).call(WORKER_LOCAL[name], request, timeout_s=5)
-
-    async def another(self) -> LocalChannel:
-        return await self.cluster.transport.connect_local(self.worker.socket, Credentials())
-
-    async def get(self, request: worker_pb2.GetRequest) -> list[tuple[worker_pb2.GetHeader, bytes]]:
-        async def one() -> AsyncIterator[worker_pb2.GetRequest]:
-            yield request
-
-        found = []
-        async with aclosing(self.channel.stream(WORKER["Get"], one(), timeout_s=5)) as stream:
-            async for frame in stream:
-                packed, data = frames.decode(frame)
-                found.append((worker_pb2.GetHeader.FromString(packed or b""), bytes(data)))
-        return found
-
-    async def put(self, *sent: bytes) -> worker_pb2.PutReply:
-        async def all_() -> AsyncIterator[bytes]:
-            for frame in sent:
-                yield frame
-
-        async with aclosing(self.channel.stream(WORKER["Put"], all_(), timeout_s=5)) as stream:
-            async for reply in stream:
-                assert isinstance(reply, worker_pb2.PutReply)
-                return reply
-        raise AssertionError("no reply")
-
-    def holds(self) -> list[int]:
-        return list(self.worker.store.opening.holds._held)
-
-    def held(self) -> int:
-        return self.worker.store.blocks("default")
+from tests.service_cluster import blocks_of, check
+from tests.service_helpers import FULL, LARGE, prompt, until
+from tests.worker_met import SIZE, Met, get_request, meeting, put_block, put_header, raw
 
 
 @pytest.fixture
 async def met(tmp_path: Path) -> AsyncIterator[Met]:
-    async with MiniCluster(tmp_path) as cluster:
-        worker = await cluster.worker("a")
-        channel = await cluster.transport.connect(worker.address, Credentials())
-        local = await cluster.transport.connect_local(worker.socket, Credentials())
-        yield Met(cluster, worker, channel, local)
-        await channel.close()
-        await local.close()
-        await until(lambda: not len(worker.store.opening.holds), "every hold has ended")
-        assert worker.node.sending.used == worker.node.receiving.used == 0
-        await worker.store.idle()
-        worker.store.validate()
-
-
-def put_block(prefix: Chain, depth: int, shard: Shard = WHOLE, **changes: Any) -> worker_pb2.PutBlock:
-    """What an honest client says of a block, but for the changes."""
-    block = worker_pb2.PutBlock(
-        shard=shard_to_wire(shard),
-        key=prefix.keys[depth],
-        parent=prefix.parent(depth),
-        group=prefix.group(depth),
-        depth=depth,
-        computed_on=3,
-        raw_bytes=SIZE,
-    )
-    for name, value in changes.items():
-        setattr(block, name, value)
-    return block
-
-
-def put_header(*blocks: worker_pb2.PutBlock) -> bytes:
-    return frames.encode(worker_pb2.PutHeader(spec_json=FULL.canonical_json(), blocks=blocks).SerializeToString(), ())
-
-
-def get_request(prefix: Chain, count: int, **changes: Any) -> worker_pb2.GetRequest:
-    keys = worker_pb2.ShardKeys(shard=shard_to_wire(Shard.whole(prefix.spec)), keys=pack_keys(prefix.keys[:count]))
-    return worker_pb2.GetRequest(root=prefix.root, blocks=[keys], **changes)
-
-
-def open_request(prefix: Chain, count: int) -> worker_pb2.OpenRequest:
-    keys = worker_pb2.ShardKeys(shard=shard_to_wire(WHOLE), keys=pack_keys(prefix.keys[:count]))
-    return worker_pb2.OpenRequest(root=FULL.root, blocks=[keys], deadline_ms=2000)
-
-
-def raw(prefix: Chain, depth: int) -> bytes:
-    return payload(FULL, WHOLE, prefix.keys[depth]).tobytes()
-
-
-# --- gRPC ----------------------------------------------------------------------------------------------------------
+    async with meeting(tmp_path) as made:
+        yield made
 
 
 async def test_a_put_stream_cut_anywhere_is_put_together(met: Met) -> None:
@@ -288,137 +189,6 @@ async def test_status_purge_probe(met: Met) -> None:
     assert (await client.match(FULL, prefix)).blocks == 0
 
 
-# --- the local socket ----------------------------------------------------------------------------------------------
-
-
-async def test_open_passes_a_segment_once_and_release_is_idempotent(met: Met) -> None:
-    prefix = prompt(10, 3)
-    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
-    await client.put(FULL, prefix, blocks_of(prefix))
-    first, passed = await met.locally("Open", open_request(prefix, 3))
-    assert len(first.segments) == len(passed) == 1 and not first.segments[0].writable
-    again, none = await met.locally("Open", open_request(prefix, 2))
-    assert not again.segments and not none
-    block = first.blocks[1]
-    assert bytes(passed[0].view[block.offset : block.offset + block.length]) == raw(prefix, 1)
-    with pytest.raises(TypeError):
-        passed[0].view[block.offset] = 0  # read-only
-    assert len(met.holds()) == 2
-    other = await met.another()
-    await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold, 77]), other)  # not its own
-    assert len(met.holds()) == 2
-    for _ in range(2):
-        await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold]))
-    assert len(met.holds()) == 1
-    await other.close()
-
-
-async def test_what_belongs_to_a_connection_ends_with_it(met: Met) -> None:
-    prefix = prompt(11, 3)
-    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
-    await client.put(FULL, prefix, blocks_of(prefix))
-    before = met.worker.store.staging.used
-    peer = await met.another()
-    await met.locally("Open", open_request(prefix, 3), peer)
-    await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 16), peer)
-    assert len(met.holds()) == 1 and met.worker.store.staging.used == before + (1 << 16)
-    segment = next(met.worker.store.arena.segments())
-    peers = segment.peers
-    await peer.close()
-    await until(lambda: met.worker.store.staging.used == before, "its staging is freed")
-    assert met.holds() == [] and segment.peers == peers - 1
-
-
-async def test_a_late_writer_cannot_touch_what_is_committed(met: Met) -> None:
-    prefix = prompt(12, 2)
-    reply, passed = await met.locally("Stage", worker_pb2.StageRequest(bytes=2 * SIZE))
-    view = passed[0].view
-    view[:SIZE] = raw(prefix, 0)
-    commit = worker_pb2.CommitRequest(
-        spec_json=FULL.canonical_json(), segment=reply.segment.segment, blocks=[put_block(prefix, 0, offset=0)]
-    )
-    answer, _ = await met.locally("Commit", commit)
-    assert list(answer.states) == [worker_pb2.BLOCK_COMMITTED]
-    view[:SIZE] = bytes(SIZE)
-    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
-    plan = await client.match(FULL, prefix)
-    check(plan, await client.get(plan), 1)
-
-
-async def test_malformed_local_calls(met: Met) -> None:
-    prefix = prompt(13, 2)
-    reply, _ = await met.locally("Stage", worker_pb2.StageRequest(bytes=2 * SIZE))
-    mine = reply.segment.segment
-    spec = FULL.canonical_json()
-
-    def commit(segment: int = mine, **changes: Any) -> worker_pb2.CommitRequest:
-        return worker_pb2.CommitRequest(spec_json=spec, segment=segment, blocks=[put_block(prefix, 0, **changes)])
-
-    bad: list[tuple[str, Any]] = [
-        ("Stage", worker_pb2.StageRequest(bytes=SIZE)),
-        ("Commit", commit(segment=mine + 1)),
-        ("Commit", commit(segment=1)),
-        ("Commit", commit(offset=SIZE + 1)),
-        ("Commit", commit(offset=(1 << 64) - 1)),
-        ("Commit", commit(raw_bytes=1)),
-        ("Commit", commit(key=b"")),
-        ("Commit", worker_pb2.CommitRequest(spec_json="[]", segment=mine)),
-        ("Open", worker_pb2.OpenRequest(root=b"")),
-        ("Open", worker_pb2.OpenRequest(root=FULL.root, blocks=[worker_pb2.ShardKeys(keys=b"1")])),
-        ("Match", common_pb2.MatchRequest(root=FULL.root)),
-    ]
-    for name, request in bad:
-        with pytest.raises(BadRequest) as error:
-            await met.locally(name, request)
-        assert "\n" not in str(error.value)
-    other = await met.another()
-    with pytest.raises(BadRequest):
-        await met.locally("Stage", worker_pb2.StageRequest(), other)
-    with pytest.raises(BadRequest):
-        await met.locally("Commit", commit(), other)  # another connection's staging
-    await other.close()
-    assert met.held() == 0
-
-
-async def test_staging_is_bounded_over_all_connections(met: Met) -> None:
-    room = STORE.staging_total_bytes // STORE.staging_bytes
-    peers = [await met.another() for _ in range(room + 1)]
-    for peer in peers[:room]:
-        reply, _ = await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 40), peer)
-        assert reply.segment.bytes == STORE.staging_bytes
-    with pytest.raises(Overloaded):
-        await met.locally("Stage", worker_pb2.StageRequest(bytes=1), peers[room])
-    for peer in peers:
-        await peer.close()
-
-
-async def test_a_slot_reused_under_a_reader_is_a_miss(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hold is gone while the reader copies: purged, freed, generation bumped."""
-    prefix = prompt(14, 3)
-    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
-    await client.put(FULL, prefix, blocks_of(prefix))
-    plan = await client.match(FULL, prefix)
-    from kvstore import sources
-
-    copy = sources._copy_one
-    loop = asyncio.get_running_loop()
-
-    def slow(asked: Any, item: Any) -> None:
-        copy(asked, item)
-        if item.piece.depth == 1:
-            asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
-
-    async def expire() -> None:
-        for hold in met.holds():
-            met.worker.store.release(hold)
-        met.worker.store.purge("default")
-
-    monkeypatch.setattr(sources, "_copy_one", slow)
-    result = await client.get(plan)
-    assert result.tiers == [[Tier.HOT, None, None]] and result.blocks == 1
-    assert client.counters["failed_reused"] == 2
-
-
 async def test_a_get_stream_leaves_out_what_is_reused_under_it(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = prompt(15, 3, LARGE)
     near = await met.cluster.client(alone=True, workers=(met.worker.socket,))
@@ -448,12 +218,3 @@ async def test_a_get_stream_leaves_out_what_is_reused_under_it(met: Met, monkeyp
     assert [info.state for info in out[0][0].blocks] == [worker_pb2.BLOCK_FOUND] * 3
     blocks = {part.block for header, _ in out[1:] for part in header.parts}
     assert blocks == {0, 2} and met.worker.node.counters["blocks_lost_in_flight"] == 1
-
-
-async def test_a_stopped_worker_answers_nobody(met: Met) -> None:
-    await met.worker.stop()
-    met.cluster.workers.clear()
-    for attempt in (met.call("Status", common_pb2.StatusRequest()), met.locally("Match", common_pb2.MatchRequest())):
-        with pytest.raises((Unavailable, KVStoreError)):
-            await attempt
-    assert not Path(met.worker.node.socket).exists()

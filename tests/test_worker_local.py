@@ -1,0 +1,160 @@
+"""The worker's local socket: memory passed, staging, and what belongs to a connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.errors import BadRequest, KVStoreError, Overloaded, Unavailable
+from kvstore.types import Tier
+from kvstore.wire import common_pb2, worker_pb2
+from tests.service_cluster import STORE, blocks_of, check
+from tests.service_helpers import FULL, prompt, until
+from tests.worker_met import SIZE, Met, meeting, open_request, put_block, raw
+
+
+@pytest.fixture
+async def met(tmp_path: Path) -> AsyncIterator[Met]:
+    async with meeting(tmp_path) as made:
+        yield made
+
+
+async def test_open_passes_a_segment_once_and_release_is_idempotent(met: Met) -> None:
+    prefix = prompt(10, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    first, passed = await met.locally("Open", open_request(prefix, 3))
+    assert len(first.segments) == len(passed) == 1 and not first.segments[0].writable
+    again, none = await met.locally("Open", open_request(prefix, 2))
+    assert not again.segments and not none
+    block = first.blocks[1]
+    assert bytes(passed[0].view[block.offset : block.offset + block.length]) == raw(prefix, 1)
+    with pytest.raises(TypeError):
+        passed[0].view[block.offset] = 0  # read-only
+    assert len(met.holds()) == 2
+    other = await met.another()
+    await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold, 77]), other)  # not its own
+    assert len(met.holds()) == 2
+    for _ in range(2):
+        await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold]))
+    assert len(met.holds()) == 1
+    await other.close()
+
+
+async def test_what_belongs_to_a_connection_ends_with_it(met: Met) -> None:
+    prefix = prompt(11, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    before = met.worker.store.staging.used
+    peer = await met.another()
+    await met.locally("Open", open_request(prefix, 3), peer)
+    await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 16), peer)
+    assert len(met.holds()) == 1 and met.worker.store.staging.used == before + (1 << 16)
+    segment = next(met.worker.store.arena.segments())
+    peers = segment.peers
+    await peer.close()
+    await until(lambda: met.worker.store.staging.used == before, "its staging is freed")
+    assert met.holds() == [] and segment.peers == peers - 1
+
+
+async def test_a_late_writer_cannot_touch_what_is_committed(met: Met) -> None:
+    prefix = prompt(12, 2)
+    reply, passed = await met.locally("Stage", worker_pb2.StageRequest(bytes=2 * SIZE))
+    view = passed[0].view
+    view[:SIZE] = raw(prefix, 0)
+    commit = worker_pb2.CommitRequest(
+        spec_json=FULL.canonical_json(), segment=reply.segment.segment, blocks=[put_block(prefix, 0, offset=0)]
+    )
+    answer, _ = await met.locally("Commit", commit)
+    assert list(answer.states) == [worker_pb2.BLOCK_COMMITTED]
+    view[:SIZE] = bytes(SIZE)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    plan = await client.match(FULL, prefix)
+    check(plan, await client.get(plan), 1)
+
+
+async def test_malformed_local_calls(met: Met) -> None:
+    prefix = prompt(13, 2)
+    reply, _ = await met.locally("Stage", worker_pb2.StageRequest(bytes=2 * SIZE))
+    mine = reply.segment.segment
+    spec = FULL.canonical_json()
+
+    def commit(segment: int = mine, **changes: Any) -> worker_pb2.CommitRequest:
+        return worker_pb2.CommitRequest(spec_json=spec, segment=segment, blocks=[put_block(prefix, 0, **changes)])
+
+    bad: list[tuple[str, Any]] = [
+        ("Stage", worker_pb2.StageRequest(bytes=SIZE)),
+        ("Commit", commit(segment=mine + 1)),
+        ("Commit", commit(segment=1)),
+        ("Commit", commit(offset=SIZE + 1)),
+        ("Commit", commit(offset=(1 << 64) - 1)),
+        ("Commit", commit(raw_bytes=1)),
+        ("Commit", commit(key=b"")),
+        ("Commit", worker_pb2.CommitRequest(spec_json="[]", segment=mine)),
+        ("Open", worker_pb2.OpenRequest(root=b"")),
+        ("Open", worker_pb2.OpenRequest(root=FULL.root, blocks=[worker_pb2.ShardKeys(keys=b"1")])),
+        ("Match", common_pb2.MatchRequest(root=FULL.root)),
+    ]
+    for name, request in bad:
+        with pytest.raises(BadRequest) as error:
+            await met.locally(name, request)
+        assert "\n" not in str(error.value)
+    other = await met.another()
+    with pytest.raises(BadRequest):
+        await met.locally("Stage", worker_pb2.StageRequest(), other)
+    with pytest.raises(BadRequest):
+        await met.locally("Commit", commit(), other)  # another connection's staging
+    await other.close()
+    assert met.held() == 0
+
+
+async def test_staging_is_bounded_over_all_connections(met: Met) -> None:
+    room = STORE.staging_total_bytes // STORE.staging_bytes
+    peers = [await met.another() for _ in range(room + 1)]
+    for peer in peers[:room]:
+        reply, _ = await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 40), peer)
+        assert reply.segment.bytes == STORE.staging_bytes
+    with pytest.raises(Overloaded):
+        await met.locally("Stage", worker_pb2.StageRequest(bytes=1), peers[room])
+    for peer in peers:
+        await peer.close()
+
+
+async def test_a_slot_reused_under_a_reader_is_a_miss(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hold is gone while the reader copies: purged, freed, generation bumped."""
+    prefix = prompt(14, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    plan = await client.match(FULL, prefix)
+    from kvstore import sources
+
+    copy = sources._copy_one
+    loop = asyncio.get_running_loop()
+
+    def slow(asked: Any, item: Any) -> None:
+        copy(asked, item)
+        if item.piece.depth == 1:
+            asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
+
+    async def expire() -> None:
+        for hold in met.holds():
+            met.worker.store.release(hold)
+        met.worker.store.purge("default")
+
+    monkeypatch.setattr(sources, "_copy_one", slow)
+    result = await client.get(plan)
+    assert result.tiers == [[Tier.HOT, None, None]] and result.blocks == 1
+    assert client.counters["failed_reused"] == 2
+
+
+async def test_a_stopped_worker_answers_nobody(met: Met) -> None:
+    await met.worker.stop()
+    met.cluster.workers.clear()
+    for attempt in (met.call("Status", common_pb2.StatusRequest()), met.locally("Match", common_pb2.MatchRequest())):
+        with pytest.raises((Unavailable, KVStoreError)):
+            await attempt
+    assert not Path(met.worker.node.socket).exists()
