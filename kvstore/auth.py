@@ -22,7 +22,6 @@ from kvstore.config import ClientConfig, ServerConfig
 from kvstore.errors import ConfigError, NotGranted, SetupError, Unauthenticated
 from kvstore.transport.base import CallContext, Credentials, Method
 from kvstore.transport.methods import SERVICES
-from kvstore.types import Fidelity
 
 DEFAULT_NAMESPACE = "default"
 TOKEN_CHARS_MIN = 16
@@ -30,25 +29,14 @@ NODE_METHODS = frozenset({("Coordinator", "Announce"), ("Worker", "Probe")})
 """Calls that only workers and coordinators make."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_CODECS = ("", "lossless", "lz4", "raw")
 _DEVELOPMENT_KEY = b"kvstore on loopback without a token"
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceRules:
-    """`[namespaces.NAME]`. A bound of 0 means only the worker's own one holds; each is per worker."""
+    """`[namespaces.NAME]`. Only what is enforced is a key here; any other is an error."""
 
-    hot_bytes: int = 0
-    host_bytes: int = 0
-    ssd_bytes: int = 0
-    redis_bytes: int = 0  # over all workers
-    bytes_per_s: int = 0  # taken in
-    pinned_bytes: int = 0
-    staging_bytes: int = 0
-    least_fidelity: Fidelity = Fidelity.COMPACT
-    copies: int = 1
-    codec: str = ""  # empty: the worker's own
-    redis_secret_file: str = ""
+    redis_secret_file: str = ""  # empty: derived from the cluster token
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,24 +222,10 @@ def _known(table: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
 def _rules(name: str, table: dict[str, Any], path: str) -> NamespaceRules:
     where = f"{path}: namespaces.{name}"
     _known(table, tuple(f.name for f in fields(NamespaceRules)), where)
-    values = dict(table)
-    for key, value in table.items():
-        if key == "least_fidelity":
-            if not isinstance(value, str) or value.upper() not in Fidelity.__members__:
-                raise ConfigError(f"{where}.{key} must be exact, near or compact")
-            values[key] = Fidelity[value.upper()]
-        elif key == "codec":
-            if value not in _CODECS:
-                raise ConfigError(f"{where}.{key} must be lossless, lz4 or raw")
-        elif key == "redis_secret_file":
-            if not isinstance(value, str):
-                raise ConfigError(f"{where}.{key} must be the path of a file")
-        elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ConfigError(f"{where}.{key} must be a whole number of 0 or more")
-    rules = NamespaceRules(**values)
-    if not 1 <= rules.copies <= 8:
-        raise ConfigError(f"{where}.copies must be 1 to 8")
-    return rules
+    secret = table.get("redis_secret_file", "")
+    if not isinstance(secret, str):
+        raise ConfigError(f"{where}.redis_secret_file must be the path of a file")
+    return NamespaceRules(secret)
 
 
 def _identity(name: str, table: dict[str, Any], namespaces: Mapping[str, NamespaceRules], path: str) -> Identity:
