@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DataError, DeadlineExceeded, ServiceError
+from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.layout import block_bytes
 from kvstore.links import Links
 from kvstore.matching import make_plan, rule_of
@@ -213,7 +213,7 @@ class Fetch:
                 (self._links.local if route.socket else self._links.remote).hung.add(route.socket or route.address)
                 if not is_redis(holder):
                     return  # it hangs: another way to the same worker would too
-            except (ServiceError, DataError) as error:
+            except KVStoreError as error:  # a refusal too: the caller's arguments were checked before
                 self._counters[f"errors_{type(error).__name__}"] += 1
             if any(piece.tier is not None for piece in pieces):
                 return  # it did answer: what is left is tried elsewhere

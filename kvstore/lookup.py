@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DataError, DeadlineExceeded, ServiceError
+from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.fetch import Failed
 from kvstore.links import Coordinators, Links
 from kvstore.matching import longest, make_plan
@@ -88,7 +88,7 @@ class Lookup:
             self._coordinators.learn(reply.coordinators)
             self._members.learn(reply.holders)
             return plan_from_wire(reply, empty.spec, keys, empty.shards, empty.least)
-        except (ServiceError, DataError) as error:
+        except KVStoreError as error:
             self._counters[f"errors_{type(error).__name__}"] += 1
             return empty
 
@@ -102,7 +102,7 @@ class Lookup:
                 reply = await link.match(request, timeout_s=timeout_s)
             self._members.learn(reply.holders)
             return plan_from_wire(reply, empty.spec, keys, empty.shards, empty.least)
-        except (ServiceError, DataError) as error:
+        except KVStoreError as error:
             if isinstance(error, DeadlineExceeded):
                 self._links.local.hung.add(socket)
             self._counters[f"errors_{type(error).__name__}"] += 1

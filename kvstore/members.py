@@ -63,10 +63,15 @@ class Members:
         """Whether its socket can be reached."""
         return bool(member.socket) and member.host == self._system.host
 
-    def sockets(self) -> list[str]:
-        """Local sockets of this host: those configured, then those of members."""
+    def sockets(self, *, taking: bool = False) -> list[str]:
+        """Local sockets of this host: those configured, then those of members. `taking`: not of those that drain."""
+        mine = [member for member in self._table.values() if self.here(member)]
         found = dict.fromkeys(self._config.workers)
-        found.update(dict.fromkeys(member.socket for member in self._table.values() if self.here(member)))
+        found.update(dict.fromkeys(member.socket for member in mine))
+        if taking:
+            for member in mine:
+                if member.state == State.DRAINING:
+                    found.pop(member.socket, None)
         return list(found)
 
     def takers(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DeadlineExceeded, ServiceError
+from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.keys import Chain
 from kvstore.links import Links
 from kvstore.members import Members
@@ -112,9 +112,9 @@ class Putter:
         return result
 
     async def _put(self, stored: Stored, items: list[Item], tokens: list[CommitToken], end: float) -> None:
-        if not self._members.all() or not self._members.sockets():
+        if not self._members.all() or not self._members.sockets(taking=True):
             await self._members.fresh(timeout_s=min(self._config.match_timeout_s, self._left(end)))
-        for socket in self._members.sockets():
+        for socket in self._members.sockets(taking=True):
             if not unanswered(items):
                 return
             await self._local(socket, stored, unanswered(items), tokens, end)
@@ -144,7 +144,7 @@ class Putter:
                     staging_bytes=self._config.staging_bytes,
                     timeout_s=timeout_s,
                 )
-        except ServiceError as error:
+        except KVStoreError as error:
             if isinstance(error, DeadlineExceeded):
                 self._links.local.hung.add(socket)
             self._failed(error)
@@ -155,12 +155,12 @@ class Putter:
         try:
             async with self._links.remote.use(address, timeout_s=self._left(end)) as channel:
                 tokens += await put_remote(channel, self._system.pool, stored, items, timeout_s=self._left(end))
-        except ServiceError as error:
+        except KVStoreError as error:
             if isinstance(error, DeadlineExceeded):
                 self._links.remote.hung.add(address)
             self._failed(error)
 
-    def _failed(self, error: ServiceError) -> None:
+    def _failed(self, error: KVStoreError) -> None:
         self._counters[f"errors_{type(error).__name__}"] += 1
         self._members.forget()  # the worker may have moved
 

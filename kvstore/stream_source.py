@@ -12,7 +12,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.checksum import xxh3
-from kvstore.errors import BadRequest, Corrupt, DataError, ServiceError
+from kvstore.errors import BadRequest, Corrupt, DataError, KVStoreError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header, decode_chunks
 from kvstore.layout import block_bytes, chunks
 from kvstore.seams import Pool
@@ -33,7 +33,7 @@ Landed = list[tuple[int, int, int]]
 async def read_remote(channel: Channel, pool: Pool, asked: Asked, pieces: Sequence[Piece], *, timeout_s: float) -> None:
     """One Get stream. Sets `tier` or `problem` of every piece; what was whole before an error counts.
 
-    ServiceError, DataError: the stream ended early.
+    KVStoreError: the stream ended early.
     """
     blocks, ordered = shard_keys(pieces)
     request = worker_pb2.GetRequest(
@@ -43,12 +43,12 @@ async def read_remote(channel: Channel, pool: Pool, asked: Asked, pieces: Sequen
         redis=asked.redis,
     )
     arrivals = Arrivals(pool, asked, ordered)
-    failure: ServiceError | DataError | None = None
+    failure: KVStoreError | None = None
     try:
         async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=timeout_s)) as stream:
             async for frame in stream:
                 await arrivals.take(frame)
-    except (ServiceError, DataError) as error:
+    except KVStoreError as error:
         failure = error
     finally:
         await arrivals.settle()

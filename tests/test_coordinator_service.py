@@ -232,6 +232,9 @@ async def test_bad_requests_are_one_line(cluster: Cluster) -> None:
         with pytest.raises(BadRequest) as error:
             await cluster.call(runtime, "Match", request)
         assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    client = await cluster.client(runtime.address)
+    plan = await client.match(FULL, prompt(9, 20))  # beyond this server's bound: a miss, not the engine's exception
+    assert plan.blocks == 0 and client.counters["errors_BadRequest"] == 1
     good = common_pb2.MatchRequest(root=root, keys=keys, shards=[whole])
     assert (await cluster.call(runtime, "Match", good)).blocks == 0
 
