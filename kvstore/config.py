@@ -38,6 +38,8 @@ class StoreConfig:
     ssd_segment_bytes: int = 64 * MIB
     ssd_sync_s: float = 0.5  # group commit: at most this much time is lost in a crash
     ssd_direct: bool = True  # O_DIRECT where the folder supports it
+    ssd_verify: bool = False  # at the start read and verify every record; else each when it is read
+    ssd_write_bytes_day: int = 0  # endurance: bytes written in 24 hours at most; 0: any number
     redis_url: str = ""  # empty: no Redis tier
     redis_bytes: int = 4 * GIB  # per namespace
     redis_ttl_s: float = 86400.0  # crash cleanup
@@ -153,7 +155,14 @@ Sections = Mapping[str, Mapping[str, object]]
 
 CODECS = ("lossless", "lz4", "raw")
 POLICIES = ("lru",)
-_ZERO_OK = {"store.hot_bytes", "store.device_bytes", "store.ssd_sync_s", "fleet.workers", "client.negative_cache_s"}
+_ZERO_OK = {
+    "store.ssd_write_bytes_day",
+    "store.hot_bytes",
+    "store.device_bytes",
+    "store.ssd_sync_s",
+    "fleet.workers",
+    "client.negative_cache_s",
+}
 _ZERO_OK |= {"client.negative_cache_max", "coordinator.match_wait_max_s"}
 
 

@@ -21,6 +21,7 @@ EXCUSED = (
     "kvstore/memory.py",
     "kvstore/spawn.py",
     "kvstore/embedded_redis.py",
+    "kvstore/bench/baselines.py",
     "kvstore/transport/",
     "kvstore/cli/",
 )

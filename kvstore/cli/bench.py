@@ -15,7 +15,7 @@ from kvstore.bench.report import Report
 from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, json_flag, print_json
 from kvstore.errors import ConfigError
 
-NOT_BENCHES = ("report",)
+NOT_BENCHES = ("report", "baselines")
 
 
 def names() -> list[str]:

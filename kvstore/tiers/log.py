@@ -21,6 +21,7 @@ from kvstore.tiers.log_state import LogState, Owed
 from kvstore.tiers.recovery import Found, FoundLog, scan_log, scan_segment
 from kvstore.tiers.segment import Segment, data_name, index_name, index_reserve
 from kvstore.tiers.segment_index import Word, open_page, pages_of
+from kvstore.tiers.verify import damaged_records
 from kvstore.types import Buffer
 
 MOVES_BEHIND_MAX = 3
@@ -53,6 +54,14 @@ class SegmentLog:
         for item in found.segments:
             self.state.adopt(item.segment)
         return found
+
+    async def damaged(self, found: FoundLog) -> list[Found]:
+        """The recovered records that do not hold; reads them all. They are `found` no longer. Mutates `found`."""
+        bad = await damaged_records(self.disk, self.system.pool, self._bounce, found.segments, direct=self.direct)
+        places = {(record.segment, record.offset): None for record in bad}
+        for item in found.segments:
+            item.records = [record for record in item.records if (record.segment, record.offset) not in places]
+        return bad
 
     # Records
 

@@ -54,6 +54,11 @@ class SsdTier:
         self._recovery: dict[str, int] = {}
 
     @property
+    def direct(self) -> bool:
+        """Whether the folder takes direct I/O; known once started."""
+        return self.config.ssd_direct and getattr(self._disk, "direct", False)
+
+    @property
     def used(self) -> int:
         """Bytes of records, each padded to 4096. Indices, garbage and reclaim live in the rest of `ssd_bytes`."""
         return self._pending_bytes + (self._log.state.live_bytes if self._log is not None else 0)
@@ -107,6 +112,11 @@ class SsdTier:
             raise
         self._log = log
         self._recovery = {f"recovery_{name}": count for name, count in found.counters.items()}
+        if config.ssd_verify:
+            damaged = await log.damaged(found)
+            self._recovery["recovery_damaged_records"] = len(damaged)
+            for record in damaged:
+                log.free(record.header, _location(record))
         return await self._take_over(log, found)
 
     async def _take_over(self, log: SegmentLog, found: FoundLog) -> list[Recovered]:

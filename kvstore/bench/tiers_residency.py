@@ -1,0 +1,100 @@
+"""`bench tiers`, residency: operations a second and bytes a block at ten thousand and at a million resident blocks."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvstore.arena import PAGE_BYTES
+from kvstore.bench.report import Report
+from kvstore.bench.tiers_blocks import BLOCK_BYTES, NAMESPACE, SHARD, header
+from kvstore.header import Header
+from kvstore.policy import make_policy
+from kvstore.residency import Level, Residency
+from kvstore.types import Location, Tier
+
+CHAIN = 64  # blocks
+LEVELS = 3  # hot, host, ssd
+SSD = 2  # where nearly all of a worker's blocks lie
+CYCLES = 5_000
+OPERATIONS = 4
+"""Of a cycle: admit a block, touch one, pin (and unpin) one, evict one."""
+
+
+def cpu_s() -> float:
+    """CPU seconds of this thread: what an operation costs a core, whoever else is on the machine."""
+    used = resource.getrusage(resource.RUSAGE_THREAD)
+    return used.ru_utime + used.ru_stime
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
+class Resident:
+    """A residency with `blocks` blocks of chains, as a store builds it."""
+
+    def __init__(self, blocks: int) -> None:
+        tiers = (Tier.HOT, Tier.HOST, Tier.SSD)
+        levels = [Level(tier, 1 << 60, PAGE_BYTES, raw=tier == Tier.HOT) for tier in tiers]
+        self.residency = Residency(levels, lambda: make_policy("lru"))
+        self.next = 0
+        self.rows: list[int] = []
+        for _ in range(blocks):
+            self.admit(header(self.next, CHAIN))
+
+    def admit(self, found: Header) -> int:
+        place = Location(self.next // 1024, self.next % 1024 * BLOCK_BYTES, BLOCK_BYTES)
+        self.next += 1
+        return self.residency.admit(NAMESPACE, found, SSD, place, leaf_first=True)
+
+    def cycles(self, headers: Sequence[Header], rows: Sequence[int]) -> None:
+        residency, digest = self.residency, SHARD.digest
+        for found, row in zip(headers, rows, strict=True):
+            self.admit(found)
+            residency.touch(row)
+            residency.pin(row)
+            residency.unpin(row)
+            victim = residency.victim(SSD)
+            assert victim is not None
+            residency.drop(victim, SSD)
+        assert residency.find(NAMESPACE, digest, headers[-1].key) is not None
+
+
+def cycle_seconds(blocks: int, rounds: int) -> tuple[list[float], float]:
+    """(seconds a cycle of each round, bytes of memory a block) with so many blocks resident."""
+    gc.collect()
+    before = resident_bytes()
+    made = Resident(blocks)
+    gc.collect()
+    grown = (resident_bytes() - before) / blocks
+    rng = np.random.Generator(np.random.PCG64(11))
+    seconds = []
+    gc.freeze()  # what a worker that runs for long does not look at again either
+    for turn in range(-1, rounds):
+        headers = [header(made.next + i, CHAIN) for i in range(CYCLES)]
+        present = [row for row in map(int, rng.integers(0, blocks, 4 * CYCLES)) if made.residency.present(row, SSD)]
+        rows = present[:CYCLES]
+        begin = cpu_s()
+        made.cycles(headers, rows)
+        if turn >= 0:
+            seconds.append((cpu_s() - begin) / CYCLES)
+    gc.unfreeze()
+    return seconds, grown
+
+
+def measure_residency(report: Report, rounds: int) -> None:
+    """Mutates `report`."""
+    small, _ = cycle_seconds(10_000, rounds)
+    large, grown = cycle_seconds(1_000_000, rounds)
+    report.result("residency_ops_10k", [OPERATIONS / s for s in small], "1/s")
+    report.result("residency_ops_1m", [OPERATIONS / s for s in large], "1/s")
+    report.target("residency_ops_1m", at_least=200_000)
+    report.ratio("residency_cost_1m_vs_10k", "residency_ops_10k", "residency_ops_1m", at_most=3.0)
+    report.result("metadata_bytes_a_block", [grown], "bytes")
+    report.target("metadata_bytes_a_block", at_most=300)
