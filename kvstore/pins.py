@@ -74,6 +74,7 @@ class Pins:
             self._pins[namespace, name] = pin
             self._bytes[namespace] = self.pinned_bytes(namespace) + pin.bytes
             self._count[namespace] = self._count.get(namespace, 0) + 1
+            self._stack.counters["pins_made"] += 1
         return states
 
     def renew(self, namespace: str, name: bytes, ttl_s: float) -> bool:
@@ -89,6 +90,7 @@ class Pins:
         pin = self._pins.pop((namespace, name), None)
         if pin is None:
             return False
+        self._stack.counters["pins_ended"] += 1
         for row in pin.rows:
             self._stack.residency.unpin(row)
         for table, less in ((self._bytes, pin.bytes), (self._count, 1)):

@@ -1,6 +1,6 @@
 """The baseline of `bench engine`: a vLLM connector that keeps blocks in a dictionary of its own process.
 
-Nothing is shared, checked, bounded or evicted: what is left of a connector when there is no service. Loads are whole
+Blocks are as long as ours, so that both leave the same tokens to compute. Nothing is shared, checked, bounded or evicted: what is left of a connector when there is no service. Loads are whole
 before the request is computed, saves are copies; keys are hashes of the tokens so far.
 """
 
@@ -18,16 +18,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-PAGES: dict[bytes, list[torch.Tensor]] = {}
-"""Key of a page -> its bytes of every layer."""
+BLOCK_TOKENS = 64
+
+PAGES: dict[bytes, list[list[torch.Tensor]]] = {}
+"""Key of a block -> of each of its pages, the bytes of every layer."""
 
 CACHES: list[torch.Tensor] = []
 
 
 @dataclass
 class Work(KVConnectorMetadata):  # type: ignore[misc]
-    loads: list[tuple[bytes, int]] = field(default_factory=list)  # (key, page id)
-    saves: list[tuple[bytes, int]] = field(default_factory=list)
+    loads: list[tuple[bytes, list[int]]] = field(default_factory=list)  # (key, page ids)
+    saves: list[tuple[bytes, list[int]]] = field(default_factory=list)
 
 
 class DictConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -35,7 +37,7 @@ class DictConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._page = vllm_config.cache_config.block_size
+        self._pages = BLOCK_TOKENS // vllm_config.cache_config.block_size
         self._keys: dict[str, list[bytes]] = {}
         self._work = Work()
 
@@ -47,37 +49,41 @@ class DictConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if keys is None:
             parent, keys = b"", []
             tokens = request.prompt_token_ids
-            for start in range(0, len(tokens) - self._page + 1, self._page):
-                parent = sha256(parent + array("I", tokens[start : start + self._page]).tobytes()).digest()
+            for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+                parent = sha256(parent + array("I", tokens[start : start + BLOCK_TOKENS]).tobytes()).digest()
                 keys.append(parent)
             self._keys[request.request_id] = keys
         return keys
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         held = 0
-        for key in self._hashed(request)[: (request.num_tokens - 1) // self._page]:
+        for key in self._hashed(request)[: (request.num_tokens - 1) // BLOCK_TOKENS]:
             if key not in PAGES:
                 break
             held += 1
-        return max(0, held * self._page - num_computed_tokens), False
+        return max(0, held * BLOCK_TOKENS - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         ids, keys = blocks.get_block_ids()[0], self._hashed(request)
-        held = num_external_tokens // self._page
-        self._work.loads += zip(keys[:held], ids[:held], strict=True)
+        held = num_external_tokens // BLOCK_TOKENS
+        self._work.loads += zip(keys[:held], self._by_block(ids), strict=False)
+
+    def _by_block(self, ids: list[int]) -> list[list[int]]:
+        return [ids[first : first + self._pages] for first in range(0, len(ids), self._pages)]
 
     def build_connector_meta(self, scheduler_output: Any) -> Work:
         for new in scheduler_output.scheduled_new_reqs:
             keys = self._keys.get(new.req_id, [])
-            done = (new.num_computed_tokens + scheduler_output.num_scheduled_tokens[new.req_id]) // self._page
-            self._work.saves += zip(keys[:done], new.block_ids[0][:done], strict=False)
+            done = (new.num_computed_tokens + scheduler_output.num_scheduled_tokens[new.req_id]) // BLOCK_TOKENS
+            self._work.saves += zip(keys[:done], self._by_block(new.block_ids[0]), strict=False)
         work, self._work = self._work, Work()
         return work
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        for key, page in self._get_connector_metadata().loads:
-            for cache, stored in zip(CACHES, PAGES[key], strict=True):
-                cache[page].copy_(stored)
+        for key, ids in self._get_connector_metadata().loads:
+            for page, layers in zip(ids, PAGES[key], strict=True):
+                for cache, stored in zip(CACHES, layers, strict=True):
+                    cache[page].copy_(stored)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -86,9 +92,9 @@ class DictConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return
 
     def wait_for_save(self) -> None:
-        for key, page in self._get_connector_metadata().saves:
+        for key, ids in self._get_connector_metadata().saves:
             if key not in PAGES:
-                PAGES[key] = [cache[page].clone() for cache in CACHES]
+                PAGES[key] = [[cache[page].clone() for cache in CACHES] for page in ids]
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         self._keys.pop(request.request_id, None)

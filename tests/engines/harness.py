@@ -18,10 +18,14 @@ from typing import Any
 from kvstore.bench.engine_process import SETTINGS, transfer_config
 from kvstore.config import Config, load_config
 from kvstore.local_cluster import LocalCluster
+from kvstore.observe import Observer
+from kvstore.system import real_system
+from kvstore.transport.base import Credentials
+from kvstore.transport.rpc import GrpcTransport
 
 ROOT = Path(__file__).resolve().parents[2]
 VICTIM = "ENGINE_TEST_VICTIM"
-"""Environment: a file with the process id to kill once pages for matched tokens are allocated (tests.engines.faulty)."""
+"""Environment: a file with the process to kill once pages for matched tokens are allocated (tests.engines.faulty)."""
 
 START_S = 150.0
 ANSWER_S = 120.0
@@ -134,6 +138,25 @@ def addresses(cluster: LocalCluster, **extra: Any) -> dict[str, Any]:
     """The connector's settings for this service."""
     assert cluster.coordinator is not None
     return {"coordinators": cluster.coordinator.address, **extra}
+
+
+def worker_counters(cluster: LocalCluster) -> dict[str, int]:
+    """Summed over the workers."""
+
+    async def ask() -> dict[str, int]:
+        system = real_system(1)
+        try:
+            observer = Observer(GrpcTransport(system.clock, connect_timeout_s=5.0), Credentials(), 5.0)
+            total: dict[str, int] = {}
+            for worker in cluster.workers:
+                status = await observer.worker_status(worker.address)
+                for name, value in status.counters.items():
+                    total[name] = total.get(name, 0) + value
+            return total
+        finally:
+            system.pool.close()
+
+    return asyncio.run(ask())
 
 
 def wait_until(holds: Any, timeout_s: float = 20.0, what: str = "it") -> None:

@@ -17,7 +17,7 @@ from kvstore.layout import block_bytes
 from kvstore.local_cluster import LocalCluster
 from kvstore.spec import ModelSpec, Shard
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
-from tests.engines.harness import Engine, addresses, service
+from tests.engines.harness import Engine, addresses, service, wait_until, worker_counters
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,12 @@ def test_the_negative_control_zeroed_blocks_change_the_output(
     note("negative control: zeroed blocks", asked, answer["counters"])
 
 
+def pins_left(store: LocalCluster) -> int:
+    counted = worker_counters(store)
+    assert counted["pins_made"] > 0, "nothing was pinned between match and load"
+    return counted["pins_made"] - counted["pins_ended"]
+
+
 CASES = [
     pytest.param("llama", "float32", "async", id="llama-fp32-async", marks=pytest.mark.quick),
     pytest.param("llama", "bfloat16", "sync", id="llama-bf16-sync"),
@@ -79,6 +85,8 @@ def test_second_engine_loads_what_the_first_computed(
     same(answer, reference, dtype)
     assert answer["counters"]["tokens_loaded"] == whole_blocks(asked)
     assert "loads_failed" not in answer["counters"] and "errors" not in answer["counters"]
+    two.run([[3, 4, 5]], 1)
+    wait_until(lambda: pins_left(store) == 0, what="letting pins go")
     note(request.node.callspec.id, asked, answer["counters"])
 
 

@@ -115,7 +115,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @contained(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         assert self.worker is not None
-        self.worker.preempted(kv_connector_metadata)
+        self.worker.step_begins(kv_connector_metadata)
 
     @contained(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

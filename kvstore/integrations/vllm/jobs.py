@@ -24,6 +24,10 @@ logger = logging.getLogger("vllm.kvstore")
 
 PUT_TIMEOUT_S = 10.0
 
+OFFERS_MAX = 4
+OFFER_PAUSE_S = 0.1
+"""What the worker dropped is offered again so often, after 0.1, 0.2, ... s, while other saves have buffers."""
+
 SAVES_WAITING = 4
 """Saves may wait for so many times the buffers there are; beyond that they are dropped."""
 
@@ -203,8 +207,26 @@ class SaveJob:
         for group, shard in enumerate(store.shards):
             blocks = [row[group] for row in rows]
             result = await client.put(store.spec, prefix, blocks, save.first + first, shard, timeout_s=PUT_TIMEOUT_S)
-            states += result.states
+            states += await self._again(client, prefix, blocks, save.first + first, shard, result.states)
         return states
+
+    async def _again(
+        self, client: KVClient, prefix: Chain, blocks: list[Any], first: int, shard: Shard, states: Sequence[str]
+    ) -> list[str]:
+        """Offer what was dropped once more, after a short while: a worker that makes room drops what comes too soon."""
+        left = list(states)
+        for attempt in range(1, OFFERS_MAX):
+            dropped = [index for index, state in enumerate(left) if state == "dropped"]
+            if not dropped or self._store is None or self._store.saving_blocks > self._store.saving.rows_max:
+                break
+            await asyncio.sleep(OFFER_PAUSE_S * attempt)
+            begin, end = dropped[0], dropped[-1] + 1
+            result = await client.put(
+                self._store.spec, prefix, blocks[begin:end], first + begin, shard, timeout_s=PUT_TIMEOUT_S
+            )
+            for index, state in enumerate(result.states, begin):
+                left[index] = state if left[index] == "dropped" else left[index]
+        return left
 
     def wait(self, timeout_s: float) -> None:
         """For its end, at most so long."""

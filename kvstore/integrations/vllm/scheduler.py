@@ -5,53 +5,34 @@ It stands still for a lookup at most `lookup_wait_ms`; everything else is bookke
 
 from __future__ import annotations
 
-import logging
-from asyncio import wrap_future
 from collections.abc import Iterable
-from concurrent.futures import CancelledError
 from typing import Any
 
-from kvstore.client import KVClient
 from kvstore.engine_face import EngineClient
-from kvstore.errors import KVStoreError
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity
+from kvstore.integrations.vllm.lookups import Lookups
 from kvstore.integrations.vllm.metadata import Load, Report, Save, Step
 from kvstore.integrations.vllm.options import Options
 from kvstore.integrations.vllm.requests import Tracked, track
-from kvstore.keys import Chain
 from kvstore.layout import block_bytes
-from kvstore.pinning import Pin
-from kvstore.plan import HitPlan
-from kvstore.recent import Recent
 from kvstore.seams import Clock
-
-logger = logging.getLogger("vllm.kvstore")
 
 FAILURES_MAX = 2
 """Failed loads of one request, after which it is computed."""
-
-PLAN_S = 1.0
-"""How long a lookup's answer is used for a request that waits to be scheduled."""
-
-FAILED_S = 5.0
-FAILED_MAX = 65_536
-"""Blocks that failed to load are not asked for again for a while."""
 
 
 class SchedulerSide:
     """State of all requests the scheduler has shown us. Only its thread calls in."""
 
     def __init__(self, identity: Identity, options: Options, face: EngineClient, clock: Clock) -> None:
-        self._identity, self._options, self._face, self._clock = identity, options, face, clock
+        self._identity, self._options = identity, options
         self._spec = identity.spec
-        self._needed = identity.needed
         self._ranks = len(identity.shards)
         self._row_bytes = max(sum(block_bytes(self._spec, shard) for shard in rank) for rank in identity.shards)
         self._synchronous = options.load == "sync" and len(identity.layouts) == 1
         self._requests: dict[str, Tracked] = {}
         self._adapters: dict[str, bytes] = {}
-        self._failed: Recent[bytes] = Recent(clock, FAILED_S, FAILED_MAX)
         self._loads: list[Load] = []  # to go out with the next step
         self._ended: dict[str, dict[int, int]] = {}  # finished requests to announce, with their saves
         self._saving: dict[int, tuple[str, dict[int, int]]] = {}  # save number -> its request
@@ -64,7 +45,7 @@ class SchedulerSide:
         self._load_bytes_s: float | None = None
         self.counters = Counters()
         self.totals = Counters()  # of both sides, since the start
-        self.lookup_seconds: list[float] = []  # that the scheduler stood still, the last ones
+        self._lookups = Lookups(identity, options, face, clock, self.counters)
 
     # --- matching --------------------------------------------------------------------------------------------------
 
@@ -83,14 +64,16 @@ class SchedulerSide:
             or limit - first < self._options.min_load_blocks
         ):
             return 0, False
-        plan = self._lookup(tracked, tracked.extend(request.num_tokens)[:limit])
+        plan = self._lookups.plan(tracked, tracked.extend(request.num_tokens))
         if plan is None:
             return None, False
+        plan = tracked.plan = plan.shortened(limit)
         tokens = plan.blocks * size - computed
         if plan.blocks - first < self._options.min_load_blocks or tokens <= 0:
             return 0, False
         if not self._worth(plan.blocks - first, tokens):
             self.counters.add("tokens_not_worth", tokens)
+            self._lookups.let_go(tracked)
             return 0, False
         return tokens, not self._synchronous
 
@@ -101,83 +84,6 @@ class SchedulerSide:
             if tracked is not None:
                 self._requests[tracked.id] = tracked
         return tracked
-
-    def _lookup(self, tracked: Tracked, keys: list[bytes]) -> HitPlan | None:
-        """The store's answer for these keys; None while it is still out. Mutates `tracked`."""
-        now = self._clock.monotonic()
-        if tracked.plan is not None and now - tracked.plan_at < PLAN_S:
-            return tracked.plan.shortened(len(keys))
-        wait_s = 0.0
-        if tracked.lookup is None:
-            tracked.lookup, tracked.lookup_at = self._face.submit_work(self._asking(keys)), now
-            if tracked.lookup is None:
-                return HitPlan(self._spec, (), self._needed)  # too much in flight
-            self.counters.add("lookups")
-            wait_s = self._options.lookup_wait_ms / 1e3
-        plan = self._answer(tracked, wait_s)
-        self.lookup_seconds = [*self.lookup_seconds[-4095:], self._clock.monotonic() - now]
-        if plan is None:
-            return None
-        known = next((depth for depth, key in enumerate(plan.keys) if key in self._failed), plan.blocks)
-        tracked.lookup, tracked.plan, tracked.plan_at = None, plan.shortened(known), now
-        self._pin(tracked)
-        tracked.saved = max(tracked.saved, tracked.plan.blocks)
-        return tracked.plan
-
-    def _pin(self, tracked: Tracked) -> None:
-        """Have the plan's blocks kept while the request waits and loads. Nobody waits for the pin: a block that goes
-        before it is kept is computed. Mutates."""
-        plan = tracked.plan
-        self._unpin(tracked)
-        if plan is None or not plan.blocks:
-            return
-
-        async def keep(client: KVClient) -> Pin:
-            return await client.pin(plan)
-
-        tracked.pin = self._face.submit_work(keep)
-
-    def _unpin(self, tracked: Tracked) -> None:
-        """End the request's pin, once it is known. Mutates."""
-        pin, tracked.pin = tracked.pin, None
-        if pin is None:
-            return
-
-        async def let_go(client: KVClient) -> None:
-            await client.unpin(await wrap_future(pin))
-
-        self._face.submit_work(let_go)
-
-    def loaded(self, requests: Iterable[str]) -> None:
-        """Loads of these requests have ended, one way or the other. Mutates."""
-        for request_id in requests:
-            tracked = self._requests.get(request_id)
-            if tracked is not None:
-                self._unpin(tracked)
-
-    def _asking(self, keys: list[bytes]) -> Any:
-        prefix = Chain(self._spec, list(keys))
-        timeout_s = self._options.lookup_timeout_ms / 1e3
-
-        async def ask(client: KVClient) -> HitPlan:
-            return await client.match(self._spec, prefix, self._needed, timeout_s=timeout_s)
-
-        return ask
-
-    def _answer(self, tracked: Tracked, wait_s: float) -> HitPlan | None:
-        assert tracked.lookup is not None, "no lookup was made"
-        try:
-            return tracked.lookup.result(wait_s)
-        except (KVStoreError, CancelledError) as error:
-            logger.warning("a lookup failed and is taken as a miss: %s", error)
-            self.counters.add("errors")
-        except TimeoutError:
-            late_s = self._clock.monotonic() - tracked.lookup_at
-            if not tracked.lookup.done() and late_s < self._options.lookup_timeout_ms / 1e3:
-                return None
-            tracked.lookup.cancel()
-            self.counters.add("lookups_late")
-        return HitPlan(self._spec, (), self._needed)
 
     def _worth(self, blocks: int, tokens: int) -> bool:
         """Whether loading is predicted to be faster than computing, by the rates measured so far."""
@@ -294,16 +200,21 @@ class SchedulerSide:
                 tracked.failures += 1
                 keys = tracked.builder.chain.keys
                 if depth < len(keys):
-                    self._failed.add(keys[depth])
+                    self._lookups.failed(keys[depth])
+
+    def loaded(self, requests: Iterable[str]) -> None:
+        """Loads of these requests have ended, one way or the other. Mutates."""
+        for request_id in requests:
+            tracked = self._requests.get(request_id)
+            if tracked is not None:
+                self._lookups.let_go(tracked)
 
     def finished(self, request: Any) -> bool:
         """The request is over. True: its pages are still read from, the workers will say when they are free."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return False
-        if tracked.lookup is not None:
-            tracked.lookup.cancel()
-        self._unpin(tracked)
+        self._lookups.forget(tracked)
         if not tracked.saving:
             return False
         self._ended[tracked.id] = tracked.saving

@@ -60,14 +60,17 @@ class WorkerSide:
 
     # --- before the step -------------------------------------------------------------------------------------------
 
-    def preempted(self, step: Step) -> None:
-        """Pages of these requests may be overwritten from now on: what was not copied out of them is dropped."""
+    def step_begins(self, step: Step) -> None:
+        """A step begins. Pages of preempted requests may be overwritten from now on: what was not copied out of them is
+        dropped."""
+        self._rates.step_begins()
         for job in self._saves.values():
             if job.save.request in step.preempted:
                 job.drop()
 
     def begin(self, step: Step) -> None:
-        """Start the step's loads, and wait for the synchronous ones."""
+        """Start the step's loads, and wait for the synchronous ones. The engine calls before the forward pass where there
+        are any of these, else after it."""
         for load in step.loads:
             deadline_s = self._rates.deadline_s(
                 _tokens(load, self._identity),
@@ -85,7 +88,6 @@ class WorkerSide:
         for job in [job for job in self._loads.values() if job.load.synchronous]:
             job.wait(max(0.0, job.end - self._clock.monotonic()))
             self._collect(job)
-        self._rates.step_begins()
 
     # --- after the step --------------------------------------------------------------------------------------------
 
