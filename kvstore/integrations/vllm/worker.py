@@ -69,8 +69,8 @@ class WorkerSide:
                 job.drop()
 
     def begin(self, step: Step) -> None:
-        """Start the step's loads, and wait for the synchronous ones. The engine calls before the forward pass where there
-        are any of these, else after it."""
+        """Start the step's loads, and wait for the synchronous ones. Called before the forward pass where there are any
+        of these, else after it."""
         for load in step.loads:
             deadline_s = self._rates.deadline_s(
                 _tokens(load, self._identity),
