@@ -18,6 +18,9 @@ from kvstore.seams import Memory, Segment
 UNIT_BYTES = 64 << 10
 PAGE_BYTES = 4096  # slots begin at pages: direct I/O reads into them
 SEGMENT_SHIFT = 40  # an address is segment << SEGMENT_SHIFT | offset
+SPARE_BLOCKS = 4  # a spare that takes fewer blocks than this would waste too much
+SYNC_BYTES = 4 << 20
+"""A segment up to this size is made where it is needed; a larger one is asked for, since faulting it in takes long."""
 GENERATION_MASK = (1 << 64) - 1
 
 
@@ -83,12 +86,15 @@ class Arena:
         self._segment_max = segment_bytes
         self.reserved = 0  # data bytes of all segments, the spare one included; never above capacity
         self.used = 0  # bytes of live slots in whole pages, limbo included
+        self.asked = 0  # data bytes of a segment that an allocation waits for, to be made elsewhere
         self.memory_refusals = 0  # times the kernel had no memory for a segment
+        self.no_memory = False  # it had none lately: nothing is asked for
         self._memory = memory
         self._name = name
         self._next_id = 1
         self._segments: dict[int, ArenaSegment] = {}  # every one that may hold slots
         self._spare: tuple[Segment, int] | None = None  # faulted in, nobody's yet; with its data bytes
+        self._spare_asked = False  # made for an allocation that waits
         self._free: dict[str, Extents] = {}  # by namespace: every byte of its segments in no live slot
         self._live: dict[int, int] = {}  # address -> bytes in whole pages; disjoint
         self._held: dict[tuple[int, int], int] = {}  # (segment, unit) -> holds on slots that begin there, > 0
@@ -97,7 +103,7 @@ class Arena:
     # ---- slots
 
     def allocate(self, namespace: str, nbytes: int) -> Slot | None:
-        """Space for a block, None where there is none. Mutates; may make or drop a segment."""
+        """Space for a block, None where there is none now. Mutates; may make, drop, or ask for a segment."""
         need = _pages(max(1, nbytes))
         free = self._free.get(namespace)
         address = free.take(need) if free is not None else None
@@ -174,9 +180,29 @@ class Arena:
         free = self._free.get(namespace)
         if free is not None and free.largest >= need:
             return True
+        if self._spare_takes(need):
+            return True
+        size = self._size(need, self._reservable())
+        return need <= size <= SYNC_BYTES
+
+    def _spare_takes(self, need: int) -> bool:
+        """Whether the spare is good for blocks of `need`: several of them, or it was asked for such a block. Pure."""
+        if self._spare is None:
+            return False
+        return self._spare[1] >= need * (1 if self._spare_asked else SPARE_BLOCKS)
+
+    def _reservable(self) -> int:
+        """Bytes that may be reserved once the spare and all empty segments are dropped. Pure."""
         empty = sum(s.data_bytes for s in self._segments.values() if not s.live and not s.peers)
-        spare = self._spare[1] if self._spare is not None else 0
-        return self.capacity - self.reserved + empty + spare >= need
+        return self.capacity - self.reserved + empty + (self._spare[1] if self._spare is not None else 0)
+
+    def _size(self, need: int, room: int) -> int:
+        """Data bytes of a segment made for blocks of `need` where `room` may be reserved. Pure.
+
+        Several blocks to a segment, or the rest of each would be lost; and another namespace still finds its own.
+        """
+        wanted = max(self.segment_bytes, min(8 * need, self.capacity // 2, self._segment_max), need)
+        return min(wanted, room) // need * need
 
     def lightest(self) -> int | None:
         """The segment in use with the least bytes live: the cheapest to empty for another namespace or size. Pure."""
@@ -196,11 +222,11 @@ class Arena:
         segment.peers -= 1
 
     def spare_wanted(self) -> int:
-        """Data bytes of a segment worth faulting in ahead of need, 0 for none: small arenas do without. Pure."""
-        small = self.segment_bytes < self._segment_max
-        if small or self._spare is not None or self.capacity - self.reserved < self.segment_bytes:
-            return 0
-        return self.segment_bytes
+        """Data bytes of a segment to make now: one that was asked for, or one ahead of need; 0 for none. Pure."""
+        if self.no_memory or self.asked:
+            return self.asked
+        ahead = self._spare is None and self.capacity - self.reserved >= self.segment_bytes > SYNC_BYTES
+        return self.segment_bytes if ahead else 0
 
     def make(self, data_bytes: int) -> Segment:
         """A segment's memory, faulted in; runs anywhere, changes nothing here. SetupError when there is none."""
@@ -208,28 +234,40 @@ class Arena:
         return self._memory.segment(name, table_bytes(data_bytes) + data_bytes, sealed_writes=True)
 
     def keep_spare(self, segment: Segment, data_bytes: int) -> None:
-        """Take in what `make(spare_wanted())` made; closed when it is not wanted any more."""
-        if self.spare_wanted() < data_bytes:
+        """Take in what `make(spare_wanted())` made; closed when there is no place for it any more. Mutates."""
+        asked, self.asked = self.asked > 0, 0
+        if asked or self.capacity - self.reserved < data_bytes:
+            self._drop_spare()
+        if self.capacity - self.reserved < data_bytes or self._spare is not None:
             segment.close()
             return
-        self._spare = (segment, data_bytes)
+        self._spare, self._spare_asked = (segment, data_bytes), asked
         self.reserved += data_bytes
 
+    def refused(self) -> None:
+        """The kernel had no memory for a segment: `heartbeat` allows the next try. Mutates."""
+        self.asked, self.no_memory = 0, True
+        self.memory_refusals += 1
+
+    def heartbeat(self) -> None:
+        """Ask the kernel again. Mutates."""
+        self.no_memory = False
+
     def _grow(self, namespace: str, need: int) -> bool:
-        """A segment for `namespace` with `need` bytes free at its start, if the capacity allows."""
-        if self._spare is not None and self._spare[1] >= 4 * need:
+        """A segment for `namespace` with `need` bytes free at its start, if the capacity allows; or it is asked for."""
+        if self._spare is not None and self._spare_takes(need):
             segment, data_bytes = self._spare
             self._spare = None
             self._adopt(namespace, segment, data_bytes)
             return True
-        if self.capacity - self.reserved < need:
-            self._drop_empty(need)
-        room = self.capacity - self.reserved
-        if room < need:
+        if self._size(need, self._reservable()) < need:
             return False
-        # Several of a size to a segment, or the rest of each would be lost; a foreign namespace still finds its own.
-        wanted = max(self.segment_bytes, min(8 * need, self.capacity // 2, self._segment_max), need)
-        data_bytes = min(wanted, room) // need * need
+        if self._spare is not None or self.capacity - self.reserved < need:
+            self._drop_empty(need)
+        data_bytes = self._size(need, self.capacity - self.reserved)
+        if data_bytes > SYNC_BYTES:
+            self.asked = 0 if self.no_memory else max(self.asked, data_bytes)
+            return False
         try:
             segment = self.make(data_bytes)
         except SetupError:
@@ -248,15 +286,18 @@ class Arena:
 
     def _drop_empty(self, need: int) -> None:
         """Drop empty segments until `need` bytes may be reserved: space changes hands as a new memfd only."""
+        self._drop_spare()
+        for empty in [s for s in self._segments.values() if not s.live and not s.peers]:
+            if self.capacity - self.reserved >= need:
+                return
+            self._drop(empty)
+
+    def _drop_spare(self) -> None:
         if self._spare is not None:
             segment, data_bytes = self._spare
             self._spare = None
             segment.close()
             self.reserved -= data_bytes
-        for empty in [s for s in self._segments.values() if not s.live and not s.peers]:
-            if self.capacity - self.reserved >= need:
-                return
-            self._drop(empty)
 
     def _drop(self, empty: ArenaSegment) -> None:
         free = self._free[empty.namespace]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kvstore.arena import Slot
 from kvstore.errors import Corrupt, TierDown, TierFull, UnknownFormat
 from kvstore.format import Record, encode_record, expect
+from kvstore.growth import Growth
 from kvstore.header import Header
 from kvstore.room import Outlets, Room
 from kvstore.shared import Finder
@@ -67,7 +68,8 @@ class Movement:
         self.stack = stack
         self.finder = finder
         self.outlets = Outlets(stack)
-        self.room = Room(stack, self.outlets, self.press)
+        self.growth = Growth(stack.arena, stack.system.pool, self.nudge)
+        self.room = Room(stack, self.outlets, self.growth, self.press)
         self.moving_bytes = 0  # of the copies on their way down
         self._targets: dict[int, int] = {}  # level -> bytes it is being drained to, since it crossed its watermark
         self._wanted: dict[int, int] = {}  # likewise, since something waits for room there
@@ -81,13 +83,14 @@ class Movement:
 
     @property
     def busy(self) -> bool:
-        return bool(self._tasks) or self._again
+        return bool(self._tasks) or self._again or self.growth.busy
 
     def press(self, level: int, nbytes: int) -> bool:
         """`nbytes` are waited for in a level; whether anything is on its way that may make room. Mutates."""
-        self._want(level, nbytes)
-        self.pump()
-        return bool(self._tasks)
+        if not self.stack.arena.asked or self.stack.arena_tier(level) is None:
+            self._want(level, nbytes)
+            self.pump()
+        return bool(self._tasks) or self.growth.busy
 
     def _want(self, level: int, nbytes: int) -> None:
         """Drain a level until `nbytes` fit; where they would, but find no place in one piece, by as much. Mutates."""
@@ -122,6 +125,8 @@ class Movement:
     def heartbeat(self) -> None:
         """Try again what failed. Mutates."""
         self.outlets.heartbeat()
+        self.stack.arena.heartbeat()
+        self.growth.poke()
         self._stuck.clear()
         self.pump()
 
@@ -317,6 +322,7 @@ class Movement:
     async def close(self) -> None:
         """Stop; what is on its way stays where it was."""
         self._closed = True
+        await self.growth.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

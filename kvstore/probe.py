@@ -91,9 +91,16 @@ class Probe:
     ) -> None:
         """Write, read, compare, free. TierDown, TierFull, Corrupt."""
         nbytes = sum(memoryview(part).nbytes for part in parts)
-        if level is not None:
-            await self.movement.room.come(level, nbytes)
-        location = await tier.write(namespace, header, parts)
+        room, memory = self.movement.room, None if level is None else self.stack.arena_tier(level)
+        if memory is not None and level is not None:
+            place = await room.wait(level, namespace, nbytes, PROBE_S)
+            if place is None:
+                raise TierFull("all blocks there are held by readers, or can't be moved on")
+            location = await memory.fill(namespace, header, place, parts)
+        else:
+            if level is not None:
+                await room.come(level, nbytes)
+            location = await tier.write(namespace, header, parts)
         try:
             back = memoryview(bytearray(nbytes))
             await tier.read(namespace, header, location, back)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvstore.errors import TierFull
+from kvstore.growth import Growth
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location
 
@@ -14,6 +15,9 @@ ORDERLY_DROPS = 16
 """Victims given up in the policy's order before a whole segment is cleared for an allocation that finds no place."""
 
 SEGMENTS_TRIED = 4
+
+GROWTH_WAIT_S = 5.0
+"""Fresh memory is worth waiting for: it is faulted in once, and only while the store is still growing."""
 
 
 class Outlets:
@@ -59,9 +63,10 @@ class Outlets:
 class Room:
     """Space for what comes. `reserve` and `make` are synchronous; `wait` waits for moves, within bounds."""
 
-    def __init__(self, stack: Stack, outlets: Outlets, press: Callable[[int, int], bool]) -> None:
+    def __init__(self, stack: Stack, outlets: Outlets, growth: Growth, press: Callable[[int, int], bool]) -> None:
         self.stack = stack
         self.outlets = outlets
+        self.growth = growth
         self._press = press  # (level, bytes): move so much down; whether anything is on its way
         self._waiting: Counter[int] = Counter()  # bytes waited for, by level
         self._progress = asyncio.Event()
@@ -116,7 +121,8 @@ class Room:
             return None
         for dropped in range(ORDERLY_DROPS + stack.residency.blocks[level]):
             location = tier.reserve(namespace, nbytes)
-            if location is not None:
+            self.growth.poke()
+            if location is not None or stack.arena.asked:
                 return location
             crowded = tier.fits(nbytes)  # bytes would do: the free ones are scattered, or another namespace's
             if crowded and dropped >= ORDERLY_DROPS:
@@ -154,7 +160,8 @@ class Room:
             await self.progress()
 
     async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
-        """`reserve`, and if need be wait for moves to make room, at most `wait_s` and within `spill_queue_bytes`."""
+        """`reserve`, and if need be wait for room: for moves at most `wait_s`, for a segment that is being made longer;
+        within `spill_queue_bytes` of waiting blocks."""
         location = self.reserve(level, namespace, nbytes)
         tier = self.stack.tiers[level]
         if location is not None or nbytes > tier.capacity:
@@ -163,14 +170,19 @@ class Room:
             return None
         self._waiting[level] += nbytes
         try:
-            async with asyncio.timeout(wait_s):
-                while True:
-                    moving = self._press(level, self._waiting[level])
-                    location = self.reserve(level, namespace, nbytes)  # pressing may have made room at once
-                    if location is not None or not moving:
-                        return location
-                    await self.progress()
+            return await self._wait(level, namespace, nbytes, wait_s)
         except TimeoutError:
             return None
         finally:
             self._waiting[level] -= nbytes
+
+    async def _wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
+        begun = asyncio.get_running_loop().time()
+        while True:
+            moving = self._press(level, self._waiting[level])
+            location = self.reserve(level, namespace, nbytes)  # pressing may have made room at once
+            if location is not None or not moving:
+                return location
+            bound = max(wait_s, GROWTH_WAIT_S) if self.stack.arena.asked else wait_s
+            async with asyncio.timeout_at(begun + bound):
+                await self.progress()

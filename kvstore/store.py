@@ -15,7 +15,7 @@ from kvstore.budget import Budget
 from kvstore.catalog import Catalog
 from kvstore.changes import Changes, Subscriber
 from kvstore.config import StoreConfig
-from kvstore.errors import SetupError, TierError
+from kvstore.errors import TierError
 from kvstore.header import Header
 from kvstore.holds import Hold, Placed
 from kvstore.loading import Loading
@@ -85,6 +85,7 @@ class TieredStore:
         except BaseException:
             await self.close()
             raise
+        self.movement.growth.poke()
         self.movement.pump()
 
     def _recovered(self, namespace: str, header: Header, location: Location) -> None:
@@ -124,19 +125,7 @@ class TieredStore:
                 self.stack.counters["ticks_failed"] += 1
             elif error is not None:
                 raise error
-        await self._make_spare()
         self.movement.heartbeat()
-
-    async def _make_spare(self) -> None:
-        """Fault the next segment in before it is needed: that takes as long as copying many blocks."""
-        size = self.arena.spare_wanted()
-        if size:
-            try:
-                segment = await self.system.pool.run(self.arena.make, size)
-            except SetupError:
-                self.stack.counters["memory_refusals"] += 1
-                return
-            self.arena.keep_spare(segment, size)
 
     async def idle(self) -> None:
         """Return when nothing moves and nothing more would: for tests, drains and `validate`."""

@@ -30,6 +30,12 @@ def arena() -> Iterator[Arena]:
     assert memory.open_bytes == 0
 
 
+def grow(arena: Arena) -> None:
+    """Make the segment that is wanted, as the store does in a thread."""
+    size = arena.spare_wanted()
+    arena.keep_spare(arena.make(size), size)
+
+
 class TestExtents:
     def test_best_fit_and_lowest_first(self) -> None:
         extents = Extents()
@@ -184,31 +190,37 @@ class TestSegments:
         assert slot is not None and arena.fits("a", MIB) and not arena.fits("a", 2 * MIB)
         assert arena.allocate("a", 5 * MIB) is None
 
-    def test_the_spare_is_used_first(self) -> None:
-        arena = Arena(PlainMemory(), 4 * MIB, 512 * KIB)
-        size = arena.spare_wanted()
-        segment = arena.make(size)
-        arena.keep_spare(segment, size)
-        assert arena.spare_wanted() == 0 and arena.reserved == size
-        slot = arena.allocate("a", 1000)
-        assert slot is not None and arena.segment(slot.segment).segment is segment
+    def test_large_segments_are_asked_for(self) -> None:
+        """Faulting one in takes long: it is made ahead of need, or elsewhere while the allocation waits."""
+        arena = Arena(PlainMemory(), 64 * MIB, 8 * MIB)
+        assert arena.spare_wanted() == 8 * MIB and not arena.asked
+        assert not arena.fits("a", MIB) and arena.allocate("a", MIB) is None
+        assert arena.asked == arena.spare_wanted() == 8 * MIB
+        grow(arena)
+        assert arena.fits("a", MIB) and not arena.asked
+        slot = arena.allocate("a", MIB)
+        assert slot is not None and arena.spare_wanted() == 8 * MIB
         arena.validate()
+        arena.close()
 
-    def test_the_spare_gives_way(self) -> None:
+    def test_a_spare_that_is_too_small_gives_way(self) -> None:
         memory = PlainMemory()
-        arena = Arena(memory, 4 * MIB, 512 * KIB)
-        arena.keep_spare(arena.make(arena.spare_wanted()), arena.spare_wanted())
-        slots = [arena.allocate("a", MIB) for _ in range(4)]
-        assert None not in slots and memory.made[0].closed
+        arena = Arena(memory, 64 * MIB, 8 * MIB)
+        grow(arena)
+        assert arena.allocate("a", 20 * MIB) is None and arena.asked == 20 * MIB
+        assert memory.made[0].closed
+        grow(arena)
+        assert arena.allocate("a", 20 * MIB) is not None
         arena.validate()
 
-    def test_an_unwanted_spare_is_closed(self) -> None:
-        arena = Arena(PlainMemory(), 4 * MIB, 512 * KIB)
-        size = arena.spare_wanted()
-        first, second = arena.make(size), arena.make(size)
-        arena.keep_spare(first, size)
-        arena.keep_spare(second, size)
-        assert second.closed  # type: ignore[attr-defined]
+    def test_refused_memory_is_not_asked_for_until_the_heartbeat(self) -> None:
+        arena = Arena(PlainMemory(limit=0), 64 * MIB, 8 * MIB)
+        assert arena.allocate("a", MIB) is None and arena.asked
+        arena.refused()
+        assert not arena.asked and arena.spare_wanted() == 0
+        assert arena.allocate("a", MIB) is None and not arena.asked
+        arena.heartbeat()
+        assert arena.allocate("a", MIB) is None and arena.asked
 
     def test_no_memory_is_no_room(self) -> None:
         arena = Arena(PlainMemory(limit=MIB + 4 * KIB), 8 * MIB, MIB)
@@ -236,7 +248,10 @@ def test_churn_leaves_95_percent_usable() -> None:
     for index in range(6000):
         nbytes = rng.choice((512 * KIB, rng.randrange(300 * KIB, 400 * KIB), rng.randrange(8 * KIB, 100 * KIB)))
         while (slot := arena.allocate("a", nbytes)) is None:
-            arena.free(live.pop(next(iter(live))))
+            if arena.asked:
+                grow(arena)
+            else:
+                arena.free(live.pop(next(iter(live))))
         live[index] = slot
         if index > 1500:
             shares.append(

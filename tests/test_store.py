@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.config import StoreConfig
 from kvstore.runs import Added, Removed
 from kvstore.spec import Shard
 from kvstore.system import real_system
 from kvstore.types import Fidelity, Tier
-from tests.contracts.records import NAMESPACE, header_of, small_spec
+from tests.contracts.records import NAMESPACE, header_of
 from tests.store_fakes import PlainMemory, fake_system
 from tests.store_rig import KIB, SMALL, Rig
 
@@ -341,13 +340,27 @@ async def test_real_memory_and_threads_leave_nothing(no_leaks: None) -> None:
     system.pool.close()
 
 
-async def test_the_spare_segment_is_made_ahead() -> None:
-    config = StoreConfig(host_bytes=1024 * KIB, segment_bytes=64 * KIB)
-    rig = Rig.make(config=config, system=fake_system(), spec=small_spec(block_tokens=1, layers=1))
-    await rig.store.start()
+LARGE = replace(SMALL, host_bytes=64 << 20, segment_bytes=8 << 20)
+
+
+async def test_large_segments_are_made_ahead_and_waited_for() -> None:
+    rig = Rig.make(config=LARGE)
     assert rig.store.arena.reserved == 0
+    await rig.store.start()
+    assert (await rig.put(0)).state == "committed", "the first put comes before the first segment is made"
+    await rig.settle()
+    assert rig.store.arena.reserved == 16 << 20, "one in use and one ahead"
+    await rig.close()
+
+
+async def test_a_kernel_without_memory_drops_puts_until_it_has_some() -> None:
+    memory = PlainMemory(limit=0)
+    rig = Rig.make(config=LARGE, system=fake_system(memory=memory))
+    await rig.store.start()
+    assert (await rig.put(0)).state == "dropped"
+    await rig.settle()
+    assert rig.store.arena.memory_refusals > 0
+    memory.limit = None
     await rig.store.tick()
-    assert rig.store.arena.reserved == 64 * KIB
     assert (await rig.put(0)).state == "committed"
-    assert rig.store.arena.reserved == 64 * KIB
     await rig.close()
