@@ -32,7 +32,8 @@ class Family:
             self._orphan(row, parent_key)
         elif parent is not None and rows.leaf_first[parent] and rows.depth[parent] + 1 == rows.depth[row]:
             rows.link(row, parent)
-        child = self.orphans[rows.space[row]].pop(key, NONE)
+        orphans = self.orphans[rows.space[row]]
+        child = orphans.pop(key, NONE) if orphans else NONE
         while child != NONE:
             after = rows.next[child]
             rows.orphan[child], rows.prev[child], rows.next[child] = 0, NONE, NONE
@@ -44,10 +45,11 @@ class Family:
     def part(self, row: int, parent_key: bytes, key: bytes) -> None:
         """A block is gone: its children become orphans, next in line. Mutates."""
         rows = self.rows
-        for child in rows.children(row):
-            rows.unlink(child)
-            self._orphan(child, key)
-            self._doom(child)
+        if rows.child[row] != NONE:
+            for child in rows.children(row):
+                rows.unlink(child)
+                self._orphan(child, key)
+                self._doom(child)
         if rows.parent[row] != NONE:
             rows.unlink(row)
         elif rows.orphan[row]:

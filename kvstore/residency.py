@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from kvstore.family import Family, top_of
 from kvstore.header import Header
-from kvstore.policy import Policy
-from kvstore.rows import NONE, Rows
+from kvstore.key_table import KeyTable
+from kvstore.policy import Eligible, Policy
+from kvstore.rows import NONE, RECORD_BYTES, Rows
 from kvstore.types import BlockId, Fidelity, Location, Tier
 
 
@@ -46,7 +47,8 @@ class Residency:
         self.blocks = [0] * len(levels)
         self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
         self._names: list[tuple[str, bytes]] = []
-        self._index: list[dict[bytes, int]] = []  # by space: key -> row, every live block
+        self._index: list[KeyTable] = []  # by space: key -> row, every live block
+        self._eligible = [self._eligibility(level) for level in range(len(levels))]
 
     # ---- questions
 
@@ -56,7 +58,7 @@ class Residency:
 
     def id(self, row: int) -> BlockId:
         namespace, shard = self._names[self.rows.space[row]]
-        return BlockId(namespace, shard, self.rows.header(row).key)
+        return BlockId(namespace, shard, self.rows.key(row))
 
     def namespace(self, row: int) -> str:
         return self._names[self.rows.space[row]][0]
@@ -103,13 +105,19 @@ class Residency:
 
     def may_leave(self, row: int, level: int) -> bool:
         """What `victim` asks: present, unpinned, not leaving, and a leaf or a copy among several."""
+        return self._eligible[level](row)
+
+    def _eligibility(self, level: int) -> Eligible:
+        """`may_leave` at one level, its columns at hand."""
         rows, bit = self.rows, 1 << level
-        return bool(
-            rows.present[row] & bit
-            and not rows.leaving[row] & bit
-            and not rows.pins[row]
-            and (not rows.leaf_first[row] or not rows.below[level][row] or self.elsewhere(row, level))
-        )
+        present, leaving, pins = rows.present, rows.leaving, rows.pins
+        leaf_first, below = rows.leaf_first, rows.below[level]
+
+        def eligible(row: int) -> bool:
+            staying = present[row] & ~leaving[row]
+            return bool(staying & bit and not pins[row] and (not below[row] or not leaf_first[row] or staying & ~bit))
+
+        return eligible
 
     def victim(self, level: int, *, force: bool = False) -> int | None:
         """Who leaves a level next; None where nobody may.
@@ -117,7 +125,7 @@ class Residency:
         `force`: where every block has children in the way, the policy's first goes all the same. Loses nothing if it
         only moves down; if it was the last copy, its subtree is next in line.
         """
-        row = self.policies[level].victim(lambda row: self.may_leave(row, level))
+        row = self.policies[level].victim(self._eligible[level])
         return self._forced(level) if row is None and force else row
 
     def descendant(self, row: int) -> int:
@@ -148,10 +156,16 @@ class Residency:
         return {} if space is None else self._index[space]
 
     def of(self, namespace: str) -> Iterator[int]:
-        """Rows of a namespace, in the order they came within each shard."""
+        """Rows of a namespace, shard by shard, each followed by its children. O(all rows)."""
+        parents, children = self.rows.parent, self.rows.children
         for (name, _), index in zip(self._names, self._index, strict=True):
             if name == namespace:
-                yield from index.values()
+                for first in [row for row in index.rows() if parents[row] == NONE]:
+                    line = [first]
+                    while line:
+                        row = line.pop()
+                        yield row
+                        line += children(row)
 
     def at(self, level: int, segment: int) -> list[int]:
         """Rows whose copy at a level lies in a segment. O(rows)."""
@@ -165,37 +179,38 @@ class Residency:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location, *, leaf_first: bool) -> int:
         """A new block with its first copy; its row. Mutates."""
-        space = self._space(namespace, header.shard)
-        index = self._index[space]
-        assert header.key not in index, "a block is admitted twice"
-        rows = self.rows
+        space = self._space(namespace, header)
+        index, rows, key = self._index[space], self.rows, header.key
+        row = index.get(key)
+        assert row is None, "a block is admitted twice"
         row = rows.take()
         rows.space[row] = space
         rows.leaf_first[row] = leaf_first
         rows.fidelity[row] = header.fidelity
-        rows.depth[row] = header.depth
-        rows.raw[row] = header.raw_length
         rows.set_header(row, header)
-        index[header.key] = row
+        index.add(key, row)
         if leaf_first:
-            self.family.join(row, header.parent, index.get(header.parent) if header.depth else None, header.key)
+            self.family.join(row, header.parent, index.get(header.parent) if header.depth else None, key)
         self.add(row, level, location)
         return row
 
     def add(self, row: int, level: int, location: Location) -> None:
         """A copy is complete at a level. Mutates."""
         rows, bit = self.rows, 1 << level
-        assert not rows.present[row] & bit and not rows.gone[row], f"row {row} is at level {level} already, or gone"
-        before = self.family.stays(row)
-        rows.present[row] |= bit
+        present = rows.present[row]
+        assert not present & bit and not rows.gone[row], f"row {row} is at level {level} already, or gone"
+        before = self.family.stays(row) if present else 0
+        rows.present[row] = present | bit
         rows.set_location(row, level, location)
         footprint = self.levels[level].footprint(location.length)
         self.used[level] += footprint
         self.raw_bytes[level] += rows.raw[row]
         self.blocks[level] += 1
-        self.family.moved(row, before, self.family.stays(row))
+        if rows.parent[row] != NONE:
+            self.family.moved(row, before, self.family.stays(row))
         self.policies[level].admit(row, self._ident(row), footprint)
-        self._ready(row)
+        if present:
+            self._ready(row)
 
     def drop(self, row: int, level: int, *, evicted: bool = True, force: bool = False) -> Location:
         """A copy is given up; where it lay. With the last copy the block is gone and its subtree next in line. Mutates.
@@ -203,21 +218,24 @@ class Residency:
         Pinned blocks keep their copies unless `force` (purge, corruption: the bytes stay until their holds end).
         """
         rows, bit = self.rows, 1 << level
-        before = self.family.stays(row)
-        assert rows.present[row] & bit, f"row {row} is not at level {level}"
+        present, leaving = rows.present[row], rows.leaving[row]
+        assert present & bit, f"row {row} is not at level {level}"
         assert force or not rows.pins[row], f"row {row} is pinned"
+        child_of = rows.parent[row] != NONE
+        before = self.family.stays(row) if child_of else 0
         location = rows.location(row, level)
         footprint = self.levels[level].footprint(location.length)
         self.used[level] -= footprint
-        if rows.leaving[row] & bit:
+        if leaving & bit:
             self.leaving_bytes[level] -= footprint
-        rows.present[row] &= ~bit
-        rows.leaving[row] &= ~bit
+            rows.leaving[row] = leaving & ~bit
+        rows.present[row] = present = present & ~bit
         self.raw_bytes[level] -= rows.raw[row]
         self.blocks[level] -= 1
         self.policies[level].remove(row, evicted=evicted)
-        self.family.moved(row, before, self.family.stays(row))
-        if not rows.present[row]:
+        if child_of:
+            self.family.moved(row, before, self.family.stays(row) if present else 0)
+        if not present:
             self._remove(row)
         return location
 
@@ -276,18 +294,19 @@ class Residency:
 
     # ---- inside
 
-    def _space(self, namespace: str, shard: bytes) -> int:
-        space = self._spaces.get((namespace, shard))
+    def _space(self, namespace: str, header: Header) -> int:
+        space = self._spaces.get((namespace, header.shard))
         if space is None:
-            space = self._spaces[namespace, shard] = len(self._names)
-            self._names.append((namespace, shard))
-            self._index.append({})
+            space = self._spaces[namespace, header.shard] = len(self._names)
+            self._names.append((namespace, header.shard))
+            self._index.append(KeyTable(self.rows, space))
+            self.rows.describe(header.namespace, header.shard)
             self.family.orphans.append({})
         return space
 
     def _ident(self, row: int) -> int:
-        at = row * 160 + 12  # the first half of the key, as uniform as a hash
-        return int.from_bytes(self.rows.headers[at : at + 8], "little") ^ self.rows.space[row]
+        at = row * RECORD_BYTES  # the first half of the key, as uniform as a hash
+        return int.from_bytes(self.rows.records[at : at + 8], "little") ^ self.rows.space[row]
 
     def _settle(self, row: int) -> None:
         rows = self.rows
@@ -305,9 +324,10 @@ class Residency:
 
     def _remove(self, row: int) -> None:
         """The last copy is gone: the row is free, or a zombie."""
-        rows, header = self.rows, self.rows.header(row)
-        del self._index[rows.space[row]][header.key]
-        self.family.part(row, header.parent, header.key)
+        rows, key = self.rows, self.rows.key(row)
+        self._index[rows.space[row]].remove(key, row)
+        if rows.leaf_first[row]:
+            self.family.part(row, rows.parent_key(row), key)
         if rows.pins[row] or rows.busy[row]:
             rows.gone[row] = 1
         else:

@@ -1,19 +1,34 @@
-"""The columns of residency: one row a block, plain arrays, freed rows used again. Pure storage, no decisions."""
+"""The columns of residency: one row a block, plain arrays, freed rows used again. Pure storage, no decisions.
+
+What all blocks of a shard share (namespace, shard, root) is kept once; the rest of a header is 76 bytes a row.
+"""
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterator
 
-from kvstore.header import HEADER_BYTES, Header
-from kvstore.types import Location
+from kvstore.header import Header
+from kvstore.types import Fidelity, Location
 
 NONE = -1
 GROWTH_ROWS_MIN = 64
+GROWTH_SHARE = 8  # of the rows there are, more at a time
+
+_RECORD = struct.Struct("<16s16s16sQQIIHBB")
+RECORD_BYTES = _RECORD.size
+KEY_END, PARENT_END = 16, 32
+"""In a record: the key, then the parent's key."""
+
+_FIDELITIES = {int(fidelity): fidelity for fidelity in Fidelity}
 
 
 class Rows:
-    """Column arrays, indexed by row. Bitmaps have bit `level` for each level."""
+    """Column arrays, indexed by row. Bitmaps have bit `level` for each level.
+
+    A row on the free list has no flags, counts or links, but `below` and places hold anything.
+    """
 
     def __init__(self, levels: int) -> None:
         self.levels = levels
@@ -26,68 +41,103 @@ class Rows:
         self.orphan = array("B")  # 1: waits for a parent that is not resident
         self.fidelity = array("B")
         self.space = array("i")  # which (namespace, shard)
+        self.root = array("i")  # which root
         self.pins = array("i")
         self.busy = array("i")  # moves and loads that will come back to this row
         self.parent = array("i")  # rows, NONE where there is none resident
         self.child = array("i")  # first child
         self.next = array("i")  # sibling
         self.prev = array("i")
-        self.depth = array("q")
-        self.raw = array("q")  # bytes of the raw block
+        self.same = array("i")  # the next row in the same bucket of the key table
+        self.depth = array("I")
+        self.raw = array("I")  # bytes of the raw block
         self.below = [array("i") for _ in range(levels)]  # children whose fastest staying copy is here or faster
-        self.segment = [array("q") for _ in range(levels)]
+        self.segment = [array("i") for _ in range(levels)]
         self.offset = [array("q") for _ in range(levels)]
-        self.length = [array("q") for _ in range(levels)]
-        self.headers = bytearray()  # HEADER_BYTES a row
+        self.length = [array("I") for _ in range(levels)]
+        self.records = bytearray()  # RECORD_BYTES a row
+        self._digests: list[tuple[bytes, bytes]] = []  # by space: digests of its namespace and shard
+        self._roots: list[bytes] = []
+        self._root_at: dict[bytes, int] = {}
         self._free = array("i")
-        self._bytes = (
+        self._columns = (
             self.present, self.writing, self.leaving, self.used, self.gone, self.leaf_first, self.orphan, self.fidelity,
-        )  # fmt: skip
-        self._numbers = (
-            self.space, self.pins, self.busy, self.parent, self.child, self.next, self.prev, self.depth, self.raw,
+            self.space, self.root, self.pins, self.busy, self.depth, self.raw,
             *self.below, *self.segment, *self.offset, *self.length,
         )  # fmt: skip
-        self._links = (self.parent, self.child, self.next, self.prev)
+        self._links = (self.parent, self.child, self.next, self.prev, self.same)
 
     def __len__(self) -> int:
         """Rows in use, zombies included."""
         return len(self.present) - len(self._free)
 
     def take(self) -> int:
-        """A cleared row. Mutates."""
+        """A row without flags, counts or links. Mutates."""
         if not self._free:
             self._grow()
         row = self._free.pop()
-        for flags in self._bytes:
-            flags[row] = 0
-        for numbers in self._numbers:
-            numbers[row] = 0
-        for links in self._links:
-            links[row] = NONE
+        for below in self.below:
+            below[row] = 0
         self.used[row] = 1
         return row
 
     def give(self, row: int) -> None:
-        """Free a row. Mutates."""
+        """Free a row that nothing refers to. Mutates."""
         assert self.used[row], f"row {row} is freed twice"
         self.used[row] = 0
         self._free.append(row)
 
     def _grow(self) -> None:
         first = len(self.present)
-        more = max(GROWTH_ROWS_MIN, first // 2)
-        for flags in self._bytes:
-            flags.frombytes(bytes(more))
-        for numbers in self._numbers:
-            numbers.frombytes(bytes(more * numbers.itemsize))
-        self.headers += bytes(more * HEADER_BYTES)
+        more = max(GROWTH_ROWS_MIN, first // GROWTH_SHARE)
+        for column in self._columns:
+            column.frombytes(bytes(more * column.itemsize))
+        for links in self._links:
+            links.frombytes(b"\xff" * (more * links.itemsize))
+        self.records += bytes(more * RECORD_BYTES)
         self._free.extend(range(first + more - 1, first - 1, -1))
 
+    # ---- headers
+
+    def describe(self, namespace: bytes, shard: bytes) -> None:
+        """The digests of the next space. Mutates."""
+        self._digests.append((namespace, shard))
+
+    def key(self, row: int) -> bytes:
+        at = row * RECORD_BYTES
+        return bytes(self.records[at : at + KEY_END])
+
+    def parent_key(self, row: int) -> bytes:
+        at = row * RECORD_BYTES
+        return bytes(self.records[at + KEY_END : at + PARENT_END])
+
     def header(self, row: int) -> Header:
-        return Header.unpack(memoryview(self.headers)[row * HEADER_BYTES : (row + 1) * HEADER_BYTES])
+        key, parent, group, copy_id, checksum, stored_length, chunks, tokens, computed_on, stored = _RECORD.unpack_from(
+            self.records, row * RECORD_BYTES
+        )
+        namespace, shard = self._digests[self.space[row]]
+        return Header(
+            key, parent, self._roots[self.root[row]], group, self.depth[row], namespace, shard, copy_id,
+            _FIDELITIES[computed_on], _FIDELITIES[stored], tokens, self.raw[row], chunks, stored_length, 0, checksum,
+        )  # fmt: skip
+
+    def root_of(self, row: int) -> bytes:
+        return self._roots[self.root[row]]
 
     def set_header(self, row: int, header: Header) -> None:
-        self.headers[row * HEADER_BYTES : (row + 1) * HEADER_BYTES] = header.pack()
+        """Of a row whose space is set. Mutates."""
+        assert (header.namespace, header.shard) == self._digests[self.space[row]], "a header of another shard"
+        root = self._root_at.get(header.root)
+        if root is None:
+            root = self._root_at[header.root] = len(self._roots)
+            self._roots.append(header.root)
+        self.root[row], self.depth[row], self.raw[row] = root, header.depth, header.raw_length
+        _RECORD.pack_into(
+            self.records, row * RECORD_BYTES, header.key, header.parent, header.group, header.copy_id,
+            header.checksum, header.stored_length, header.chunk_count, header.tokens, header.computed_on, header.stored,
+        )  # fmt: skip
+
+    # ---- places
 
     def location(self, row: int, level: int) -> Location:
         return Location(self.segment[level][row], self.offset[level][row], self.length[level][row])
@@ -99,6 +149,8 @@ class Rows:
 
     def __iter__(self) -> Iterator[int]:
         return (row for row, used in enumerate(self.used) if used)
+
+    # ---- links
 
     def link(self, row: int, parent: int) -> None:
         """Make `row` the first child of `parent`. Mutates."""
