@@ -206,6 +206,7 @@ async def test_the_scenario_in_one_process() -> None:
     for row in (rows[1], *rows[3:]):
         assert row.computed_tokens < row.prompt_tokens / 2
     assert len(shared.after) > 0, "a replica is told what the other one stored"
+    assert scenario.report.clients == {"A": {}, "B": {}}
     assert not checks.tiers.ok, "a dictionary has no host memory and no Redis"
     assert not checks.ok
 

@@ -41,6 +41,7 @@ class DictClient:
         self.serve = serve
         self.matched: list[int] = []
         self.after: list[CommitToken] = []
+        self.counters: dict[str, int] = {}
 
     async def match(self, spec: ModelSpec, prefix: Chain, *, after: Iterable[CommitToken] = ()) -> HitPlan:
         self.after += after

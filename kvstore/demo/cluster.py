@@ -32,6 +32,8 @@ SETTLED_LOOKS = 4
 """So many equal looks in a row: longer than a heartbeat, which brings the numbers."""
 RETURN_S = 60.0
 STOP_S = 20.0
+PATIENCE_S = 10.0
+"""Of a client for an answer: replicas, workers and Redis share two cores with the model's arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,9 @@ class FleetCluster:
             "coordinators": list(self.state.coordinators),
             "workers": [own],
             "inflight_bytes_max": self._limits.inflight,
+            "match_timeout_s": PATIENCE_S,
+            "get_timeout_s": 2 * PATIENCE_S,
+            "put_timeout_s": 2 * PATIENCE_S,
         }
 
     async def _look(self) -> View:

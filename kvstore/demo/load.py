@@ -42,7 +42,13 @@ def passage(topic: str, start: int, nbytes: int) -> str:
     return cut[: cut.rfind(" ")].strip()
 
 
-TOPICS = {"document": "import", "chat-1": "execmodel", "chat-2": "typesseq", "chat-3": "debugger"}
+TOPICS = {
+    "document": "import",
+    "chat-1": "execmodel",
+    "chat-2": "typesseq",
+    "chat-3": "debugger",
+    "chat-4": "customization",
+}
 QUESTIONS = (
     "What does the finder return when it knows where the module is?",
     "Which steps happen before the code of the module is executed?",
@@ -82,9 +88,9 @@ class Script:
 FULL = Script(
     share="document:A document:B chat-1:A chat-1:B chat-2:B chat-2:A document:A chat-1:A "
     "chat-3:A chat-3:B chat-2:B document:B chat-3:A",
-    again="chat-1:B chat-2:A document:A",
-    outage="document:B chat-2:B",
-    after="chat-3:B chat-1:A chat-2:A document:A",
+    again="chat-1:B document:A chat-4:A chat-4:B",
+    outage="document:B chat-2:A",
+    after="chat-3:B chat-1:A document:A chat-2:B",
     first_bytes=1500,
     new_tokens=12,
 )

@@ -41,6 +41,7 @@ class Server:
         self._operations: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "connect": self._connect,
             "warm": self._warm,
+            "counters": self._counters,
             "answer": self._answer,
         }
 
@@ -67,6 +68,10 @@ class Server:
         ids = torch.arange(request["tokens"])[None] % 256
         await prefill(self.model, ids, None, spec=self.spec)
         return {}
+
+    async def _counters(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the client counted: hits by tier, misses, errors."""
+        return dict(sorted(self.client.counters.items())) if self.client is not None else {}
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         watched = Watched(self.client) if self.client is not None and request["mode"] != "plain" else None

@@ -81,7 +81,7 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     tiers: dict[str, list[TierRow]] = field(default_factory=dict)  # by the moment they were read
-    notes: list[str] = field(default_factory=list)
+    clients: dict[str, dict[str, int]] = field(default_factory=dict)  # replica -> what its client counted
 
     def hits(self, phase: str = "") -> dict[str, int]:
         """Tokens by tier over the rows of one phase, or all."""
