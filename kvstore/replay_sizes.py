@@ -16,10 +16,9 @@ from kvstore.values import parse_size
 
 PAGE_BYTES = 4096
 LOSSLESS_SHARE = 0.72  # of the raw bytes of `kvstore.payload`, with the codec's own tables
-SHARES = (0.25, 0.25, 0.25)  # of the reuses, for hot, host and ssd; Redis has what is left
 REDIS_SPARE = 1.3
 SSD_SEGMENTS = 16
-LEAST_BYTES = (256 * KIB, 256 * KIB, 2048 * KIB, 1024 * KIB)  # of one worker
+LEAST_BYTES = (256 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB)  # of one worker
 
 
 class TierSizes(NamedTuple):
@@ -50,7 +49,7 @@ def choose_sizes(
     record = _pages(int(raw * share) + HEADER_BYTES + ENTRY_BYTES * 2 * len(chunks(spec, shard)))
     fill = (store.high_watermark + store.low_watermark) / 2  # a tier is about that full
     least = asked.distinct / 100
-    hot, host, ssd = sizes(distances(requests, asked.accesses), (max(least, in_flight), least, least), SHARES)
+    hot, host, ssd = sizes(distances(requests, asked.accesses), (max(least, in_flight), least, least))
     chosen = [
         hot * _pages(raw) / fill,
         host * record / fill,

@@ -6,6 +6,7 @@ is long (SHARDS, Waldspurger et al., FAST'15, section 3: fixed rate).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from kvstore.trace import Request
@@ -60,16 +61,15 @@ def distances(requests: Iterable[Request], accesses: int) -> list[float]:
     return sorted(found)
 
 
-def sizes(sorted_distances: Sequence[float], least: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """Blocks per tier, fastest first, so that tier i serves about `shares[i]` of the reuses under LRU; the rest falls
-    below the last. Each is at least its `least`. Pure."""
-    if not sorted_distances:
-        return list(least)
+def sizes(sorted_distances: Sequence[float], least: Sequence[float]) -> list[float]:
+    """Blocks per tier, fastest first, so that under LRU each serves the same part of the reuses, and what is below the
+    last one the same part again. Each is at least its `least`; the others share what that leaves. Pure."""
     sized: list[float] = []
-    above = total = 0.0
-    for share, floor in zip(shares, least, strict=True):
-        total += share
-        reach = sorted_distances[min(len(sorted_distances) - 1, int(total * len(sorted_distances)))]
+    above = 0.0
+    for position, floor in enumerate(least):
+        served = bisect_right(sorted_distances, above)
+        rest = len(sorted_distances) - served
+        reach = sorted_distances[served + rest // (len(least) - position + 1)] if rest else above
         sized.append(max(floor, reach - above))
         above += sized[-1]
     return sized

@@ -127,7 +127,6 @@ class Footprint:
     requests: int
     accesses: int
     distinct: int
-    largest: int  # accesses of one request
 
     @property
     def reusable(self) -> int:
@@ -138,10 +137,9 @@ class Footprint:
 def footprint(requests: Iterable[Request]) -> Footprint:
     """Counts over requests. Pure."""
     seen: set[int] = set()  # only counted, never iterated
-    count = accesses = largest = 0
+    count = accesses = 0
     for request in requests:
         count += 1
         accesses += len(request.hash_ids)
-        largest = max(largest, len(request.hash_ids))
         seen.update(request.hash_ids)
-    return Footprint(count, accesses, len(seen), largest)
+    return Footprint(count, accesses, len(seen))

@@ -124,12 +124,17 @@ def test_tiers_are_sized_so_that_each_would_serve_its_share() -> None:
     requests = conversations(40, 10)
     asked = footprint(requests)
     found = distances(requests, asked.accesses)
-    hot, host, ssd = sizes(found, (1, 1, 1), (0.25, 0.25, 0.25))
+    hot, host, ssd = sizes(found, (1, 1, 1))
     bounds = [0, hot, hot + host, hot + host + ssd, float("inf")]
     shares = [sum(low <= d < high for d in found) / len(found) for low, high in pairwise(bounds)]
     assert all(share > 0.1 for share in shares), shares
-    assert sizes([], (10, 20), (0.25, 0.25)) == [10, 20]
-    assert sizes(found, (1e6, 7, 1), (0.25, 0.25, 0.25)) == [1e6, 7, 1]
+    assert sizes([], (10, 20)) == [10, 20]
+    assert sizes(found, (1e6, 7, 1)) == [1e6, 7, 1]
+    floor, host, ssd = sizes(found, (2 * hot, 1, 1))  # a floor leaves less, and the others share it
+    left = [d for d in found if d > floor]
+    assert floor == 2 * hot
+    assert sum(d < floor + host for d in left) / len(left) == pytest.approx(1 / 3, abs=0.15)
+    assert sum(d < floor + host + ssd for d in left) / len(left) == pytest.approx(2 / 3, abs=0.15)
 
 
 def test_sizes_given_are_kept_and_shares_are_of_what_is_asked_for() -> None:
@@ -150,7 +155,7 @@ def test_sizes_given_are_kept_and_shares_are_of_what_is_asked_for() -> None:
 
 def test_a_run_over_a_fresh_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four processes, four tiers, every byte checked, nothing left behind."""
-    requests = conversations(40, 8)
+    requests = conversations(30, 5)
     asked = footprint(requests)
     trace = write_trace(tmp_path / "trace.jsonl", requests)
     status = main(["replay", str(trace), "--json", "--concurrency", "4"])

@@ -93,7 +93,7 @@ def test_a_cut_zstd_file_is_an_error_after_its_whole_requests(tmp_path: Path) ->
 
 def test_footprint_and_chaining() -> None:
     requests = [Request(0, 0, 0, (0, 1, 2)), Request(1, 0, 0, (0, 1, 3)), Request(2, 0, 0, ())]
-    assert footprint(requests) == Footprint(3, 6, 4, 3)
+    assert footprint(requests) == Footprint(3, 6, 4)
     assert footprint(requests).reusable == 2
     check_chained(requests)
     with pytest.raises(UsageError, match=r"request 2: block 1 follows 9, earlier 0"):

@@ -34,6 +34,7 @@ from kvstore.errors import ConfigError, KVStoreError, SetupError
 from kvstore.fleet_state import MARK, SSD_FOLDER, FleetState, fleet_folder
 from kvstore.processes import ProcessId, carrying
 from kvstore.spawn import LocalProcess, LocalSpawner
+from kvstore.tiers.redis_link import place
 
 PROGRESS_FILE, CONFIG_FILE, LOG_FILE, LOCK_FILE = "starting.jsonl", "config.toml", "supervisor.log", "lock"
 POLL_S = 0.05
@@ -109,7 +110,7 @@ def run_up(arguments: argparse.Namespace) -> int:
     assert state is not None, "the supervisor said that it is ready"
     status = asyncio.run(settled_status(state, config))
     if arguments.json:
-        print_json({"name": state.name, "ray_address": state.ray_address, "redis_url": state.redis_url} | status)
+        print_json({"name": state.name, "ray_address": state.ray_address, "redis": place(state.redis_url)} | status)
     else:
         tables.print_status(status, title=f"fleet {state.name}")
         print(f"coordinators: {','.join(state.coordinators)}   Ray: {state.ray_address}   end it: kvstore down")

@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     )
     made.add_argument("trace", metavar="TRACE", help="JSON lines in the Mooncake format, plain or .zst")
     made.add_argument("--requests", type=_count, metavar="N", help="only the first N")
-    made.add_argument("--concurrency", type=_count, default=8, metavar="C", help="requests at a time (default 8)")
+    made.add_argument("--concurrency", type=_count, default=4, metavar="C", help="requests at a time (default 4)")
     made.add_argument("--workers", type=_count, default=2, metavar="W", help="of the fresh service (default 2)")
     made.add_argument("--block-bytes", type=_block_bytes, default=16 * KIB, metavar="SIZE", help="raw bytes of a block")
     for tier in TIERS:
@@ -152,7 +152,7 @@ def _fresh(arguments: argparse.Namespace, config: Config, trace: Trace) -> Local
     given = TierSizes(*(getattr(arguments, f"{tier}_bytes") for tier in TIERS))
     spec = replay_spec(arguments.block_bytes)
     asked = trace.footprint
-    in_flight = max(arguments.workers * asked.largest, arguments.concurrency * asked.accesses / asked.requests)
+    in_flight = arguments.concurrency * asked.accesses / asked.requests
     chosen = choose_sizes(trace.read(), asked, spec, config.store, given, in_flight)
     note("tiers over all workers: " + ", ".join(f"{t} {size(n)}" for t, n in zip(TIERS, chosen, strict=True)))
     config = override(config, {"store": store_settings(chosen, arguments.workers, config.store)})
