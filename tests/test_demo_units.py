@@ -169,6 +169,9 @@ class StillCluster:
         self.asked.append("tiers")
         return [TierRow("worker-0", tier, 3, 100, 200, 130, "ok") for tier in TIERS]
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        return {"worker-0": {"puts_committed": 3}}
+
     async def settled(self) -> None:
         self.asked.append("settled")
 

@@ -179,6 +179,11 @@ class FleetCluster:
                     rows[worker, name] = row
         return sorted(rows.values(), key=lambda row: (row.worker == "shared", row.worker, TIERS.index(row.tier)))
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """What each living worker has counted since its last start, by the name of its node."""
+        found = alive(await self._look()).values()
+        return {status.member.node: dict(sorted(status.counters.items())) for status in found}
+
     async def settled(self) -> None:
         last: list[TierRow] = []
         equal = 0

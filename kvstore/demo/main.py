@@ -130,5 +130,6 @@ def as_json(checks: Checks, report: Report, seconds: float) -> dict[str, Any]:
         "hit_tokens": report.hits(),
         "tiers": {moment: [row.as_json() for row in rows] for moment, rows in report.tiers.items()},
         "clients": report.clients,
+        "workers": report.workers,
         "checks": [check.as_json() for check in checks.all()],
     }

@@ -20,6 +20,9 @@ class Cluster(Protocol):
     async def tiers(self) -> list[TierRow]:
         """Every tier of every worker that answers."""
 
+    async def counters(self) -> dict[str, dict[str, int]]:
+        """What each living worker counted, by name."""
+
     async def settled(self) -> None:
         """Wait, bounded, until blocks have stopped moving between tiers."""
 
@@ -58,19 +61,20 @@ class Scenario:
         phases = self._script.phases()
         await self._phase("share", phases["share"])
         await self._cluster.settled()
-        self._look("before", await self._cluster.tiers())
+        await self._look("before")
         await self._phase("again", phases["again"])
         await self._cluster.settled()
-        self._look("loaded", await self._cluster.tiers())
+        await self._look("loaded")
         self._count(self.checks.tiers, self.report.hits(), TIERS)
         self._say(await self._cluster.kill())
         await self._phase("outage", phases["outage"])
         back = await self._cluster.returned()
         self._say(back)
-        self._look("returned", await self._cluster.tiers())
+        await self._look("returned")
         await self._phase("after", phases["after"])
         for name, replica in self._replicas.items():
             self.report.clients[name] = await replica.call("counters", 30.0)
+        self.report.workers["end"] = await self._cluster.counters()
         self._recovered(back)
 
     async def _phase(self, phase: str, steps: list[tuple[str, str]]) -> None:
@@ -102,8 +106,9 @@ class Scenario:
             self._commits.pop((worker, epoch), None)
             self._commits[worker, epoch] = seq
 
-    def _look(self, moment: str, rows: list[TierRow]) -> None:
-        self.report.tiers[moment] = rows
+    async def _look(self, moment: str) -> None:
+        rows = self.report.tiers[moment] = await self._cluster.tiers()
+        self.report.workers[moment] = await self._cluster.counters()
         if moment == "loaded":
             self._count(
                 self.checks.filled, {tier: sum(r.blocks for r in rows if r.tier == tier) for tier in TIERS}, TIERS

@@ -81,6 +81,7 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     tiers: dict[str, list[TierRow]] = field(default_factory=dict)  # by the moment they were read
+    workers: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)  # moment -> node -> its counters
     clients: dict[str, dict[str, int]] = field(default_factory=dict)  # replica -> what its client counted
 
     def hits(self, phase: str = "") -> dict[str, int]:
