@@ -131,7 +131,7 @@ class LocalCluster:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSTORE_")}
         log = str(Path(self.folder) / f"{name}.log")
         server = Server(name, self._spawner.spawn(argv, env=environment, log=log), {}, argv)
-        if server.argv[4] == "coordinator":
+        if "coordinator" in server.argv:
             self.coordinator = server  # known before it is ready, so that `stop` ends it
         else:
             self.workers = [*(worker for worker in self.workers if worker.name != name), server]

@@ -32,7 +32,7 @@ def conversations(count: int, turns: int, seed: int = 1) -> list[Request]:
     prompts: list[list[int]] = [[0, 1] for _ in range(count)]
     left = [turns] * count
     fresh = 2
-    requests = []
+    requests: list[Request] = []
     while any(left):
         chat = rng.choice([i for i, n in enumerate(left) if n])
         left[chat] -= 1
