@@ -26,6 +26,11 @@ class Changes:
             found = self._outboxes[namespace] = Outbox(self.limit)
         return found
 
+    def begin(self, namespace: str, blocks: int) -> None:
+        """So many blocks were found at the start: the first numbers, which only a snapshot tells. Before any change."""
+        assert namespace not in self._outboxes
+        self._outboxes[namespace] = Outbox(self.limit, head=blocks)
+
     def push(self, namespace: str, change: Change) -> int:
         """The change's number. Mutates, and tells the subscribers."""
         seq = self.outbox(namespace).push(change)

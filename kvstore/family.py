@@ -66,7 +66,10 @@ class Family:
         if parent == NONE:
             return
         none = self.rows.levels
-        was, now = top_of(before) if before else none, top_of(after) if after else none
+        was = (before & -before).bit_length() - 1 if before else none
+        now = (after & -after).bit_length() - 1 if after else none
+        if was == now:
+            return
         step = 1 if now < was else -1
         for level in range(min(was, now), max(was, now)):
             below = self.rows.below[level]

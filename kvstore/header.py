@@ -20,6 +20,7 @@ MAX_CHUNKS = 1 << 20
 _STRUCT = struct.Struct("<4sHHI16s16s16s16sI16s16sQBBHIQQIIQ")
 _CHECKED = 148  # bytes that the short check at 148 covers; the checksum at 152 covers it, the table and the bitmap
 _LENGTH = struct.Struct("<I")
+_FIDELITIES = {int(fidelity): fidelity for fidelity in Fidelity}
 assert _STRUCT.size == HEADER_BYTES
 
 
@@ -144,29 +145,13 @@ class Header:
             raise UnknownFormat(
                 f"block header with flags {flags:#x} and a bitmap of {validity} bytes: unknown to this build"
             )
-        try:
-            header = cls(
-                key=key,
-                parent=parent,
-                root=root,
-                group=group,
-                depth=depth,
-                namespace=namespace,
-                shard=shard,
-                copy_id=copy_id,
-                computed_on=Fidelity(computed_on),
-                stored=Fidelity(stored),
-                tokens=tokens,
-                raw_length=raw_length,
-                chunk_count=chunk_count,
-                stored_length=stored_length,
-                validity_length=validity,
-                checksum=checksum,
-            )
-        except ValueError:
-            raise UnknownFormat(
-                f"block header with fidelities {computed_on}, {stored}: unknown to this build"
-            ) from None
+        fidelity, stored_as = _FIDELITIES.get(computed_on), _FIDELITIES.get(stored)
+        if fidelity is None or stored_as is None:
+            raise UnknownFormat(f"block header with fidelities {computed_on}, {stored}: unknown to this build")
+        header = cls(
+            key, parent, root, group, depth, namespace, shard, copy_id, fidelity, stored_as, tokens, raw_length,
+            chunk_count, stored_length, validity, checksum,
+        )  # fmt: skip
         header._check_lengths()
         return header
 

@@ -48,6 +48,11 @@ class Residency:
         self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
         self._names: list[tuple[str, bytes]] = []
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
+        self._granules = [level.granule for level in levels]
+        self._at = [
+            tuple(policy for level, policy in enumerate(self.policies) if bitmap >> level & 1)
+            for bitmap in range(1 << len(levels))
+        ]  # by bitmap of presence: the policies of the levels in it
         self._eligible = [self._eligibility(level) for level in range(len(levels))]
 
     # ---- questions
@@ -179,14 +184,13 @@ class Residency:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location, *, leaf_first: bool) -> int:
         """A new block with its first copy; its row. Mutates."""
-        space = self._space(namespace, header)
+        space = self._spaces.get((namespace, header.shard))
+        if space is None:
+            space = self._space(namespace, header)
         index, rows, key = self._index[space], self.rows, header.key
-        row = index.get(key)
-        assert row is None, "a block is admitted twice"
         row = rows.take()
         rows.space[row] = space
         rows.leaf_first[row] = leaf_first
-        rows.fidelity[row] = header.fidelity
         rows.set_header(row, header)
         index.add(key, row)
         if leaf_first:
@@ -196,13 +200,15 @@ class Residency:
 
     def add(self, row: int, level: int, location: Location) -> None:
         """A copy is complete at a level. Mutates."""
-        rows, bit = self.rows, 1 << level
+        rows, bit, length = self.rows, 1 << level, location.length
         present = rows.present[row]
         assert not present & bit and not rows.gone[row], f"row {row} is at level {level} already, or gone"
         before = self.family.stays(row) if present else 0
         rows.present[row] = present | bit
-        rows.set_location(row, level, location)
-        footprint = self.levels[level].footprint(location.length)
+        rows.segment[level][row], rows.offset[level][row] = location.segment, location.offset
+        rows.length[level][row] = length
+        granule = self._granules[level]
+        footprint = -(-length // granule) * granule
         self.used[level] += footprint
         self.raw_bytes[level] += rows.raw[row]
         self.blocks[level] += 1
@@ -224,7 +230,8 @@ class Residency:
         child_of = rows.parent[row] != NONE
         before = self.family.stays(row) if child_of else 0
         location = rows.location(row, level)
-        footprint = self.levels[level].footprint(location.length)
+        granule = self._granules[level]
+        footprint = -(-location.length // granule) * granule
         self.used[level] -= footprint
         if leaving & bit:
             self.leaving_bytes[level] -= footprint
@@ -245,10 +252,8 @@ class Residency:
 
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
-        present = self.rows.present[row]
-        for level, policy in enumerate(self.policies):
-            if present >> level & 1:
-                policy.touch(row)
+        for policy in self._at[self.rows.present[row]]:
+            policy.touch(row)
 
     def pin(self, row: int) -> None:
         """Keep every copy where it is. Counted. Mutates."""
@@ -257,9 +262,11 @@ class Residency:
 
     def unpin(self, row: int) -> None:
         """Mutates."""
-        assert self.rows.pins[row] > 0, f"row {row} is unpinned more often than pinned"
-        self.rows.pins[row] -= 1
-        self._settle(row)
+        pins = self.rows.pins
+        assert pins[row] > 0, f"row {row} is unpinned more often than pinned"
+        pins[row] -= 1
+        if not pins[row]:
+            self._settle(row)
 
     def work(self, row: int, writing: int | None = None) -> None:
         """Bytes are moving for this row (to level `writing`): it is not reused until `done`. Mutates."""
@@ -317,10 +324,8 @@ class Residency:
             self._ready(row)
 
     def _ready(self, row: int) -> None:
-        present = self.rows.present[row]
-        for level, policy in enumerate(self.policies):
-            if present >> level & 1:
-                policy.ready(row)
+        for policy in self._at[self.rows.present[row]]:
+            policy.ready(row)
 
     def _remove(self, row: int) -> None:
         """The last copy is gone: the row is free, or a zombie."""

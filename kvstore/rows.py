@@ -39,7 +39,7 @@ class Rows:
         self.gone = array("B")  # 1: removed, but pinned or busy, so the row is not reused yet
         self.leaf_first = array("B")  # 1: children must go first (full attention)
         self.orphan = array("B")  # 1: waits for a parent that is not resident
-        self.fidelity = array("B")
+        self.fidelity = array("B")  # the lesser of the header's two
         self.space = array("i")  # which (namespace, shard)
         self.root = array("i")  # which root
         self.pins = array("i")
@@ -126,7 +126,9 @@ class Rows:
 
     def set_header(self, row: int, header: Header) -> None:
         """Of a row whose space is set. Mutates."""
-        assert (header.namespace, header.shard) == self._digests[self.space[row]], "a header of another shard"
+        assert header.shard == self._digests[self.space[row]][1], "a header of another shard"
+        computed_on, stored = header.computed_on, header.stored
+        self.fidelity[row] = computed_on if computed_on < stored else stored
         root = self._root_at.get(header.root)
         if root is None:
             root = self._root_at[header.root] = len(self._roots)
@@ -134,7 +136,7 @@ class Rows:
         self.root[row], self.depth[row], self.raw[row] = root, header.depth, header.raw_length
         _RECORD.pack_into(
             self.records, row * RECORD_BYTES, header.key, header.parent, header.group, header.copy_id,
-            header.checksum, header.stored_length, header.chunk_count, header.tokens, header.computed_on, header.stored,
+            header.checksum, header.stored_length, header.chunk_count, header.tokens, computed_on, stored,
         )  # fmt: skip
 
     # ---- places

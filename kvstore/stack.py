@@ -139,11 +139,15 @@ class Stack:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location) -> int:
         """A new block; its row. Mutates."""
-        model = self.model(header)
-        leaf_first = model is None or model[0].groups[model[1].group].kind not in FREE_GROUPS
-        row = self.residency.admit(namespace, header, level, location, leaf_first=leaf_first)
+        row = self.take_in(namespace, header, level, location)
         self.changes.push(namespace, self.announced(row))
         return row
+
+    def take_in(self, namespace: str, header: Header, level: int, location: Location) -> int:
+        """`admit` at the start, when nobody is told of single blocks. Mutates."""
+        model = self.model(header)
+        leaf_first = model is None or model[0].groups[model[1].group].kind not in FREE_GROUPS
+        return self.residency.admit(namespace, header, level, location, leaf_first=leaf_first)
 
     def add(self, row: int, level: int, location: Location) -> None:
         """One more copy of a block. Mutates."""

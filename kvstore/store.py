@@ -7,6 +7,7 @@ All methods run on one event loop. Metadata changes only between two awaits; onl
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvstore.announce import Outbox
@@ -33,7 +34,7 @@ from kvstore.shared import Finder, SharedTier
 from kvstore.spec import ModelSpec, Shard
 from kvstore.stack import Stack
 from kvstore.staging import Staging
-from kvstore.tiers.base import Location, TierStats, TierStore
+from kvstore.tiers.base import Recovered, TierStats, TierStore
 from kvstore.types import Fidelity
 
 __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
@@ -80,24 +81,32 @@ class TieredStore:
             for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
                 recovered = await tier.start()
                 self._started.append(tier)
-                for block in recovered:
-                    self._recovered(block.namespace, block.header, block.location)
+                self._take_in(recovered)
         except BaseException:
             await self.close()
             raise
         self.movement.growth.poke()
         self.movement.pump()
 
-    def _recovered(self, namespace: str, header: Header, location: Location) -> None:
-        stack = self.stack
-        assert stack.SSD is not None
-        row = stack.residency.find(namespace, header.shard, header.key)
-        if row is not None and stack.residency.fidelity(row) >= header.fidelity:
-            stack.tiers[stack.SSD].free(namespace, header, location)
-            return
-        if row is not None:
-            stack.remove(row)
-        stack.admit(namespace, header, stack.SSD, location)
+    def _take_in(self, recovered: Sequence[Recovered]) -> None:
+        """What a tier kept from an earlier process; of two copies the better one. Others learn of it by snapshot."""
+        stack, residency, level = self.stack, self.stack.residency, self.stack.SSD
+        kept: Counter[str] = Counter()
+        for block in recovered:
+            assert level is not None
+            namespace, header = block.namespace, block.header
+            row = residency.find(namespace, header.shard, header.key)
+            if row is not None:
+                worse = residency.fidelity(row) >= header.fidelity
+                other = (header, block.location) if worse else (residency.header(row), residency.drop(row, level))
+                stack.tiers[level].free(namespace, *other)
+                if worse:
+                    continue
+                kept[namespace] -= 1
+            stack.take_in(namespace, header, level, block.location)
+            kept[namespace] += 1
+        for namespace, blocks in kept.items():
+            self.changes.begin(namespace, blocks)
 
     async def close(self) -> None:
         """Stop all movement, flush the tiers, let go of all memory. What a slower tier has is found again."""

@@ -35,6 +35,7 @@ class Rig:
     catalog: Catalog
     spec: ModelSpec
     told: dict[str, list[tuple[int, Change]]] = field(default_factory=dict)
+    found: dict[str, tuple[int, list[Added]]] = field(default_factory=dict)  # at the start: what a snapshot told
 
     @classmethod
     def make(
@@ -139,6 +140,10 @@ class Rig:
             return []
         return [level.tier for at, level in enumerate(residency.levels) if residency.present(row, at)]
 
+    async def start(self) -> None:
+        await self.store.start()
+        self.found = {namespace: self.store.snapshot(namespace) for namespace in self.store.heads()}
+
     async def settle(self) -> None:
         """Until nothing moves; then everything must agree."""
         await self.store.idle()
@@ -148,15 +153,16 @@ class Rig:
         """validate(), and what was announced equals what is held, numbered without a gap."""
         self.store.validate()
         for namespace, told in self.told.items():
-            assert [seq for seq, _ in told] == list(range(1, len(told) + 1))
-            said: dict[tuple[bytes, bytes], Added] = {}
+            first, before = self.found.get(namespace, (0, []))
+            assert [seq for seq, _ in told] == list(range(first + 1, first + len(told) + 1))
+            said: dict[tuple[bytes, bytes], Added] = {(b.shard, b.key): b for b in before}
             for _, change in told:
                 if isinstance(change, Removed):
                     del said[change.shard, change.key]
                 else:
                     said[change.shard, change.key] = change
             seq, blocks = self.store.snapshot(namespace)
-            assert seq == len(told) and {(b.shard, b.key): b.tier for b in blocks} == {
+            assert seq == first + len(told) and {(b.shard, b.key): b.tier for b in blocks} == {
                 n: b.tier for n, b in said.items()
             }
 

@@ -123,7 +123,7 @@ class TestSsd:
         later = Rig.make(ssd=again)
         later.catalog.learn_spec(rig.spec)
         later.catalog.learn_shard(rig.whole)
-        await later.store.start()
+        await later.start()
         later.check()
         assert later.store.blocks(NAMESPACE) == len(again.kept) >= len(below)
         first = below[0]
@@ -193,6 +193,23 @@ class TestSsdFails:
         assert states.count("committed") > 15 and rig.store.counters["evicted"] > 0
         for depth in range(MANY):
             assert await rig.get(depth, session=1) in (None, rig.raw(depth, session=1))
+
+    async def test_an_error_nobody_foresaw_leaves_the_block_and_is_not_repeated_at_once(
+        self, rig: Rig, ssd: FaultyTier
+    ) -> None:
+        """A bug in a tier: counted and told to the loop's handler, tried again at the heartbeat only."""
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["exception"]))
+        ssd.bug = ValueError("a bug")
+        for depth in range(64):
+            await rig.put(depth)
+        await rig.settle()
+        assert told and len(told) < 64 and set(map(type, told)) == {ValueError}
+        assert rig.store.counters["moves_crashed"] == len(told) == ssd.landed
+        ssd.bug = None
+        await rig.store.tick()
+        await rig.settle()
+        assert ssd.writes > 0
 
     async def test_full_waits_for_room_below(self, ssd: FaultyTier) -> None:
         """The last tier is full: it evicts for what comes, oldest chains first, and nothing hangs."""

@@ -158,9 +158,10 @@ def _learn(
     names = {namespace_digest(name): name for name in found.namespaces}
     roots = {spec.root for spec in found.specs}
     shards = {shard.digest for shard in found.shards}
+    segment, unpack = found.segment.id, Header.unpack
     for packed, offset, nbytes in entries_of(page):
         try:
-            header = Header.unpack(packed)
+            header = unpack(packed)
         except DataError:
             _add(counters, "lost_records", 1)
             continue
@@ -169,7 +170,7 @@ def _learn(
         elif offset % ALIGNMENT or nbytes != header.stored_length or offset + nbytes > data_bytes:
             _add(counters, "lost_records", 1)
         else:
-            records[offset] = Found(found.segment.id, offset, nbytes, header, names[header.namespace])
+            records[offset] = Found(segment, offset, nbytes, header, names[header.namespace])
 
 
 def _add(counters: dict[str, int], name: str, amount: int) -> None:

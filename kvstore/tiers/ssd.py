@@ -152,8 +152,8 @@ class SsdTier:
         self._recovery["recovery_dropped_records"] = dropped
         with suppress(OSError):  # a disk that fails now fails the first write too, which is where it is told
             await log.remove_dead()
-        kept = [record for record in last.values() if state.is_live(_location(record))]
-        return [Recovered(record.namespace, record.header, _location(record)) for record in kept]
+        kept = [Recovered(record.namespace, record.header, _location(record)) for record in last.values()]
+        return [block for block in kept if state.is_live(block.location)] if dropped else kept
 
     def _learn(self, found: FoundSegment) -> bool:
         """Whether the catalog has room for all that a segment describes."""
