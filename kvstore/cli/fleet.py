@@ -96,7 +96,6 @@ def run_up(arguments: argparse.Namespace) -> int:
     prepare(config, folder)
     argv = [sys.executable, "-m", "kvstore.cli.main", "fleet-supervisor", str(folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSTORE_")} | {MARK: mark}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either ends what was started
     supervisor = LocalSpawner(death_signal=0).spawn(argv, env=environment, log=str(folder / LOG_FILE))
     try:
         follow(supervisor, folder, config.fleet.start_timeout_s + 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -42,6 +43,8 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status. A KVStoreError is one line on stderr, never a traceback."""
+    if argv is None:  # a process of its own: being ended is an interruption too, and cleans up
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
