@@ -22,6 +22,7 @@ EXCUSED = (
     "kvstore/spawn.py",
     "kvstore/embedded_redis.py",
     "kvstore/bench/baselines.py",
+    "kvstore/bench/data_baselines.py",
     "kvstore/transport/",
     "kvstore/cli/",
 )
