@@ -1,6 +1,6 @@
 """The baseline of `bench engine`: a vLLM connector that keeps blocks in a dictionary of its own process.
 
-Blocks are as long as ours, so that both leave the same tokens to compute. Nothing is shared, checked, bounded or evicted:
+Blocks are as long as ours, so that both leave the same tokens to compute. Nothing is shared, checked, bounded, evicted:
 what is left of a connector when there is no service. Loads are whole before the request is computed, saves are copies;
 keys are hashes of the tokens so far.
 """

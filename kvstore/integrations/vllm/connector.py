@@ -169,7 +169,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         assert self.scheduler is not None
-        return self.scheduler.step(scheduler_output, save=self._saves and not self._stopped)
+        step = self.scheduler.step(scheduler_output)
+        if self._saves and not self._stopped:
+            self._add_saves(step, scheduler_output)
+        return step
+
+    @contained(lambda: None)
+    def _add_saves(self, step: Step, scheduler_output: Any) -> None:
+        assert self.scheduler is not None
+        step.saves = self.scheduler.saves(scheduler_output)
 
     @contained(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:

@@ -17,12 +17,16 @@ from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.metadata import Load, Save
 from kvstore.integrations.vllm.pages import Pages
 from kvstore.keys import Chain
+from kvstore.plan import HitPlan
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec, Shard
 
 logger = logging.getLogger("vllm.kvstore")
 
 PUT_TIMEOUT_S = 10.0
+
+PART_BYTES = 24 << 20
+"""Of a load, read at once: enough to pay for the call, little enough that copying overlaps with reading."""
 
 OFFERS_MAX = 4
 OFFER_PAUSE_S = 0.1
@@ -70,28 +74,39 @@ class LoadJob:
         self._given_up = True
 
     async def run(self, client: KVClient) -> None:
-        """Read and copy, a part at a time, until done, a block is missing, or time is up."""
+        """Read and copy, a part at a time, until done, a block is missing, or time is up. One part is copied while the
+        next one is read."""
         store, load = self._store, self.load
         assert store is not None, "a load was begun without pages"
         plan = replace(load.plan, shards=store.shards)
-        wanted = plan.blocks - load.first
+        part_blocks = max(1, PART_BYTES // store.row_bytes)
+        first, complete = load.first, True
+        copying: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(max(0.0, self.end - store.clock.monotonic())):
-                while self._done < wanted and not self._given_up:
-                    rows = await store.loading.wait(wanted - self._done)
+                while first < plan.blocks and complete and not self._given_up:
+                    rows = await store.loading.wait(min(part_blocks, plan.blocks - first))
                     try:
-                        first = load.first + self._done
-                        if not await self._part(client, plan.shortened(first + len(rows)), first, rows):
-                            break
-                    finally:
+                        good = await self._read(client, plan.shortened(first + len(rows)), first, rows)
+                        if copying is not None:
+                            await asyncio.shield(copying)
+                    except BaseException:
                         await store.loading.give_back(rows)
+                        raise
+                    complete = good == len(rows)
+                    copying = asyncio.create_task(self._deliver(client, rows, good, first))
+                    first += good
         except TimeoutError:
-            logger.warning("a load of %d blocks was not done in time: they are computed", wanted - self._done)
+            logger.warning("a load of %d blocks was not done in time: they are computed", plan.blocks - load.first)
         finally:
+            if copying is not None:
+                await asyncio.wait([copying])  # nothing is copied any more when this has ended
             self.seconds = store.clock.monotonic() - self._begun
+        if copying is not None:
+            copying.result()
 
-    async def _part(self, client: KVClient, plan: Any, first: int, rows: list[Row]) -> bool:
-        """Whether all of the part's blocks came."""
+    async def _read(self, client: KVClient, plan: HitPlan, first: int, rows: list[Row]) -> int:
+        """Read blocks `first`.. into rows; how many leading ones came."""
         store = self._store
         assert store is not None
         left_s = self.end - store.clock.monotonic()
@@ -102,9 +117,16 @@ class LoadJob:
             good += 1
         for tiers in result.tiers:
             self.tiers.update(tier.name.lower() for tier in tiers[first : first + good] if tier)
-        if good:
-            await client.system.pool.run(self._copy, rows[:good], first)
-        return good == len(rows)
+        return good
+
+    async def _deliver(self, client: KVClient, rows: list[Row], good: int, first: int) -> None:
+        """Copy the leading `good` rows into the pages, and give all of them back."""
+        assert self._store is not None
+        try:
+            if good:
+                await client.system.pool.run(self._copy, rows[:good], first)
+        finally:
+            await self._store.loading.give_back(rows)
 
     def _copy(self, rows: list[Row], first: int) -> None:
         """In a byte mover's thread: from buffers into pages."""

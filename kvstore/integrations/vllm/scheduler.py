@@ -111,8 +111,8 @@ class SchedulerSide:
         tracked.plan = None
         self.counters.add("tokens_matched", tokens)
 
-    def step(self, output: Any, save: bool = True) -> Step:
-        """What the workers have to do in the step that `output` describes. Mutates."""
+    def step(self, output: Any) -> Step:
+        """What the workers have to load in the step that `output` describes, and whose pages change hands. Mutates."""
         self._step += 1
         loads, self._loads = self._loads, []
         synchronous = [load.request for load in loads if load.synchronous]
@@ -127,12 +127,13 @@ class SchedulerSide:
             ended=tuple(self._ended),
         )
         self._ended = {}
-        if save and self._options.save and not self._unconfirmed:
-            step.saves = self._saves(output)
         return step
 
-    def _saves(self, output: Any) -> list[Save]:
-        """Full blocks that are in the engine's pages once this step has run and were not offered yet."""
+    def saves(self, output: Any) -> list[Save]:
+        """Full blocks that are in the engine's pages once this step has run and were not offered yet. None while it is
+        not known whether what they are computed on was really loaded. Mutates."""
+        if not self._options.save or self._unconfirmed:
+            return []
         cached = output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
