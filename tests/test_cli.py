@@ -12,7 +12,7 @@ import pytest
 from kvstore.cli.main import main, parser
 from tests.fleet_helpers import Running, json_of, kvstore, one_line
 
-LISTED = ("up", "down", "status", "doctor", "demo", "worker", "coordinator", "replay", "purge", "inspect")
+LISTED = ("up", "down", "status", "doctor", "demo", "worker", "coordinator", "replay", "purge", "inspect", "bench")
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
