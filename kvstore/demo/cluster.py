@@ -137,8 +137,8 @@ class FleetCluster:
 
     async def client(self, worker: int) -> dict[str, Any]:
         """`ClientConfig` fields of a replica beside that worker: its own worker first."""
-        sockets = [status.member.socket for status in alive(await self._look()).values()]
-        own = sockets[worker % len(sockets)]
+        workers = by_node(await self._look())
+        own = workers[worker % len(workers)].member.socket
         return {
             "coordinators": list(self.state.coordinators),
             "workers": [own],
@@ -181,8 +181,8 @@ class FleetCluster:
 
     async def counters(self) -> dict[str, dict[str, int]]:
         """What each living worker has counted since its last start, by the name of its node."""
-        found = alive(await self._look()).values()
-        return {status.member.node: dict(sorted(status.counters.items())) for status in found}
+        workers = by_node(await self._look())
+        return {status.member.node: dict(sorted(status.counters.items())) for status in workers}
 
     async def settled(self) -> None:
         last: list[TierRow] = []
@@ -196,7 +196,7 @@ class FleetCluster:
             await asyncio.sleep(POLL_S)
 
     async def kill(self) -> str:
-        status = next(iter(sorted(alive(await self._look()).values(), key=lambda found: found.member.node)))
+        status = by_node(await self._look())[0]
         process = process_id(status.pid)
         if process is None or not process.signal(signal.SIGKILL):
             raise Unavailable(f"{status.member.node} has no process {status.pid} to kill")
@@ -231,3 +231,8 @@ def alive(view: View) -> dict[str, common_pb2.WorkerStatus]:
     return {
         id: status for id, status in view.workers().items() if status.member.state == "alive" and len(status.tiers) > 0
     }
+
+
+def by_node(view: View) -> list[common_pb2.WorkerStatus]:
+    """The living workers in the order of their nodes' names."""
+    return sorted(alive(view).values(), key=lambda status: status.member.node)
