@@ -238,13 +238,16 @@ class KVClient:
         return result, needs
 
     def _conclude(self, plan: HitPlan, result: GetResult, needs: list[Need], first: int) -> None:
+        served: Counter[Tier] = Counter()
         for need in needs:
             if need.delivered and need.tier is not None:
                 result.tiers[need.index][need.depth] = need.tier
                 result.bytes += len(need.target)
-                self.counters[f"hits_{need.tier.name.lower()}"] += 1
-            else:
-                self.counters["misses"] += 1
+                served[need.tier] += 1
+        for tier, blocks in served.items():
+            self.counters[f"hits_{tier.name.lower()}"] += blocks
+        if len(needs) > served.total():
+            self.counters["misses"] += len(needs) - served.total()
         result.blocks = delivered_blocks(plan, result.tiers, first)
         self.counters["bytes_read"] += result.bytes
 

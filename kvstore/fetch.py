@@ -91,6 +91,8 @@ class Fetch:
         covers = [make_plan(plan.spec, [shard], self._stored).covers[0] for shard in shards]
         self._covers = dict(zip(shards, covers, strict=True))
         self._owners: dict[int, Need] = {}  # piece identity -> its need, while open
+        self._sizes = {shard: block_bytes(plan.spec, shard) for shard in self._stored}
+        self._alone = len({run.holder for run in plan.runs}) == 1  # nobody else to ask
 
     async def run(self) -> None:
         pieces = [piece for need in self._needs for piece in self._begin(need)]
@@ -106,12 +108,12 @@ class Fetch:
 
     def _begin(self, need: Need) -> list[Piece]:
         """Pieces that together make the need; none, and the need is a miss, where nothing covers it."""
-        chosen = ways(
-            need.shard,
-            self._stored,
-            self._covers[need.shard],
-            lambda shard: shard not in need.lost and self._next(shard, need.depth, ()) is not None,
-        )
+
+        def have(shard: Shard) -> bool:
+            return shard not in need.lost and self._next(shard, need.depth, ()) is not None
+
+        stored = need.shard in self._runs and have(need.shard)  # then nothing is better
+        chosen = [need.shard] if stored else ways(need.shard, self._stored, self._covers[need.shard], have)
         need.failed, need.tier = not chosen, None
         key = self._plan.keys[need.depth]
         pieces = [Piece(shard, need.shard, need.depth, key, need.target) for shard in chosen]
@@ -122,12 +124,13 @@ class Fetch:
 
     def _next(self, shard: Shard, depth: int, tried: Sequence[str] | dict[str, None]) -> str | None:
         """The nearest holder of a stored block that was not tried and did not fail lately."""
-        key = self._plan.keys[depth]
+        key, failed, holders = self._plan.keys[depth], self._failed, self._plan.holders
         for run in self._runs[shard]:
-            if not run.first_depth <= depth < run.first_depth + run.count or run.holder in tried:
+            holder = run.holder
+            if not run.first_depth <= depth < run.first_depth + run.count or holder in tried:
                 continue
-            if (run.holder, shard.digest, key) not in self._failed and run.holder in self._plan.holders:
-                return run.holder
+            if holder in holders and not (len(failed) and (holder, shard.digest, key) in failed):
+                return holder
         return None
 
     async def _dispatch(self, pieces: Sequence[Piece]) -> None:
@@ -186,7 +189,7 @@ class Fetch:
         batches: list[list[Piece]] = [[]]
         nbytes = 0
         for piece in pieces:
-            size = block_bytes(self._plan.spec, piece.shard)
+            size = self._sizes[piece.shard]
             if batches[-1] and (nbytes + size > limit or len(batches[-1]) >= CALL_BLOCKS_MAX):
                 batches.append([])
                 nbytes = 0
@@ -198,7 +201,9 @@ class Fetch:
         """One call to one holder. Service trouble is counted and leaves its pieces undelivered."""
         asked = Asked(self._namespace, self._plan.spec, self._plan.least)
         routes = self._routes(holder)
-        others = any(self._next(piece.shard, piece.depth, piece.tried) is not None for piece in pieces)
+        others = not self._alone and any(
+            self._next(piece.shard, piece.depth, piece.tried) is not None for piece in pieces
+        )
         for index, route in enumerate(routes):
             left = self._end - self._system.clock.monotonic()
             if left <= 0:

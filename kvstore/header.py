@@ -166,6 +166,8 @@ class Header:
 
     def unencoded(self) -> Header:
         """The same copy as raw bytes in memory."""
+        if not (self.chunk_count or self.stored_length or self.checksum or self.validity_length):
+            return self
         return replace(self, chunk_count=0, stored_length=0, checksum=0, validity_length=0)
 
 

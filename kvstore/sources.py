@@ -10,12 +10,14 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvstore.errors import BadRequest, Corrupt, DataError
 from kvstore.format import Header, Record, check_header, decode_record, expect
 from kvstore.host_link import HostLink, Mapped
-from kvstore.layout import cut
+from kvstore.layout import block_bytes, cut
 from kvstore.seams import Pool
-from kvstore.spec import ModelSpec, Shard
+from kvstore.spec import ModelSpec, Shard, namespace_digest
 from kvstore.types import BlockId, Fidelity, Tier, pack_keys
 from kvstore.wire import worker_pb2
 from kvstore.wireform import shard_to_wire
@@ -42,6 +44,9 @@ class Piece:
 
     def fill(self, spec: ModelSpec, raw: memoryview) -> None:
         """Put a raw block of the stored shard where the caller wants it."""
+        if self.shard is self.wanted and len(raw) == len(self.target):
+            np.copyto(np.frombuffer(self.target, np.uint8), np.frombuffer(raw, np.uint8))
+            return
         cut(spec, self.shard, self.wanted, raw, self.target)
 
 
@@ -53,13 +58,31 @@ class Asked:
     spec: ModelSpec
     least: Fidelity
     redis: bool = True  # look into Redis for what the worker itself does not hold: it may just have moved there
+    _names: dict[Shard, tuple[object, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def names(self, shard: Shard) -> tuple[object, ...]:
+        """What the header of every block of a stored shard says, found out once."""
+        found = self._names.get(shard)
+        if found is None:
+            found = self._names[shard] = (
+                self.spec.root,
+                namespace_digest(self.namespace),
+                shard.digest,
+                self.spec.block_tokens,
+                block_bytes(self.spec, shard),
+            )
+        return found
 
 
 def shard_keys(pieces: Sequence[Piece]) -> tuple[list[worker_pb2.ShardKeys], list[Piece]]:
     """The pieces as a request names them, and in its order."""
     by_shard: dict[Shard, list[Piece]] = {}
+    last: Shard | None = None
     for piece in pieces:
-        by_shard.setdefault(piece.shard, []).append(piece)
+        if piece.shard is not last:  # neighbours mostly share one object: its hash is taken once
+            last = piece.shard
+            mine = by_shard.setdefault(last, [])
+        mine.append(piece)
     messages = [
         worker_pb2.ShardKeys(shard=shard_to_wire(shard), keys=pack_keys([piece.key for piece in mine]))
         for shard, mine in by_shard.items()
@@ -70,14 +93,20 @@ def shard_keys(pieces: Sequence[Piece]) -> tuple[list[worker_pb2.ShardKeys], lis
 def bound(asked: Asked, piece: Piece, packed: bytes) -> Header:
     """The header of a block that is the one asked for and good enough. DataError otherwise."""
     header = Header.unpack(packed)
-    expect(header, BlockId(asked.namespace, piece.shard.digest, piece.key), asked.spec.root)
-    check_header(header, asked.spec, piece.shard)
+    names = (header.root, header.namespace, header.shard, header.tokens, header.raw_length)
+    if header.key != piece.key or names != asked.names(piece.shard):  # these two say which of them it is
+        expect(header, BlockId(asked.namespace, piece.shard.digest, piece.key), asked.spec.root)
+        check_header(header, asked.spec, piece.shard)
+        raise Corrupt("the block is not the one asked for")
     if header.fidelity < asked.least:
         raise Corrupt("the worker gave a block of less fidelity than asked for")
     return header
 
 
-@dataclass(frozen=True, slots=True)
+_TIERS = frozenset(int(tier) for tier in Tier)
+
+
+@dataclass(slots=True)
 class _Opened:
     piece: Piece
     block: worker_pb2.OpenBlock
@@ -114,14 +143,15 @@ async def read_local(link: HostLink, pool: Pool, asked: Asked, pieces: Sequence[
 
 def _located(link: HostLink, piece: Piece, block: worker_pb2.OpenBlock) -> _Opened | None:
     """Where the worker says the block lies, None (and the problem) where there is nothing to read."""
-    piece.problem = LATER if block.state == worker_pb2.BLOCK_LATER else "missing"
-    if block.state != worker_pb2.BLOCK_FOUND:
+    state = block.state
+    if state != worker_pb2.BLOCK_FOUND:
+        piece.problem = LATER if state == worker_pb2.BLOCK_LATER else "missing"
         return None
-    mapped = link.mapped(block.segment)
-    if mapped is None or not mapped.holds(block.offset, block.length) or int(block.tier) not in tuple(Tier):
+    mapped, offset, length = link.mapped(block.segment), block.offset, block.length
+    if mapped is None or not mapped.holds(offset, length) or block.tier not in _TIERS:
         piece.problem = "unmapped"
         return None
-    return _Opened(piece, block, mapped, mapped.view[block.offset : block.offset + block.length])
+    return _Opened(piece, block, mapped, mapped.view[offset : offset + length])
 
 
 def _batches(opened: list[_Opened]) -> Iterator[list[_Opened]]:

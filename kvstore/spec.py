@@ -144,6 +144,7 @@ class ModelSpec:
     group_blocks: int = 32  # blocks of one placement group
     engine_hash: str = ""  # the engine's hash algorithm, in keyspaces without visible tokens
     _root: bytes = field(init=False, repr=False, compare=False, default=b"")
+    _json: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         _text("model", self.model, empty=False)
@@ -161,7 +162,8 @@ class ModelSpec:
         self._check_layout()
         for group in self.groups:
             _whole("bytes of one block of a group", self.group_bytes(group), 1, MAX_BLOCK_BYTES)
-        object.__setattr__(self, "_root", sha256(b"kvstore/1\0" + self.canonical_json().encode()).digest()[:KEY_BYTES])
+        object.__setattr__(self, "_json", dump(self))
+        object.__setattr__(self, "_root", sha256(b"kvstore/1\0" + self._json.encode()).digest()[:KEY_BYTES])
 
     def _check_layout(self) -> None:
         opaque = self.layout.startswith(OPAQUE_PREFIX) and len(self.layout) > len(OPAQUE_PREFIX)
@@ -187,7 +189,7 @@ class ModelSpec:
 
     def canonical_json(self) -> str:
         """The text whose digest is the root."""
-        return dump(self)
+        return self._json
 
     @property
     def root(self) -> bytes:
@@ -199,6 +201,10 @@ class ModelSpec:
         """Parse canonical or merely equal JSON. BadRequest on an unknown or repeated key or a bad value."""
         if len(text) > MAX_JSON_BYTES:
             raise BadRequest(f"the spec has {len(text)} bytes: at most {MAX_JSON_BYTES} are allowed")
+        return _parsed(text)
+
+    @classmethod
+    def _from_json(cls, text: str | bytes) -> ModelSpec:
         try:
             plain = json.loads(text, object_pairs_hook=_no_repeats)
         except (ValueError, RecursionError) as error:
@@ -209,6 +215,12 @@ class ModelSpec:
             raise BadRequest("the spec needs a 'model' and a list of 'groups'")
         values["groups"] = tuple(Group(**_fields_of(Group, group, "group")) for group in groups[: MAX_GROUPS + 1])
         return cls(**values)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str | bytes) -> ModelSpec:
+    """Every put names its spec, mostly the same one."""
+    return ModelSpec._from_json(text)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

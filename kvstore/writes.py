@@ -32,6 +32,10 @@ STATES = {
 PARTS = 4
 """A staging segment takes about so many commits at a time: one is written while another is copied out."""
 
+PART_BYTES = 4 << 20
+"""Of one commit, at most, unless a block is larger: so many parts of it stay in the last-level cache from the writer's
+copy to the worker's, since staging gives out its lowest space first."""
+
 MESSAGE_BYTES = 1 << 20
 """Payload of one message of a stream."""
 
@@ -88,7 +92,7 @@ async def put_local(
     size = len(items[0].raw)
     if size > staging.nbytes:
         raise Overloaded(f"a block of {size} bytes does not fit the staging segment of {staging.nbytes}")
-    step = max(1, staging.nbytes // PARTS // size)
+    step = max(1, min(staging.nbytes // PARTS, PART_BYTES) // size)
     turns = asyncio.Semaphore(PARTS)
 
     async def one(part: Sequence[Item]) -> CommitToken:
