@@ -154,7 +154,7 @@ Sections = Mapping[str, Mapping[str, object]]
 """section -> field -> value: the shape of the TOML file and of overrides."""
 
 CODECS = ("lossless", "lz4", "raw")
-POLICIES = ("lru",)
+POLICIES = ("lru", "s3fifo")
 _ZERO_OK = {
     "store.ssd_write_bytes_day",
     "store.hot_bytes",

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from kvstore.errors import ConfigError
+from kvstore.s3fifo import S3Fifo
 
 Eligible = Callable[[int], bool]
 
@@ -170,7 +171,7 @@ class Lru:
         self._heap.clear()
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru}
+POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru, "s3fifo": S3Fifo}
 
 
 def make_policy(name: str) -> Policy:

@@ -11,7 +11,7 @@ from kvstore.format import Record
 from kvstore.header import Header
 from kvstore.spec import ModelSpec, Shard
 from kvstore.tiers.redis_index import RedisIndex, Space
-from kvstore.tiers.redis_value import TRAILER_BYTES, seal, unseal
+from kvstore.tiers.redis_value import HMAC_SHA256, TRAILER_BYTES, seal, unseal
 from tests.memdisk import Inode, MemoryDisk
 from tests.ssd_helpers import get, memory_system, tier_over
 
@@ -80,7 +80,7 @@ def test_the_golden_redis_record() -> None:
     assert sha256(record).hexdigest() == facts["record_sha256"]
     Record.parse(record).verify()
     made = bytearray(len(value))
-    seal([record[:100], record[100:]], memoryview(made), secret)
+    seal([record[:100], record[100:]], memoryview(made), secret, bytes(12), HMAC_SHA256)
     assert made == value
     assert header.pack() == entry
 

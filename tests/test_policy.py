@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.policy import POLICIES, Lru, Policy, make_policy
+from kvstore.s3fifo import GHOSTS_MIN, S3Fifo
 
 
 def anyone(row: int) -> bool:
@@ -165,6 +166,64 @@ class TestLru:
             policy.next(turn % 8)
             policy.remove(turn % 8, evicted=True)
         assert len(policy._heap) <= 2 * 8 + 1024 + 1
+
+
+class TestS3Fifo:
+    def cache(self, policy: Policy, requests: list[int], capacity: int) -> int:
+        """Hits of a cache of equal blocks; a block's number is its identity."""
+        rows: dict[int, int] = {}
+        free, hits = list(range(capacity + 1)), 0
+        for block in requests:
+            if block in rows:
+                hits += 1
+                policy.touch(rows[block])
+                continue
+            if len(rows) == capacity:
+                victim = policy.victim(anyone)
+                assert victim is not None
+                policy.remove(victim, evicted=True)
+                del rows[next(name for name, row in rows.items() if row == victim)]
+                free.append(victim)
+            row = free.pop()
+            rows[block] = row
+            policy.admit(row, block, 4096)
+        return hits
+
+    def test_a_scan_displaces_nothing_that_is_used(self) -> None:
+        """Blocks in use between blocks that come once, more of them than fit: LRU loses all, S3-FIFO next to none."""
+        requests, once = [], 1_000
+        for _ in range(60):
+            requests += range(40)
+            requests += range(once, once + 80)
+            once += 80
+        lru, s3fifo = self.cache(Lru(), requests, 100), self.cache(S3Fifo(), requests, 100)
+        assert lru == 0 and s3fifo > 0.8 * 59 * 40
+
+    def test_who_comes_back_while_remembered_goes_to_the_main_queue(self) -> None:
+        policy = S3Fifo()
+        for row in range(10):
+            policy.admit(row, row, 1)
+        assert policy.victim(anyone) == 0
+        policy.remove(0, evicted=True)
+        policy.admit(0, 0, 1)  # a ghost
+        assert drain(policy) == [*range(1, 10), 0]
+
+    def test_a_block_used_twice_outlives_the_small_queue(self) -> None:
+        policy = S3Fifo()
+        for row in range(10):
+            policy.admit(row, row, 1)
+        policy.touch(3)
+        policy.touch(3)
+        assert drain(policy) == [0, 1, 2, *range(4, 10), 3]
+
+    def test_its_memory_follows_its_blocks(self) -> None:
+        policy = S3Fifo()
+        for turn in range(20_000):
+            policy.admit(turn % 8, turn, 1)
+            policy.next(turn % 8)
+            policy.remove(turn % 8, evicted=True)
+        assert len(policy._doomed) <= 2 * 8 + 1025 and len(policy._line[0]) <= 2 * 8 + 1025
+        assert len(policy._ghosts) <= GHOSTS_MIN
 
 
 def test_an_unknown_policy_is_named() -> None:

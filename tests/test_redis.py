@@ -12,10 +12,11 @@ from kvstore.errors import Corrupt, TierFull
 from kvstore.seams import System
 from kvstore.tiers.base import TierStore
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_value import AES_GMAC, HMAC_SHA256, trailer
 from kvstore.types import Fidelity
 from tests.contracts.records import NAMESPACE, sample
 from tests.contracts.tier_suite import TierContract, read, write
-from tests.redis_helpers import Raw, get, put, tier_on, value_key
+from tests.redis_helpers import Raw, get, put, secret_of, tier_on, value_key
 
 pytest_plugins = ["tests.redis_fixtures"]
 
@@ -219,3 +220,17 @@ async def test_strange_index_entries_are_skipped(tier: RedisTier, raw: Raw) -> N
     assert [change.key for change in await tier.snapshot(NAMESPACE)] == [sample(0).header.key]
     assert await tier.find(NAMESPACE, b"y" * 16, b"y" * 16) is None
     assert tier.stats().extra["strange_entries"] >= 3
+
+
+async def test_both_macs_are_read(tier: RedisTier, raw: Raw) -> None:
+    """A process without the faster library writes the older one; whoever has both reads both, and forges neither."""
+    for depth, algorithm in enumerate((HMAC_SHA256, AES_GMAC)):
+        found = sample(depth)
+        await put(tier, found)
+        end = trailer([found.record], secret_of(NAMESPACE), bytes(12), algorithm)
+        raw("SET", value_key(tier, found), found.record + end)
+        assert await get(tier, found) == found.record
+        forged = trailer([found.record], b"another secret", bytes(12), algorithm)
+        raw("SET", value_key(tier, found), found.record + forged)
+        with pytest.raises(Corrupt, match="MAC"):
+            await get(tier, found)

@@ -17,13 +17,12 @@ from kvstore.errors import BadRequest, Corrupt, DataError, SetupError, TierDown,
 from kvstore.header import Header
 from kvstore.runs import Added, Change
 from kvstore.seams import System
-from kvstore.tiers.aligned import Bounce
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.tiers.redis_gate import Gate
 from kvstore.tiers.redis_index import STREAM_MAX, RedisIndex, Space
 from kvstore.tiers.redis_link import Command, Connect, Refused, ReplyError, connect, place
 from kvstore.tiers.redis_scripts import INDEX_BYTES, PUT, TOUCH, VALUE_EXTRA_BYTES, Script
-from kvstore.tiers.redis_value import TRAILER_BYTES, seal, unseal
+from kvstore.tiers.redis_value import NONCE_BYTES, TRAILER_BYTES, check, trailer
 from kvstore.types import Buffer, Tier
 
 assert TRAILER_BYTES == VALUE_EXTRA_BYTES
@@ -58,7 +57,6 @@ class RedisTier:
         self._stats = TierStats(Tier.REDIS)
         self._gate = Gate(system.clock, self._stats, place(config.redis_url))
         self.index = RedisIndex(system, catalog, self._gate.call)
-        self._bounce = Bounce()
         self._pending_bytes = 0
         self._freed: dict[tuple[str, bytes], bytes] = {}  # (namespace, id) -> copy_id, to be removed
         self._housekeeping: asyncio.Task[None] | None = None
@@ -110,7 +108,6 @@ class RedisTier:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await self._gate.close()
-        self._bounce.close()
 
     async def write(self, namespace: str, header: Header, parts: Sequence[Buffer]) -> Location:
         nbytes = sum(memoryview(part).nbytes for part in parts)
@@ -121,20 +118,17 @@ class RedisTier:
         if self._stats.state == "full":
             raise TierDown(self._stats.detail)
         self._pending_bytes += _cost(nbytes)
-        buffer = self._bounce.take(nbytes + TRAILER_BYTES)
         try:
-            value = memoryview(buffer)[: nbytes + TRAILER_BYTES]
-            await self.system.pool.run(seal, parts, value, self._secret(namespace))
-            await self._put(self.index.space(namespace), header, value)
-            value.release()
-            self._bounce.give(buffer)  # on an error the connection may still hold it: it is dropped instead
+            nonce = self.system.rng.randbytes(NONCE_BYTES)
+            end = await self.system.pool.run(trailer, parts, self._secret(namespace), nonce)
+            await self._put(self.index.space(namespace), header, (*parts, end))
         finally:
             self._pending_bytes -= _cost(nbytes)
         self._freed.pop((namespace, header.shard + header.key), None)
         self._stats.writes += 1
         return Location(0, 0, nbytes)
 
-    async def _put(self, space: Space, header: Header, value: memoryview) -> None:
+    async def _put(self, space: Space, header: Header, value: tuple[Buffer, ...]) -> None:
         id, ttl_ms = header.shard + header.key, int(self.config.redis_ttl_s * 1000)
         for _ in range(3):
             if not space.incarnation:
@@ -164,13 +158,16 @@ class RedisTier:
         space = self.index.space(namespace)
         id, ttl_ms = header.shard + header.key, int(self.config.redis_ttl_s * 1000)
         touch: Command = ["EVALSHA", Script(TOUCH).digest, len(space.keys), *space.keys, ttl_ms, space.values, id]
-        value, touched = await self._gate.call(["GET", space.values + id], touch)
+        end = memoryview(bytearray(TRAILER_BYTES))
+        value, touched = await self._gate.call(["GET", space.values + id], touch, into=(target, end))
         if isinstance(touched, ReplyError) and touched.code == "NOSCRIPT":
             touched = await self.index.run(TOUCH, space.keys, [ttl_ms, space.values, id])
         try:
             if value is None or isinstance(value, ReplyError):
                 raise Corrupt("Redis no longer has the block")
-            await self.system.pool.run(unseal, value, header, self._secret(namespace), target)
+            if isinstance(value, bytes):
+                raise Corrupt(f"Redis has {len(value)} bytes where a record of {len(target)} was announced")
+            await self.system.pool.run(check, target, end, header, self._secret(namespace))
         except DataError as error:
             self._stats.errors += 1
             await self.index.remove(space, [(id, _COPY_ID.pack(header.copy_id))])

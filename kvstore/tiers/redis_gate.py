@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from kvstore.errors import TierDown
@@ -42,7 +43,7 @@ class Gate:
         if link is not None:
             await link.close()
 
-    async def call(self, *commands: Command) -> list[Any]:
+    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
         """The link's call; TierDown at once while the breaker is open."""
         link = self._link
         if link is None:
@@ -51,14 +52,17 @@ class Gate:
             raise TierDown(self.stats.detail)
         async with self._calls:
             try:
-                replies = await link.call(*commands)
+                replies = await link.call(*commands, into=into)
             except TierDown as error:
                 if self.stats.state != "down":  # of many in flight the first one tells
                     self._become("down", str(error))
                 raise
         if any(isinstance(reply, ReplyError) and reply.code == "OOM" for reply in replies):
             sizes = [
-                memoryview(part).nbytes for command in commands for part in command if isinstance(part, memoryview)
+                sum(memoryview(part).nbytes for part in argument)
+                for command in commands
+                for argument in command
+                if isinstance(argument, tuple)
             ]
             self._needed_bytes = max([self._needed_bytes, *sizes])
             if self.stats.state == "ok":

@@ -1,4 +1,4 @@
-"""The wire to Redis: pipelined commands over a bounded number of connections, through redis-py.
+"""The wire to Redis: pipelined commands over a bounded number of connections.
 
 `Link` is a seam of its own, so that the tier's logic knows no socket: `connect` makes the real one.
 """
@@ -7,35 +7,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from kvstore.errors import ConfigError, SetupError, TierDown
-from kvstore.types import Buffer
+from kvstore.errors import TierDown
+from kvstore.system import ThreadPool
+from kvstore.transport.resp import Command, ReplyError, RespSocket, Server
 
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
+__all__ = ["CONNECTIONS_MAX", "Command", "Connect", "Link", "Refused", "ReplyError", "connect", "place"]
 
 CONNECTIONS_MAX = 16
+"""Calls under way at a time."""
 
-Argument = Buffer | str | int
-Command = Sequence[Argument]
+TALKERS = 2
+"""Connections, each in a thread. Redis serves one at a time: a second keeps it busy while the first one's bytes are
+worked on, and more of them only get into each other's way (docs/BENCHMARKS.md)."""
 
-
-class ReplyError(Exception):
-    """Redis said no to one command: it stands in the place of that command's reply. `code` as in OOM, NOSCRIPT."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-_CODES = {
-    "NoScriptError": "NOSCRIPT",
-    "OutOfMemoryError": "OOM",
-    "ReadOnlyError": "READONLY",
-    "NoPermissionError": "NOPERM",
-}
+_REFUSALS = ("NOAUTH", "WRONGPASS", "NOPERM", "ERR")
+_NOT_YET = ("LOADING", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN")
+"""Codes by which a server says that it is not there yet: as good as out of reach."""
 
 
 class Refused(TierDown):
@@ -43,10 +34,12 @@ class Refused(TierDown):
 
 
 class Link(Protocol):
-    async def call(self, *commands: Command) -> list[Any]:
+    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
         """All commands in one round trip, not a transaction; a reply each, `ReplyError` where one was refused.
 
-        TierDown when the server can't be reached or does not answer in time. What was sent may have been done.
+        The first value exactly as long as `into` is received there, and `into` stands for it. The caller's buffers are
+        nobody else's any more when this returns or raises. TierDown when the server can't be reached or does not
+        answer in time. What was sent may have been done.
         """
 
     async def close(self) -> None: ...
@@ -68,72 +61,81 @@ def place(url: str) -> str:
 
 
 def connect(url: str, timeout_s: float) -> Link:
-    """The real link. Nothing is sent yet. SetupError without redis-py, ConfigError for a URL that is none."""
-    try:
-        from redis.asyncio import BlockingConnectionPool, Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-    except ImportError as error:
-        raise SetupError("the Redis tier needs redis-py: pip install 'tiered-kvstore[redis]'") from error
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-        raise ConfigError("redis_url is no Redis URL: give redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS_MAX,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # whether to try again is the caller's decision
-        )
-        pool.connection_class(**pool.connection_kwargs)  # an option that it does not know would show much later
-    except (ValueError, TypeError) as error:
-        raise ConfigError("redis_url has an unknown option: give redis://HOST:PORT/DB, nothing more") from error
-    client = Redis(connection_pool=pool)
-    client.response_callbacks.clear()  # replies as Redis sends them
-    return PyLink(client, place(url))
+    """The real link. Nothing is sent yet. ConfigError for a URL that is none."""
+    return SocketLink(Server.of(url), timeout_s, place(url))
 
 
-class PyLink:
-    """`Link` over redis.asyncio."""
+class SocketLink:
+    """`Link` over blocking sockets, each call in a thread of its own pool: a Redis that hangs holds up nobody else."""
 
-    def __init__(self, client: Redis, where: str) -> None:
-        self._client = client
-        self._where = where
+    def __init__(self, server: Server, timeout_s: float, where: str) -> None:
+        self._server, self._timeout_s, self._where = server, timeout_s, where
+        self._pool = ThreadPool(TALKERS)
+        self._idle: list[RespSocket] = []
+        self._used: dict[asyncio.Task[list[Any]], list[RespSocket]] = {}
+        self._closed = False
 
-    async def call(self, *commands: Command) -> list[Any]:
-        from redis import exceptions
-
-        pipeline = self._client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
+    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
+        if self._closed:
+            raise TierDown("the connection to Redis is closed")
+        kept = [self._idle.pop()] if self._idle else []
+        work = self._pool.run(partial(self._exchange, kept, commands, into))
+        task = asyncio.get_running_loop().create_task(work)
+        self._used[task] = kept
         try:
-            replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        except (exceptions.RedisError, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            raise self._down(error) from error
-        for position, reply in enumerate(replies):
-            if isinstance(reply, exceptions.ResponseError):
-                text = str(reply)  # without the code, where redis-py has a class for it
-                code = _CODES.get(type(reply).__name__) or text.partition(" ")[0]
-                replies[position] = ReplyError(code, text)
-            elif isinstance(reply, Exception):
-                raise self._down(reply) from reply
+            replies = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(lambda _: _close(kept))  # also when this wait is cancelled again
+            _abort(kept)
+            await asyncio.wait([task])
+            raise
+        except OSError as error:
+            _close(kept)
+            _close(self._idle)  # what one meets the others will
+            raise TierDown(f"Redis at {self._where} does not answer ({type(error).__name__})") from error
+        except ReplyError as error:
+            raise self._refusal(error) from error
+        finally:
+            del self._used[task]
+        self._idle += kept
+        if self._idle and self._ended():
+            _close(self._idle)
+        for reply in replies:
+            if isinstance(reply, ReplyError) and reply.code in _NOT_YET:
+                raise TierDown(f"Redis at {self._where} is not ready: {reply}")
         return replies
 
-    def _down(self, error: Exception) -> TierDown:
-        """What an error means: Redis refuses us, or is out of reach."""
-        from redis import exceptions
+    def _exchange(self, kept: list[RespSocket], commands: Sequence[Command], into: Sequence[memoryview]) -> list[Any]:
+        """Thread. A new connection is left in `kept`."""
+        if not kept:
+            kept.append(RespSocket(self._server, self._timeout_s))
+        return kept[0].call(commands, into)
 
-        told: BaseException | None = error
-        for _ in range(8):  # redis-py wraps what the handshake met
-            if isinstance(told, exceptions.AuthenticationError | exceptions.AuthorizationError):
-                return Refused(f"Redis at {self._where} refuses the user or password: mend redis_url")
-            if isinstance(told, exceptions.ResponseError):
-                return Refused(f"Redis at {self._where} refuses the connection: {told}")
-            told = told.__cause__ or told.__context__ if told is not None else None
-        return TierDown(f"Redis at {self._where} does not answer ({type(error).__name__})")
+    def _refusal(self, error: ReplyError) -> TierDown:
+        """While connecting; the message may name a user, so it is not passed on."""
+        if error.code in _REFUSALS:
+            return Refused(f"Redis at {self._where} refuses the user or password: mend redis_url")
+        return TierDown(f"Redis at {self._where} is not ready ({error.code})")
+
+    def _ended(self) -> bool:
+        """Whether `close` was called while a call was under way."""
+        return self._closed
 
     async def close(self) -> None:
-        await self._client.aclose()
-        await self._client.connection_pool.disconnect()
+        self._closed = True
+        for kept in self._used.values():
+            _abort(kept)
+        if self._used:
+            await asyncio.wait(list(self._used))
+        _close(self._idle)
+        self._pool.close()
+
+
+def _abort(sockets: list[RespSocket]) -> None:
+    for used in sockets:
+        used.abort()
+
+
+def _close(sockets: list[RespSocket]) -> None:
+    while sockets:
+        sockets.pop().close()
