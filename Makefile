@@ -9,12 +9,13 @@ PROTOS := $(wildcard proto/kvstore/wire/*.proto)
 
 ENGINES := .venv-engines
 
-.PHONY: help setup demo test test-quick test-engines test-engines-quick check format proto proto-check sim clean
+.PHONY: help setup demo test test-long test-quick test-engines test-engines-quick check format proto proto-check sim clean
 
 help:
 	@echo "make demo      set up, then watch two replicas share KV through a Ray cluster (under 4 minutes)"
 	@echo "make test      set up, then run all tests"
 	@echo "make test-engines   the tests with a real vLLM on this CPU, in an environment of their own (2.5 GB, minutes)"
+	@echo "make test-long the long proofs: 200 kills in the middle of spilling and the like"
 	@echo "make check     format, lint, types, layers, generated code"
 	@echo "make sim       the cluster simulation over 200 seeds (SEEDS=n, FIRST=n)"
 	@echo "make proto     regenerate kvstore/wire from proto/"
@@ -33,8 +34,12 @@ demo: setup
 
 # Two parts, so that what measures nothing but needs quiet (Ray, processes) does not compete with the rest.
 test: setup
-	$(BIN)/python -m pytest -q -m "not ray" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -q -m ray
+	$(BIN)/python -m pytest -q -m "not ray and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "ray and not slow"
+
+# The long forms: hundreds of kills, minutes of churn. An hour or two.
+test-long: setup
+	$(BIN)/python -m pytest -q -m slow
 
 test-quick: setup
 	$(BIN)/python -m pytest -q -x -m "not ray and not slow" -n 2

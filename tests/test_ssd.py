@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
-from kvstore.errors import TierFull
+from kvstore.errors import TierDown, TierFull
 from kvstore.seams import System
 from kvstore.system import real_system
 from kvstore.tiers.aligned import padded
@@ -235,3 +235,23 @@ async def test_another_process_learns_the_dictionary() -> None:
     assert len(await tier_over(disk, catalog=catalog).start()) == 1
     found = sample(0)
     assert catalog.spec(found.header.root) == found.spec and catalog.namespaces() == [NAMESPACE]
+
+
+async def test_the_endurance_budget_bounds_what_is_written() -> None:
+    """An hour's share may be written at once, then as much as time gives back; reads and the rest go on."""
+    size = padded(len(sample().record))
+    tier = tier_over(MemoryDisk(), ssd_write_bytes_day=24 * 10 * size)
+    await tier.start()
+    kept = [(sample(depth), await put(tier, sample(depth))) for depth in range(10)]
+    for _ in range(3):
+        with pytest.raises(TierDown, match="endurance"):
+            await put(tier, sample(10))
+    assert tier.stats().state == "ok" and tier.stats().extra["endurance_refusals"] == 3
+    for found, location in kept:
+        assert await get(tier, found, location) == found.record
+    advance(tier, 3600 / 10 + 1)
+    await put(tier, sample(11))
+    with pytest.raises(TierDown):
+        await put(tier, sample(12))
+    assert tier.stats().extra["written_bytes"] == 11 * size
+    await tier.close()

@@ -17,6 +17,7 @@ from kvstore.header import Header
 from kvstore.seams import Disk, System
 from kvstore.tiers.aligned import padded
 from kvstore.tiers.base import Location, Recovered, TierStats
+from kvstore.tiers.endurance import Endurance
 from kvstore.tiers.log import SegmentLog
 from kvstore.tiers.log_state import plan
 from kvstore.tiers.recovery import Found, FoundLog, FoundSegment
@@ -52,6 +53,8 @@ class SsdTier:
         self._probe_at = 0.0
         self._probe_pause_s = PROBE_PAUSE_S
         self._recovery: dict[str, int] = {}
+        self._endurance = Endurance(config.ssd_write_bytes_day, system.clock.monotonic())
+        self._spent_bytes = 0  # of what the log wrote, charged already
 
     @property
     def direct(self) -> bool:
@@ -77,6 +80,7 @@ class SsdTier:
                 "segments": len(self._log.state.segments),
                 "disk_bytes": self._log.state.taken_bytes(),
                 "undescribed_records": self._log.state.undescribed,
+                "endurance_refusals": self._endurance.refused,
             }
         return found
 
@@ -196,6 +200,9 @@ class SsdTier:
         log = self._running()
         if self._stats.state in ("full", "down"):
             raise TierDown(self._stats.detail)
+        self._charge()
+        if not self._endurance.admits(self._pending_bytes + padded(nbytes), self.system.clock.monotonic()):
+            raise TierDown(f"the endurance budget of {self._endurance.bytes_day} bytes a day is spent for now")
         self._pending_bytes += padded(nbytes)
         try:
             location = await log.append(namespace, header, parts, nbytes)
@@ -206,6 +213,13 @@ class SsdTier:
             self._pending_bytes -= padded(nbytes)
         self._stats.writes += 1
         return location
+
+    def _charge(self) -> None:
+        """Take what the log has written since, reclaim included, from the budget. Mutates."""
+        assert self._log is not None
+        written = self._log.counters["written_bytes"] + self._log.counters["reclaim_copied_bytes"]
+        self._endurance.spend(written - self._spent_bytes)
+        self._spent_bytes = written
 
     async def read(self, namespace: str, header: Header, location: Location, target: memoryview) -> None:
         log = self._running()
