@@ -6,11 +6,12 @@ import asyncio
 from dataclasses import dataclass, field
 
 from kvstore.budget import Budget
+from kvstore.carrier import verified
 from kvstore.checksum import xxh3
 from kvstore.errors import Corrupt, TierDown, UnknownFormat
 from kvstore.format import expect
 from kvstore.header import Header
-from kvstore.movement import Movement, verified
+from kvstore.movement import Movement
 from kvstore.shared import Finder
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location, TierStore

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.errors import Overloaded
-from kvstore.seams import Memory, Segment
+from kvstore.errors import Overloaded, SetupError
+from kvstore.seams import Memory, Pool, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,40 @@ class Staging:
 
     def open(self, nbytes: int) -> StagingSegment:
         """A new segment. Mutates. Overloaded beyond the capacity; SetupError when the kernel has no memory."""
+        self._take(nbytes)
+        try:
+            return self._keep(self._make(nbytes), nbytes)
+        except SetupError:
+            self.used -= nbytes
+            raise
+
+    async def open_apart(self, pool: Pool, nbytes: int) -> StagingSegment:
+        """`open`, its memory faulted in by a thread: that takes long for a large one. Cancelled: nothing is kept."""
+        self._take(nbytes)
+        made: list[Segment] = []
+        try:
+            await pool.run(lambda: made.append(self._make(nbytes)))
+            return self._keep(made.pop(), nbytes)
+        except BaseException:
+            self.used -= nbytes
+            for unwanted in made:
+                unwanted.close()
+            raise
+
+    def _take(self, nbytes: int) -> None:
         if nbytes <= 0 or self.used + nbytes > self.capacity:
             raise Overloaded(
                 f"no {nbytes} bytes of staging: {self.used} of {self.capacity} are in use; raise staging_total_bytes"
             )
-        segment = self._memory.segment(f"{self._name}-staging", nbytes, sealed_writes=False)
+        self.used += nbytes
+
+    def _make(self, nbytes: int) -> Segment:
+        return self._memory.segment(f"{self._name}-staging", nbytes, sealed_writes=False)
+
+    def _keep(self, segment: Segment, nbytes: int) -> StagingSegment:
         made = StagingSegment(self._next_id, segment, nbytes)
         self._next_id += 1
         self._segments[made.id] = made
-        self.used += nbytes
         return made
 
     def get(self, id: int) -> StagingSegment | None:

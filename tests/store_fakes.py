@@ -101,8 +101,10 @@ class FaultyTier:
         self.used = 0
         self.reads = self.writes = self.finds = self.frees = 0
         self.down = self.full = False
+        self.bug: Exception | None = None  # raised by every write
         self.damage = ""  # of what is read: "flip" a bit, answer "other" bytes, say "corrupt", "shorten" the record
-        self.gate: asyncio.Event | None = None  # reads and writes wait for it
+        self.gate: asyncio.Event | None = None  # reads, writes and finds wait for it
+        self.slow_finds = True
         self.landed = 0
         self.recovered: list[Recovered] = []
         self._next = 1
@@ -134,6 +136,9 @@ class FaultyTier:
     async def write(self, namespace: str, header: Header, parts: Sequence[Buffer]) -> Location:
         record = b"".join(bytes(part) for part in parts)
         self._fail()
+        if self.bug is not None:
+            self.landed += 1
+            raise self.bug
         if self.full or not self.fits(len(record)):
             self.landed += 1
             raise TierFull(f"{self.tier.name} is full")
@@ -153,6 +158,8 @@ class FaultyTier:
         self.reads += 1
         await self._pass()
         self._fail()
+        if location.segment not in self.kept:
+            raise Corrupt("it was freed")
         record = bytearray(self.kept[location.segment][2])
         if self.damage:
             self.landed += 1
@@ -183,7 +190,8 @@ class FaultyTier:
         self, namespace: str, wanted: Sequence[tuple[bytes, bytes]]
     ) -> list[tuple[Header, Location] | None]:
         self.finds += 1
-        await self._pass()
+        if self.slow_finds:
+            await self._pass()
         self._fail()
         found: dict[tuple[bytes, bytes], tuple[Header, Location]] = {}
         for at, (name, header, record) in self.kept.items():

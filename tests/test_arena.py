@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from random import Random
 
@@ -14,8 +15,8 @@ from kvstore.arena import UNIT_BYTES, Arena, Slot, generation_at, table_bytes
 from kvstore.errors import Overloaded, SetupError
 from kvstore.extents import Extents
 from kvstore.memory import MemfdMemory
-from kvstore.staging import Staging
-from tests.store_fakes import PlainMemory
+from kvstore.staging import Staging, StagingSegment
+from tests.store_fakes import PlainMemory, YieldingPool
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -288,6 +289,25 @@ class TestStaging:
         second = staging.open(600 * KIB)
         assert second.id != first.id and staging.get(first.id) is None and staging.get(second.id) is second
         staging.close_all()
+        assert staging.used == 0 and memory.open_bytes == 0
+
+    async def test_made_apart(self) -> None:
+        memory, pool = PlainMemory(), YieldingPool()
+        staging = Staging(memory, MIB)
+        making = [asyncio.ensure_future(staging.open_apart(pool, 600 * KIB)) for _ in range(2)]
+        made, refused = await asyncio.gather(*making, return_exceptions=True)
+        assert isinstance(refused, Overloaded) and staging.used == 600 * KIB
+        assert isinstance(made, StagingSegment) and staging.get(made.id) is made
+        staging.close(made.id)
+        late = asyncio.ensure_future(staging.open_apart(pool, KIB))
+        await asyncio.sleep(0)
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+        memory.limit = 0
+        with pytest.raises(SetupError):
+            await staging.open_apart(pool, KIB)
+        with pytest.raises(SetupError):
+            staging.open(KIB)
         assert staging.used == 0 and memory.open_bytes == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,7 +11,7 @@ from kvstore.runs import Added, Removed
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, sample, small_spec
 from tests.store_fakes import FaultyTier
-from tests.store_rig import MANY, Rig, filled
+from tests.store_rig import MANY, Rig, filled, until
 
 
 @pytest.fixture
@@ -86,6 +87,27 @@ class TestRedis:
         for depth in range(MANY):
             assert await both.get(depth, redis=True) == both.raw(depth)
 
+    async def test_a_disk_that_does_not_give_is_no_fault_of_redis(self, redis: FaultyTier) -> None:
+        """Blocks on their way from SSD to Redis can't be read: they stay, and Redis still takes others."""
+        ssd = FaultyTier(Tier.SSD, 256 << 10)
+        rig = Rig.make(ssd=ssd, redis=redis)
+        await rig.store.start()
+        await rig.put_all(90)
+        await rig.settle()
+        ssd.down = True
+        kept = redis.writes
+        for depth in range(90, MANY):
+            await rig.put(depth)
+        await rig.settle()
+        assert ssd.landed > 0 and redis.writes > kept, "what could not go to SSD should have gone to Redis"
+        assert not rig.store.movement.outlets.evicts(rig.store.stack.HOST)
+        ssd.down = False
+        await rig.store.tick()
+        await rig.settle()
+        for depth in range(90):
+            assert await rig.get(depth, redis=True) == rig.raw(depth)
+        await rig.close()
+
     async def test_all_of_it_down_keeps_memory_serving(self, both: Rig, ssd: FaultyTier, redis: FaultyTier) -> None:
         ssd.down = redis.down = True
         states = [(await both.put(depth)).state for depth in range(MANY)]
@@ -103,6 +125,29 @@ class TestRedis:
         ssd.damage = "flip"
         assert await both.get(below[0], redis=True) == both.raw(below[0])
         assert ssd.landed == 1 and both.where(below[0])[-1] == Tier.HOST
+
+    async def test_a_purge_meets_a_move_to_redis(self, redis: FaultyTier) -> None:
+        """In the question and in the sending: what was purged is not in Redis afterwards."""
+        rig = Rig.make(redis=redis)
+        await rig.store.start()
+        redis.gate = asyncio.Event()
+        for depth in range(60):
+            await rig.put(depth)
+        assert redis.finds > 0 and not redis.used
+        rig.store.purge(NAMESPACE)
+        redis.gate.set()
+        await rig.settle()
+        assert not redis.kept
+
+        redis.gate, redis.slow_finds = asyncio.Event(), False
+        for depth in range(60):
+            await rig.put(depth)
+        await until(rig, lambda: redis.used > 0)
+        rig.store.purge(NAMESPACE)
+        redis.gate.set()
+        await rig.settle()
+        assert not redis.kept and redis.frees > 0
+        await rig.close()
 
     @pytest.mark.parametrize("damage", ["flip", "other", "corrupt", "shorten"])
     async def test_a_forged_value_is_a_miss(self, redis: FaultyTier, damage: str) -> None:
