@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from kvstore.bench.report import Report
+from kvstore.bench.tiers_churn import measure_churn
 from kvstore.bench.tiers_memory import measure_host
 from kvstore.bench.tiers_recovery import measure_index, measure_recovery
 from kvstore.bench.tiers_redis import measure_redis
@@ -23,8 +24,9 @@ PARTS: dict[str, Part] = {
     "ssd": lambda report, quick, folder: measure_ssd(report, ROUNDS, 64 if quick else 256, folder),
     "redis": lambda report, quick, folder: measure_redis(report, ROUNDS if quick else ROUNDS_LONG, 32),
     "recovery": lambda report, quick, folder: measure_recovery(report, ROUNDS, (256 if quick else 2048) * MIB, folder),
-    "index": lambda report, quick, folder: measure_index(report, ROUNDS, folder),
-    "residency": lambda report, quick, folder: measure_residency(report, ROUNDS),
+    "index": lambda report, quick, folder: measure_index(report, 3 if quick else ROUNDS, folder),
+    "residency": lambda report, quick, folder: measure_residency(report, ROUNDS, 100_000 if quick else 1_000_000),
+    "churn": lambda report, quick, folder: measure_churn(report, 4.0 if quick else 600.0, folder),
 }
 
 
