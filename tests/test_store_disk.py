@@ -43,7 +43,7 @@ class Life:
         self.rig = Rig.make(config=made, system=self.system, spec=SPEC, ssd=ssd, catalog=catalog)
 
     async def __aenter__(self) -> Rig:
-        await self.rig.store.start()
+        await self.rig.start()
         return self.rig
 
     async def __aexit__(self, *error: object) -> None:
