@@ -42,8 +42,10 @@ def ranges(
     """The usable copies in the entries from `depth` on: one range per holder, tier and fidelity, fastest tier first."""
     done: list[tuple[int, int, int, int]] = []  # (kind, first depth, count, bytes)
     growing: dict[int, tuple[int, int]] = {}  # kind -> (first depth, bytes)
-    for entry, same in groupby(row):
-        count = sum(1 for _ in same)
+    entries = list(row)
+    alike = bool(entries) and entries.count(entries[0]) == len(entries)  # the common case, without a step per block
+    groups = [(entries[0], len(entries))] if alike else [(entry, len(list(same))) for entry, same in groupby(entries)]
+    for entry, count in groups:
         grown: dict[int, tuple[int, int]] = {}
         for copy in filter(usable, copies_of(entry)):
             first, total = growing.pop(copy & KIND_MASK, (depth, 0))

@@ -96,7 +96,9 @@ class KVClient:
         if transport is None:
             from kvstore.transport.rpc import GrpcTransport
 
-            transport = GrpcTransport(system.clock, connect_timeout_s=config.connect_timeout_s)
+            transport = GrpcTransport(
+                system.clock, connect_timeout_s=config.connect_timeout_s, tune_malloc=config.tune_malloc
+            )
         client = cls(config, system, transport, client_credentials(config), owns_system=owns)
         try:
             await client._greet()

@@ -118,6 +118,7 @@ class ClientConfig:
     negative_cache_max: int = 65_536
     members_refresh_s: float = 1.0
     connections_max: int = 64
+    tune_malloc: bool = False  # this process keeps freed memory: loads from other hosts are faster
 
 
 @dataclass(frozen=True, slots=True)

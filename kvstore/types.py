@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
 Buffer = bytes | bytearray | memoryview
 
 KEY_BYTES = 16
@@ -61,8 +63,12 @@ def pack_keys(keys: Sequence[bytes]) -> bytes:
     return b"".join(keys)
 
 
+_KEY = np.dtype(f"V{KEY_BYTES}")
+
+
 def unpack_keys(packed: bytes) -> list[bytes]:
     """Inverse of `pack_keys`. ValueError unless a whole number of keys."""
     if len(packed) % KEY_BYTES:
         raise ValueError(f"packed keys are {len(packed)} bytes, not a multiple of {KEY_BYTES}")
-    return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
+    keys: list[bytes] = np.frombuffer(packed, _KEY).tolist() if packed else []
+    return keys

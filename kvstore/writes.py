@@ -36,8 +36,9 @@ PART_BYTES = 4 << 20
 """Of one commit, at most, unless a block is larger: so many parts of it stay in the last-level cache from the writer's
 copy to the worker's, since staging gives out its lowest space first."""
 
-MESSAGE_BYTES = 1 << 20
-"""Payload of one message of a stream."""
+MESSAGE_BYTES = 2 << 20
+"""Payload of one message of a stream. Blocks are not cut across messages unless they are larger: the worker then stores
+them from where they lie."""
 
 STREAM_BLOCKS_MAX = 4096
 
@@ -154,6 +155,9 @@ async def _frames(pool: Pool, stored: Stored, part: Sequence[Item]) -> AsyncIter
     size = 0
     for item in part:
         at = 0
+        if pending and size + len(item.raw) > MESSAGE_BYTES >= len(item.raw):
+            yield await pool.run(frames.encode, None, pending)
+            pending, size = [], 0
         while at < len(item.raw):
             piece = item.raw[at : at + MESSAGE_BYTES - size]
             pending.append(piece)

@@ -24,6 +24,9 @@ from kvstore.wireform import member_to_wire
 COORDINATORS_MAX = 64
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
+GATHER_S = 0.005
+"""Between a change that was told and the next: a message for each block of a prompt would cost more than its put."""
+
 SILENCE_LEASES = 2.0
 """A coordinator that answers no heartbeat for so many leases is taken for dead, and connected to anew."""
 
@@ -243,6 +246,8 @@ class Stream:
             message = self._message()
             if message is not None:
                 yield message
+                if message.HasField("delta") and self._told_all():
+                    await asyncio.sleep(GATHER_S)  # what changes meanwhile goes in one message
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(beat - clock.monotonic()):
@@ -283,6 +288,11 @@ class Stream:
                 self._sent[name] = part.resume_seq
             return Request(snapshot=chunk_to_wire(name, part, self._introduced.entries(part.runs)))
         return None
+
+    def _told_all(self) -> bool:
+        """Whether nothing more is to be said now. Pure."""
+        heads = {name: self._announcer.source.outbox(name).head for name in self._announcer.source.namespaces()}
+        return all(self._sent.get(name, -1) >= head for name, head in heads.items())
 
     def _snapshot(self, namespace: str) -> None:
         """Begin one, void an earlier one. Nothing for a namespace this holder does not have."""

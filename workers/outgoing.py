@@ -1,4 +1,4 @@
-"""The blocks of one Get as messages: chunks layer by layer across all blocks, about 1 MiB each. For byte movers."""
+"""The blocks of one Get as messages: chunks layer by layer across all blocks, about 2 MiB each. For byte movers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from kvstore.transport import frames
 from kvstore.types import Buffer
 from kvstore.wire import worker_pb2
 
-MESSAGE_BYTES = 1 << 20
-"""Payload of one message; a larger chunk makes a larger one."""
+MESSAGE_BYTES = 2 << 20
+"""Payload of one message; a larger chunk makes a larger one. Half of it costs a sixth more processor time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class GrpcTransport:
 
     message_bytes_max: of one message in either direction. calls_max: served at a time, beyond it Overloaded;
     streams_max: the same for streams both ways, which live long. call_max_s: the longest a served call may take,
-    streams both ways excepted. Sets this process's malloc thresholds (`kvstore.transport.malloc`).
+    streams both ways excepted. tune_malloc: set this process's malloc thresholds (`kvstore.transport.malloc`).
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class GrpcTransport:
         call_max_s: float = 300.0,
         local_connections_max: int = 256,
         connect_timeout_s: float = 2.0,
+        tune_malloc: bool = True,
     ) -> None:
-        keep_freed_memory()
+        if tune_malloc:
+            keep_freed_memory()
         self._clock = clock
         self._message_bytes_max = message_bytes_max
         self._calls_max = calls_max
