@@ -127,19 +127,20 @@ class Header:
         return bytes(packed)
 
     @classmethod
-    def unpack(cls, data: Buffer) -> Header:
+    def unpack(cls, data: Buffer, *, checked: bool = False) -> Header:
         """The header in the first 160 bytes. UnknownFormat for another version, Corrupt where it does not hold.
 
-        Only a `Record` has what the long checksum covers; here the short check stands for it.
+        Only a `Record` has what the long checksum covers; here the short check stands for it, or, where the bytes are
+        `checked` already, whatever the caller has checked.
         """
-        view = memoryview(data)[:HEADER_BYTES]
-        if view.nbytes < HEADER_BYTES or view[:4] != MAGIC:
-            raise Corrupt(f"no block header: {view.nbytes} bytes that begin with {bytes(view[:4])!r}")
+        view = data if checked and len(data) == HEADER_BYTES else memoryview(data)[:HEADER_BYTES]
+        if len(view) < HEADER_BYTES or view[:4] != MAGIC:
+            raise Corrupt(f"no block header: {len(view)} bytes that begin with {bytes(view[:4])!r}")
         (_, version, length, flags, key, parent, root, group, depth, namespace, shard, copy_id, computed_on, stored,
          tokens, chunk_count, raw_length, stored_length, validity, check, checksum) = _STRUCT.unpack(view)  # fmt: skip
         if version != VERSION or length != HEADER_BYTES:
             raise UnknownFormat(f"block header of version {version} with {length} bytes: this build reads {VERSION}")
-        if check != short_check(view):
+        if not checked and check != short_check(view):
             raise Corrupt("block header fails its check")
         if flags or validity:
             raise UnknownFormat(

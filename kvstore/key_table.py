@@ -20,11 +20,13 @@ BUCKETS_MIN = 8
 class KeyTable(Mapping[bytes, int]):
     """A mapping as others see it. `add` and `remove` mutate."""
 
-    def __init__(self, rows: Rows, space: int) -> None:
+    def __init__(self, rows: Rows, space: int, expected: int = 0) -> None:
+        """`expected`: blocks that it begins with room for."""
+        buckets = max(BUCKETS_MIN, 1 << max(0, expected - 1).bit_length() >> 1)
         self._rows = rows
         self._space = space
-        self._buckets = array("i", [NONE] * BUCKETS_MIN)  # first row of each chain
-        self._mask = BUCKETS_MIN - 1  # of the round of splits that goes on
+        self._buckets = array("i", [NONE]) * buckets  # first row of each chain
+        self._mask = buckets - 1  # of the round of splits that goes on
         self._split = 0  # buckets below it are split: their keys are told apart by one more bit
         self._blocks = 0
 

@@ -47,6 +47,7 @@ class Residency:
         self.blocks = [0] * len(levels)
         self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
         self._names: list[tuple[str, bytes]] = []
+        self._expected = 0  # blocks that the next space is made for
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
         self._granules = [level.granule for level in levels]
         self._at = [
@@ -182,6 +183,10 @@ class Residency:
 
     # ---- changes
 
+    def reserve(self, blocks: int) -> None:
+        """Hint: so many blocks of one shard are about to come. Mutates."""
+        self._expected = blocks
+
     def admit(self, namespace: str, header: Header, level: int, location: Location, *, leaf_first: bool) -> int:
         """A new block with its first copy; its row. Mutates."""
         space = self._spaces.get((namespace, header.shard))
@@ -306,7 +311,7 @@ class Residency:
         if space is None:
             space = self._spaces[namespace, header.shard] = len(self._names)
             self._names.append((namespace, header.shard))
-            self._index.append(KeyTable(self.rows, space))
+            self._index.append(KeyTable(self.rows, space, self._expected))
             self.rows.describe(header.namespace, header.shard)
             self.family.orphans.append({})
         return space

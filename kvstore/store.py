@@ -89,22 +89,14 @@ class TieredStore:
         self.movement.pump()
 
     def _take_in(self, recovered: Sequence[Recovered]) -> None:
-        """What a tier kept from an earlier process; of two copies the better one. Others learn of it by snapshot."""
+        """What the SSD tier kept from an earlier process. Others learn of it by snapshot."""
         stack, residency, level = self.stack, self.stack.residency, self.stack.SSD
         kept: Counter[str] = Counter()
+        residency.reserve(len(recovered))
         for block in recovered:
             assert level is not None
-            namespace, header = block.namespace, block.header
-            row = residency.find(namespace, header.shard, header.key)
-            if row is not None:
-                worse = residency.fidelity(row) >= header.fidelity
-                other = (header, block.location) if worse else (residency.header(row), residency.drop(row, level))
-                stack.tiers[level].free(namespace, *other)
-                if worse:
-                    continue
-                kept[namespace] -= 1
-            stack.take_in(namespace, header, level, block.location)
-            kept[namespace] += 1
+            stack.take_in(block.namespace, block.header, level, block.location)
+            kept[block.namespace] += 1
         for namespace, blocks in kept.items():
             self.changes.begin(namespace, blocks)
 

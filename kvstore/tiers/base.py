@@ -60,7 +60,7 @@ class TierStore(Protocol):
         """Whether a blob of that size would be taken now without evicting. Pure."""
 
     async def start(self) -> list[Recovered]:
-        """Open the medium; what survived an earlier process. SetupError when it can't work at all."""
+        """Open the medium; what survived an earlier process, one copy of each block. SetupError when it can't work."""
 
     async def write(self, namespace: str, header: Header, parts: Sequence[Buffer]) -> Location:
         """Keep the concatenation of `parts`. Counted from the call on; on failure nothing is kept or counted.

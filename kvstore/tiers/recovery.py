@@ -161,7 +161,7 @@ def _learn(
     segment, unpack = found.segment.id, Header.unpack
     for packed, offset, nbytes in entries_of(page):
         try:
-            header = unpack(packed)
+            header = unpack(packed, checked=True)  # the page's checksum holds
         except DataError:
             _add(counters, "lost_records", 1)
             continue
