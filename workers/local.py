@@ -27,6 +27,7 @@ class Peer:
     holds: dict[int, None] = field(default_factory=dict)
     segments: dict[int, None] = field(default_factory=dict)  # passed: the peer has them mapped
     staging: StagingSegment | None = None
+    asked_for_staging: bool = False  # it is being made, or is there
 
 
 class LocalService(PinCalls):
@@ -120,13 +121,20 @@ class LocalService(PinCalls):
     async def stage(self, request: worker_pb2.StageRequest, context: CallContext) -> worker_pb2.StageReply:
         """The connection's staging segment; one for its life. Overloaded when there is no room for it."""
         node, peer = self._node, self._peer(context)
-        if peer.staging is not None:
+        if peer.asked_for_staging:
             raise BadRequest("this connection has a staging segment: use it again, or open another connection")
         if request.bytes < 1:
             raise BadRequest("a staging segment of 0 bytes")
-        peer.staging = node.store.staging.open(min(request.bytes, node.config.store.staging_bytes))
-        context.attach(peer.staging.segment, writable=True)
-        info = worker_pb2.SegmentInfo(segment=peer.staging.id, bytes=peer.staging.nbytes, data_offset=0, writable=True)
+        peer.asked_for_staging = True
+        try:
+            nbytes = min(request.bytes, node.config.store.staging_bytes)
+            staging = await node.store.staging.open_apart(node.system.pool, nbytes)
+        except BaseException:
+            peer.asked_for_staging = False
+            raise
+        peer.staging = staging
+        context.attach(staging.segment, writable=True)
+        info = worker_pb2.SegmentInfo(segment=staging.id, bytes=staging.nbytes, data_offset=0, writable=True)
         return worker_pb2.StageReply(segment=info)
 
     async def commit(self, request: worker_pb2.CommitRequest, context: CallContext) -> worker_pb2.PutReply:
