@@ -7,8 +7,10 @@ All methods run on one event loop. Metadata changes only between two awaits; onl
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from kvstore.announce import Outbox
 from kvstore.answers import Match
@@ -40,6 +42,18 @@ from kvstore.types import Fidelity
 __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
 
 ANNOUNCE_QUEUE = 1 << 16
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Hundreds of thousands of objects come at once and stay: the collector would look at them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class TieredStore:
@@ -78,10 +92,11 @@ class TieredStore:
         """Open the tiers and take in what the SSD kept. SetupError; nothing stays open then."""
         redis = self.stack.redis
         try:
-            for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
-                recovered = await tier.start()
-                self._started.append(tier)
-                self._take_in(recovered)
+            with uncollected():
+                for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
+                    recovered = await tier.start()
+                    self._started.append(tier)
+                    self._take_in(recovered)
         except BaseException:
             await self.close()
             raise
