@@ -209,14 +209,25 @@ class Directory:
         lookups = [table.blocks.get for table in space.tables]
         usable = _Usable(self._lives.status, least)
 
+        rows: dict[int, list[Entry | None]] = {}  # each key is looked up once
+
+        def entries(position: int, start: int, stop: int) -> list[Entry | None]:
+            row = rows.setdefault(position, [])
+            if stop > len(row):
+                row.extend(map(lookups[position], keys[len(row) : stop]))
+            return row[start:stop]
+
         def held(position: int, start: int, stop: int) -> bytes:
-            return bytes(map(usable.__getitem__, map(lookups[position], keys[start:stop])))
+            row = entries(position, start, stop)
+            if row and row.count(row[0]) == len(row):  # the common case, without a step per block
+                return bytes((usable[row[0]],)) * len(row)
+            return bytes(map(usable.__getitem__, row))
 
         blocks = longest(plan, held, len(keys))
         runs: list[MatchRun] = []
         for position, rule in plan.sources() if blocks else ():
             first = rule.first_needed(blocks)
-            row = map(lookups[position], keys[first:blocks])
+            row = entries(position, first, blocks)
             found = ranges(space.tables[position].shard, row, first, usable.copy_usable, self._lives.name)
             runs += fewer(found, self.copies_max)
         return Match(blocks, runs)
