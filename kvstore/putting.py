@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
-from kvstore.checksum import copy_and_checksum
+from kvstore.copier import Copier
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.header import Header
 from kvstore.layout import block_bytes
@@ -30,6 +30,7 @@ class Putting:
     def __init__(self, stack: Stack, movement: Movement) -> None:
         self.stack = stack
         self.movement = movement
+        self.copier = Copier(stack.system.pool, stack.config.threads)
         self._puts: dict[BlockId, asyncio.Future[None]] = {}
 
     @property
@@ -102,7 +103,7 @@ class Putting:
             return self._end("dropped", why="no room in the hot tier")
         kept = False
         try:
-            copy_id = await self.stack.system.pool.run(copy_and_checksum, source, stack.hot.view(place))
+            copy_id = await self.copier.copy(source, stack.hot.view(place))
             if header.copy_id not in (0, copy_id):
                 return self._end("refused", why="the bytes do not have the announced checksum")
             if self._held(id, header):  # loaded from Redis meanwhile

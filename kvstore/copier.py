@@ -1,0 +1,66 @@
+"""Blocks on their way into memory, copied and summed several to a turn of a byte mover: a turn costs as much as copying
+a few hundred KiB."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from kvstore.checksum import copy_and_checksum
+from kvstore.seams import Pool
+
+TURN_BYTES = 8 << 20
+
+Job = tuple[memoryview, memoryview, "asyncio.Future[int]"]
+
+
+def copy_all(jobs: list[Job]) -> list[int]:
+    """Thread: every source into its target; the checksums."""
+    return [copy_and_checksum(source, target) for source, target, _ in jobs]
+
+
+class Copier:
+    """What waits is bounded by the room that was reserved for it."""
+
+    def __init__(self, pool: Pool, lanes: int) -> None:
+        """`lanes`: turns at a time."""
+        self._pool = pool
+        self._lanes = lanes
+        self._line: deque[Job] = deque()
+        self._tasks: dict[asyncio.Task[None], None] = {}
+
+    async def copy(self, source: memoryview, target: memoryview) -> int:
+        """XXH3-64 of what arrived in `target`. Cancelled: only when nobody touches the buffers any more."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+        self._line.append((source, target, done))
+        if len(self._tasks) < self._lanes:
+            task = loop.create_task(self._work())
+            self._tasks[task] = None
+            task.add_done_callback(self._tasks.pop)
+        cancelled = False
+        while not done.done():
+            try:
+                await asyncio.wait([done])
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        return done.result()
+
+    async def _work(self) -> None:
+        while self._line:
+            jobs, nbytes = [self._line.popleft()], 0
+            while self._line and (nbytes := nbytes + len(jobs[-1][0])) < TURN_BYTES:
+                jobs.append(self._line.popleft())
+            try:
+                sums = await self._pool.run(copy_all, jobs)
+            except BaseException as error:
+                for _, _, done in jobs:
+                    done.set_exception(error if isinstance(error, Exception) else RuntimeError("the copy was given up"))
+                    done.exception()  # seen, also where nobody waits any more
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            for (_, _, done), copy_id in zip(jobs, sums, strict=True):
+                done.set_result(copy_id)
