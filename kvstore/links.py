@@ -85,8 +85,11 @@ class Pooled(Generic[C]):
         entry.users += 1
         try:
             try:
-                async with asyncio.timeout(timeout_s):
-                    connection = await asyncio.shield(entry.opening)
+                if entry.opening.done():  # mostly: no timer, no turn of the loop
+                    connection = entry.opening.result()
+                else:
+                    async with asyncio.timeout(timeout_s):
+                        connection = await asyncio.shield(entry.opening)
             except TimeoutError:
                 self.hung.add(address)
                 raise DeadlineExceeded(f"{address} did not answer within {timeout_s:.3f} s") from None
