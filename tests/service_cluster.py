@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -118,11 +119,16 @@ async def put_slowly(client: KVClient, worker: WorkerRuntime, prefix: Chain) -> 
         await worker.store.idle()
 
 
-async def found(client: KVClient, prefix: Chain, blocks: int, shards: Sequence[Shard] | None = None) -> HitPlan:
-    """The plan once so many blocks are known: announcements take their time on a busy machine."""
+async def found(
+    client: KVClient, prefix: Chain, blocks: int, shards: Sequence[Shard] | None = None, *, holders: int = 1
+) -> HitPlan:
+    """The plan once so many blocks are known, of so many holders each: announcements come bit by bit."""
     async with asyncio.timeout(15):
         while True:
             plan = await client.match(prefix.spec, prefix, shards)
-            if plan.blocks >= blocks:
+            held = Counter[str]()
+            for run in plan.runs:
+                held[run.holder] += run.count
+            if plan.blocks >= blocks and (holders == 1 or sum(n >= blocks for n in held.values()) >= holders):
                 return plan
             await asyncio.sleep(0.01)
