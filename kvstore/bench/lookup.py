@@ -97,9 +97,11 @@ async def _stored(by: KVClient) -> Chain:
     states = (await by.put(SPEC, prompt, [raw] * BLOCKS)).states
     assert states == ["committed"] * BLOCKS
     await plan_of(by, prompt)
-    while not (await by.match(SPEC, prompt)).complete:  # until then a client asks this host's worker too
-        await asyncio.sleep(0.05)
-    return prompt
+    for _ in range(200):
+        if (await by.match(SPEC, prompt)).complete:
+            return prompt
+        await asyncio.sleep(0.05)  # until then a client asks this host's worker too
+    raise AssertionError("the coordinator never knew everything")
 
 
 async def _lookups(report: Report, cluster: LocalCluster, by: KVClient, prompt: Chain, count: int) -> None:

@@ -32,7 +32,7 @@ from kvstore.local_cluster import LocalCluster
 from kvstore.plan import HitPlan
 from kvstore.transport.malloc import keep_freed_memory
 
-ROUNDS, ROUNDS_LONG = 16, 48
+ROUNDS, ROUNDS_LONG = 8, 48
 ROOM_BYTES = 3 * COLD_BYTES
 PARTS = ("large", "small", "tcp")
 
