@@ -186,7 +186,7 @@ class TieredStore:
         """Forget a namespace's blocks, or those of one model; how many. What readers hold stays until they let go."""
         residency = self.stack.residency
         rows = [row for row in residency.of(namespace) if root is None or residency.header(row).root == root]
-        for row in rows:
+        for row in reversed(rows):  # children first: a parent's removal looks at its whole subtree
             self.stack.remove(row)
         self.stack.counters["purged"] += len(rows)
         self.movement.nudge()

@@ -22,14 +22,15 @@ from kvstore.bench.tiers_blocks import (
     header,
     random_buffers,
 )
+from kvstore.bench.tiers_ssd import in_flight
 from kvstore.config import StoreConfig
 from kvstore.header import Header
 from kvstore.store import Placed, TieredStore
 from kvstore.system import RealClock, real_system
 from kvstore.types import Fidelity
 
-TOGETHER = 8
-"""Blocks of a Commit that a worker offers to its store at a time."""
+UNDER_WAY = 16
+"""Blocks of two Commits: a worker offers 8 of each to its store at a time."""
 
 OPENED = 32
 """Blocks that one get opens: a prompt of 2,048 tokens."""
@@ -51,12 +52,13 @@ class HostContest:
         self.wrong = 0
 
     async def put_all(self) -> None:
-        store = self.store
-        for start in range(0, self.count, TOGETHER):
-            some = range(start, min(start + TOGETHER, self.count))
-            views = self.sources.views
-            found = await asyncio.gather(*(store.put(NAMESPACE, SPEC, SHARD, self.headers[i], views[i]) for i in some))
-            assert all(outcome.state == "committed" for outcome in found)
+        """As commits that follow each other: always so many blocks under way."""
+
+        async def one(i: int) -> None:
+            found = await self.store.put(NAMESPACE, SPEC, SHARD, self.headers[i], self.sources.views[i])
+            assert found.state == "committed"
+
+        await in_flight(UNDER_WAY, [lambda i=i: one(i) for i in range(self.count)])  # type: ignore[misc]
 
     async def get_all(self) -> None:
         """As a reader of this host: open, copy, look at the generations again, release."""

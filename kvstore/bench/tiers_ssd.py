@@ -21,7 +21,10 @@ from kvstore.tiers.base import Location
 from kvstore.tiers.ssd import SsdTier
 
 DEPTH = 4
-"""Blocks in flight: one for each of the store's byte movers."""
+"""Blocks in flight at the device: one for each of the store's byte movers."""
+
+WAITING = 2 * DEPTH
+"""Blocks asked for at a time: a byte mover finds its next one when it is done, as the threads of the loop do."""
 
 SYNC_BLOCKS = 64
 """Both sides: fdatasync after so many blocks."""
@@ -71,7 +74,7 @@ class LogContest:
 
         for start in range(0, self.count, SYNC_BLOCKS):
             some = range(start, min(start + SYNC_BLOCKS, self.count))
-            await in_flight(DEPTH, [lambda i=i: one(i) for i in some])  # type: ignore[misc]
+            await in_flight(WAITING, [lambda i=i: one(i) for i in some])  # type: ignore[misc]
             await self.tier.flush()
 
     async def read(self) -> None:
@@ -82,7 +85,7 @@ class LogContest:
             assert place is not None
             await self.tier.read(NAMESPACE, self.records.headers[i], place, self.targets.views[i][:nbytes])
 
-        await in_flight(DEPTH, [lambda i=i: one(i) for i in self.order])  # type: ignore[misc]
+        await in_flight(WAITING, [lambda i=i: one(i) for i in self.order])  # type: ignore[misc]
 
     def check(self) -> None:
         """What arrived in the targets, which are emptied then."""

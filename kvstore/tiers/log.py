@@ -14,7 +14,7 @@ from kvstore.catalog import Catalog
 from kvstore.errors import Corrupt, TierFull
 from kvstore.header import Header
 from kvstore.seams import Disk, File, System
-from kvstore.tiers.aligned import ALIGNMENT, Bounce, padded, read_record, straight, write_all, write_record
+from kvstore.tiers.aligned import ALIGNMENT, Bounce, is_aligned, padded, read_record, straight, write_all, write_record
 from kvstore.tiers.base import Location
 from kvstore.tiers.handles import Handles, finish
 from kvstore.tiers.log_state import LogState, Owed
@@ -105,7 +105,7 @@ class SegmentLog:
         try:
             async with self._handles.lease(data_name(segment), direct=self.direct) as file:
                 if file.direct:
-                    bounce = self._bounce.take(padded(len(target)))
+                    bounce = self._bounce.take(ALIGNMENT if is_aligned(target) else padded(len(target)))
                 return await self.system.pool.run(read_record, file, offset, target, bounce)
         finally:
             if bounce is not None:
