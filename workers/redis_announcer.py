@@ -93,12 +93,19 @@ class RedisAnnouncer:
         self._source: RedisSource | None = None
         self._telling: Announcer | None = None
         self._task: asyncio.Task[None] | None = None
+        self._name = ""
 
     @property
     def elected(self) -> bool:
         return self._source is not None
 
+    def _draw(self) -> None:
+        """A new name to stand for election under: each source numbers its changes from 1, so that neither a worker
+        restarted within its old lease nor one that begins again may get an epoch that was announced before."""
+        self._name = f"{self._worker()}/{self._system.token_hex(4)}"
+
     def start(self) -> None:
+        self._draw()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -112,7 +119,7 @@ class RedisAnnouncer:
         await self._end(leaving=False)
         if elected:
             try:
-                await self._redis.resign(self._namespace, self._worker())
+                await self._redis.resign(self._namespace, self._name)
             except TierDown:
                 return  # the lease ends by itself
 
@@ -122,14 +129,15 @@ class RedisAnnouncer:
                 await self._round()
             except TierDown:  # nobody can be served from there now; tried again with the next round
                 await self._end(leaving=True)
+                self._draw()
             await asyncio.sleep(self._config.redis_poll_s if self.elected else self._config.redis_lease_s / 3)
 
     async def _round(self) -> None:
         source = self._source
         if source is not None and source.fenced_by >= source.epoch:
             await self._end(leaving=False)
-            await self._redis.resign(self._namespace, self._worker())
-        epoch = await self._redis.elect(self._namespace, self._worker(), self._config.redis_lease_s)
+            await self._redis.resign(self._namespace, self._name)
+        epoch = await self._redis.elect(self._namespace, self._name, self._config.redis_lease_s)
         if epoch is None:
             await self._end(leaving=False)
         elif self._source is None or self._source.epoch != epoch:
