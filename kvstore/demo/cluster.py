@@ -64,6 +64,7 @@ def fleet_config(folder: Path, limits: Limits) -> Config:
                 "state_folder": str(folder),
                 "start_timeout_s": 90.0,
             },
+            "worker": {"redis_lease_s": 2.0},  # when its announcer is killed, Redis is announced by the other worker
             "store": {
                 "hot_bytes": limits.hot,
                 "host_bytes": limits.arena,
