@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.errors import Corrupt
@@ -127,6 +127,7 @@ _TAGS = st.sampled_from([b"\x0a", b"\x12", b"\x18", b"\x1a", b"\x1b", b"\x1c", b
 
 
 @given(st.lists(_TAGS | st.binary(max_size=6), max_size=12).map(b"".join))
+@example(bytes.fromhex("1080808080808080808002"))  # a number with bits beyond 64
 def test_any_bytes_mean_the_same_to_both(frame: bytes) -> None:
     assert by_hand(frame) == protobuf(frame)
 

@@ -79,6 +79,14 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
     raise Corrupt("a number in a frame is longer than 64 bits")
 
 
+def _skip_varint(view: memoryview, at: int) -> int:
+    """The position after a number nobody reads: bits beyond 64 do not matter there, as in protobuf."""
+    for end in range(at, min(at + 10, len(view))):
+        if view[end] < 0x80:
+            return end + 1
+    raise Corrupt("a frame ends within a number, or has one of more than ten bytes")
+
+
 def _tag(view: memoryview, at: int) -> tuple[int, int, int]:
     """(field number, wire type, next position)."""
     value, at = _read_varint(view, at)
@@ -100,7 +108,7 @@ def _skip(view: memoryview, at: int, field: int, wire: int) -> int:
     open_groups: list[int] = []
     while True:
         if wire == _VARINT:
-            _, at = _read_varint(view, at)
+            at = _skip_varint(view, at)
         elif wire == _LENGTH:
             _, at = _delimited(view, at)
         elif wire in (_FIXED64, _FIXED32):
