@@ -56,10 +56,12 @@ class TestRedis:
         await rig.put_all(MANY)
         await rig.settle()
         away = [depth for depth in range(MANY) if not rig.where(depth)][:8]
-        before = redis.finds
+        redis.asked.clear()
         hold = await rig.open([*away, 10_000], redis=True)
         assert [placed is not None for placed in hold.blocks] == [True] * len(away) + [False]
-        assert redis.finds <= before + 2, "one question each"  # moves that make room ask too
+        wanted = {rig.key(depth) for depth in [*away, 10_000]}
+        questions = [asked for asked in redis.asked if wanted.intersection(asked)]  # moves ask for what they move
+        assert len(questions) == 1 and wanted <= set(questions[0])
         rig.store.release(hold.id)
         await rig.close()
 
