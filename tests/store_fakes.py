@@ -99,7 +99,7 @@ class FaultyTier:
         self.capacity = capacity
         self.kept: dict[int, tuple[str, Header, bytes]] = {}
         self.used = 0
-        self.reads = self.writes = self.frees = 0
+        self.reads = self.writes = self.finds = self.frees = 0
         self.asked: list[list[bytes]] = []  # keys of each find
         self.down = self.full = False
         self.bug: Exception | None = None  # raised by every write
@@ -190,6 +190,7 @@ class FaultyTier:
     async def find_many(
         self, namespace: str, wanted: Sequence[tuple[bytes, bytes]]
     ) -> list[tuple[Header, Location] | None]:
+        self.finds += 1
         self.asked.append([key for _, key in wanted])
         if self.slow_finds:
             await self._pass()
