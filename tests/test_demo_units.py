@@ -201,6 +201,7 @@ async def test_the_scenario_in_one_process() -> None:
         c.name for c in (checks.tokens, checks.logits, checks.bytes, checks.control, checks.outage) if not c.ok
     ] == []
     assert cluster.asked == ["settled", "tiers", "settled", "tiers", "kill", "returned", "tiers"]
+    assert scenario.checks.outage.tried == 1
     assert [row.name for row in rows] == [
         "document 1", "document 2", "chat-1 1", "chat-1 2", "document 3", "chat-1 3", "document 4",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -67,21 +68,34 @@ class Scenario:
         await self._look("loaded")
         self._count(self.checks.tiers, self.report.hits(), TIERS)
         self._say(await self._cluster.kill())
-        await self._phase("outage", phases["outage"])
-        back = await self._cluster.returned()
-        self._say(back)
-        await self._look("returned")
+        back = asyncio.ensure_future(self._returned())
+        try:
+            for name, where in phases["outage"]:
+                dead = not back.done()
+                row = await self._request("outage", name, self._replicas[where])
+                if dead:  # it was when the request began
+                    self.checks.outage.note(row.equal, row.name)
+            found = await back
+        finally:
+            back.cancel()
         await self._phase("after", phases["after"])
         for name, replica in self._replicas.items():
             self.report.clients[name] = await replica.call("counters", 30.0)
         self.report.workers["end"] = await self._cluster.counters()
-        self._recovered(back)
+        self._recovered(found)
+
+    async def _returned(self) -> str:
+        """Tell when the killed worker is back, and what lay in the tiers at that moment."""
+        found = await self._cluster.returned()
+        self._say(found)
+        await self._look("returned")
+        return found
 
     async def _phase(self, phase: str, steps: list[tuple[str, str]]) -> None:
         for name, replica in steps:
             await self._request(phase, name, self._replicas[replica])
 
-    async def _request(self, phase: str, name: str, replica: Replica) -> None:
+    async def _request(self, phase: str, name: str, replica: Replica) -> Row:
         """One prompt with the cache and without, at the same replica; in phase "again" with zeroed blocks too."""
         title, ids = self._load.next(name)
         new = self._script.new_tokens
@@ -94,11 +108,10 @@ class Scenario:
         self.checks.stored(cached)
         if phase == "again" and cached.loaded_tokens > len(ids) / 2:
             self.checks.spoilt(title, await replica.answer(ids, "zeroed", new), plain)
-        if phase == "outage":
-            self.checks.outage.note(cached.tokens == plain.tokens, title)
         row = Row.of(phase, title, replica.name, cached, plain)
         self.report.rows.append(row)
         self._done(row)
+        return row
 
     def _remember(self, answer: Answer) -> None:
         """The next request, at the other replica, must see what this one stored."""
