@@ -28,13 +28,15 @@ class Copier:
         self._lanes = lanes
         self._line: deque[Job] = deque()
         self._tasks: dict[asyncio.Task[None], None] = {}
+        self._running = 0  # lanes that will look at the line again; a task that has ended may still be in `_tasks`
 
     async def copy(self, source: memoryview, target: memoryview) -> int:
         """XXH3-64 of what arrived in `target`. Cancelled: only when nobody touches the buffers any more."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[int] = loop.create_future()
         self._line.append((source, target, done))
-        if len(self._tasks) < self._lanes:
+        if self._running < self._lanes:
+            self._running += 1
             task = loop.create_task(self._work())
             self._tasks[task] = None
             task.add_done_callback(self._tasks.pop)
@@ -49,6 +51,12 @@ class Copier:
         return done.result()
 
     async def _work(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self._running -= 1  # in the same step as the last look at the line: nobody is left waiting in it
+
+    async def _drain(self) -> None:
         while self._line:
             jobs, nbytes = [self._line.popleft()], 0
             while self._line and (nbytes := nbytes + len(jobs[-1][0])) < TURN_BYTES:

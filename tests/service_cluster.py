@@ -53,7 +53,8 @@ class MiniCluster:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.stack.aclose()
+        async with asyncio.timeout(60):  # a stop that hangs is a failure, not a wait for ever
+            await self.stack.aclose()
         self.system.pool.close()
 
     @property
