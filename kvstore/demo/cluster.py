@@ -144,6 +144,7 @@ class FleetCluster:
             "coordinators": list(self.state.coordinators),
             "workers": [own],
             "inflight_bytes_max": self._limits.inflight,
+            "staging_bytes": 8 * MIB,  # a few blocks on their way at a time: all of hot is little more
             "match_timeout_s": PATIENCE_S,
             "get_timeout_s": 2 * PATIENCE_S,
             "put_timeout_s": 2 * PATIENCE_S,
@@ -214,10 +215,11 @@ class FleetCluster:
 
         view = await self._until(back, RETURN_S, f"{killed.member.node} did not come back")
         status = alive(view)[killed.member.id]
-        found = {Tier(tier.tier).name.lower(): tier.blocks for tier in status.tiers}
+        on_ssd = blocks_in(status, Tier.SSD)
+        in_redis = max(blocks_in(other, Tier.REDIS) for other in alive(view).values())
         return (
             f"{status.member.node} is back (pid {status.pid}, epoch {status.member.epoch}) and found "
-            f"{found.get('ssd', 0)} blocks on its SSD; Redis has {found.get('redis', 0)}"
+            f"{on_ssd} blocks on its SSD; Redis has {in_redis}"
         )
 
     async def stop(self) -> None:
@@ -237,3 +239,8 @@ def alive(view: View) -> dict[str, common_pb2.WorkerStatus]:
 def by_node(view: View) -> list[common_pb2.WorkerStatus]:
     """The living workers in the order of their nodes' names."""
     return sorted(alive(view).values(), key=lambda status: status.member.node)
+
+
+def blocks_in(status: common_pb2.WorkerStatus, wanted: Tier) -> int:
+    """What a worker counts in one tier."""
+    return sum(tier.blocks for tier in status.tiers if Tier(tier.tier) is wanted)

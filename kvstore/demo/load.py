@@ -98,7 +98,7 @@ QUICK = Script(
     share="document:A document:B chat-1:B chat-1:A chat-2:A chat-2:B chat-3:B chat-3:A",
     again="document:A chat-1:B",
     outage="document:B",
-    after="chat-2:A chat-3:B chat-1:A",
+    after="chat-2:A chat-3:B chat-1:A document:A",
     first_bytes=900,
     new_tokens=6,
 )
