@@ -123,7 +123,8 @@ async def test_the_context_of_a_call_says_who_and_until_when(tmp_path: Path) -> 
         assert (client.identity, client.role, client.namespace) == ("client", "client", "default")
         assert (node.identity, node.role, node.namespace) == ("cluster", "node", "other")
         assert client.peer.startswith("ipv4:127.0.0.1:")
-        assert client.deadline is not None and 0 < client.deadline - Clock().monotonic() <= 5
+        assert client.deadline is not None  # gRPC rounds what is left, so a little more than 5 s may be read
+        assert 0 < client.deadline - Clock().monotonic() <= 6
         assert node.deadline is None
 
 
