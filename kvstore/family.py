@@ -20,9 +20,10 @@ def top_of(bitmap: int) -> int:
 class Family:
     """Links in the rows' columns; `below` counts, per level, children that stay there or at a faster level."""
 
-    def __init__(self, rows: Rows, policies: Sequence[Policy]) -> None:
+    def __init__(self, rows: Rows, ranks: Sequence[Sequence[Policy]]) -> None:
+        """`ranks`: policies by level, of primary and of secondary blocks."""
         self.rows = rows
-        self.policies = policies
+        self.ranks = ranks
         self.orphans: list[dict[bytes, int]] = []  # by space: key of an absent parent -> first of its children
 
     def join(self, row: int, parent_key: bytes, parent: int | None, key: bytes) -> None:
@@ -75,7 +76,7 @@ class Family:
             below = self.rows.below[level]
             below[parent] += step
             if not below[parent] and self.rows.present[parent] >> level & 1:
-                self.policies[level].ready(parent)
+                self.ranks[self.rows.secondary[parent]][level].ready(parent)
 
     def _orphan(self, row: int, parent_key: bytes) -> None:
         """Chain a block without its parent before the others that wait for it."""
@@ -105,6 +106,6 @@ class Family:
         for found in subtree:
             subtree.extend(self.rows.children(found))
         for found in subtree:
-            for level, policy in enumerate(self.policies):
+            for level, policy in enumerate(self.ranks[self.rows.secondary[found]]):
                 if self.rows.present[found] >> level & 1:
                     policy.next(found)

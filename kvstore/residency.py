@@ -3,7 +3,8 @@
 A block is a row (`kvstore.rows`). It is present at some levels, each a whole clean copy; levels are ordered, the
 fastest first. The store asks (`victim`, `elsewhere`), moves bytes, then tells (`add`, `drop`). Leaf first: a block of a
 full-attention group may leave a level while none of its children lies there or at a faster one, or when it has another
-copy; blocks of sliding-window and state groups are free to go in the policy's order.
+copy; blocks of sliding-window and state groups are free to go in the policy's order. Blocks marked secondary (enough
+other workers keep them) leave before all others, the least recently used first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from kvstore.family import Family, top_of
 from kvstore.header import Header
 from kvstore.key_table import KeyTable
-from kvstore.policy import Eligible, Policy
+from kvstore.policy import Eligible, Lru, Policy
 from kvstore.rows import NONE, RECORD_BYTES, Rows
 from kvstore.types import BlockId, Fidelity, Location, Tier
 
@@ -40,7 +41,9 @@ class Residency:
         self.levels = tuple(levels)
         self.rows = Rows(len(levels))
         self.policies = tuple(policy() for _ in levels)
-        self.family = Family(self.rows, self.policies)
+        self.secondaries = tuple(Lru() for _ in levels)
+        self._ranks: tuple[tuple[Policy, ...], ...] = (self.policies, self.secondaries)  # by the rows' `secondary`
+        self.family = Family(self.rows, self._ranks)
         self.used = [0] * len(levels)  # footprints of the present copies, by level
         self.leaving_bytes = [0] * len(levels)  # of these, on their way down
         self.raw_bytes = [0] * len(levels)  # what they decode to
@@ -51,9 +54,12 @@ class Residency:
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
         self._granules = [level.granule for level in levels]
         self._at = [
-            tuple(policy for level, policy in enumerate(self.policies) if bitmap >> level & 1)
-            for bitmap in range(1 << len(levels))
-        ]  # by bitmap of presence: the policies of the levels in it
+            [
+                tuple(policy for level, policy in enumerate(policies) if bitmap >> level & 1)
+                for bitmap in range(1 << len(levels))
+            ]
+            for policies in self._ranks
+        ]  # by rank and bitmap of presence: the policies of the levels in it
         self._eligible = [self._eligibility(level) for level in range(len(levels))]
 
     # ---- questions
@@ -94,6 +100,10 @@ class Residency:
         """Removed while pinned or busy."""
         return bool(self.rows.gone[row])
 
+    def secondary(self, row: int) -> bool:
+        """Whether others are to keep it."""
+        return bool(self.rows.secondary[row])
+
     def pinned(self, row: int) -> bool:
         return self.rows.pins[row] > 0
 
@@ -131,7 +141,9 @@ class Residency:
         `force`: where every block has children in the way, the policy's first goes all the same. Loses nothing if it
         only moves down; if it was the last copy, its subtree is next in line.
         """
-        row = self.policies[level].victim(self._eligible[level])
+        row = self.secondaries[level].victim(self._eligible[level])
+        if row is None:
+            row = self.policies[level].victim(self._eligible[level])
         return self._forced(level) if row is None and force else row
 
     def descendant(self, row: int) -> int:
@@ -141,13 +153,14 @@ class Residency:
         return row
 
     def _forced(self, level: int) -> int | None:
-        rows, bit, order = self.rows, 1 << level, self.policies[level].order
+        rows, bit = self.rows, 1 << level
+        orders = [policies[level].order for policies in self._ranks]
         found = (
             row
             for row, present in enumerate(rows.present)
             if present & bit and not rows.leaving[row] & bit and not rows.pins[row]
         )
-        return min(found, key=order, default=None)
+        return min(found, key=lambda row: (1 - rows.secondary[row], orders[rows.secondary[row]](row)), default=None)
 
     def namespaces(self) -> list[str]:
         return list(dict.fromkeys(namespace for namespace, _ in self._names))
@@ -219,7 +232,7 @@ class Residency:
         self.blocks[level] += 1
         if rows.parent[row] != NONE:
             self.family.moved(row, before, self.family.stays(row))
-        self.policies[level].admit(row, self._ident(row), footprint)
+        self._ranks[rows.secondary[row]][level].admit(row, self._ident(row), footprint)
         if present:
             self._ready(row)
 
@@ -244,7 +257,7 @@ class Residency:
         rows.present[row] = present = present & ~bit
         self.raw_bytes[level] -= rows.raw[row]
         self.blocks[level] -= 1
-        self.policies[level].remove(row, evicted=evicted)
+        self._ranks[rows.secondary[row]][level].remove(row, evicted=evicted)
         if child_of:
             self.family.moved(row, before, self.family.stays(row) if present else 0)
         if not present:
@@ -257,8 +270,24 @@ class Residency:
 
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
-        for policy in self._at[self.rows.present[row]]:
+        for policy in self._at[self.rows.secondary[row]][self.rows.present[row]]:
             policy.touch(row)
+
+    def mark_secondary(self, row: int, yes: bool) -> None:
+        """Enough others keep a copy (`yes`), or the fleet may have no other. Idempotent. Mutates.
+
+        A mark is the block's, at every level, until it is taken back or the block is gone.
+        """
+        rows = self.rows
+        assert not rows.gone[row] and rows.present[row], f"row {row} is no block"
+        if rows.secondary[row] == yes:
+            return
+        left, came, ident = self._ranks[not yes], self._ranks[yes], self._ident(row)
+        for level, rule in enumerate(self.levels):
+            if rows.present[row] >> level & 1:
+                left[level].remove(row, evicted=False)
+                came[level].admit(row, ident, rule.footprint(rows.length[level][row]))
+        rows.secondary[row] = yes
 
     def pin(self, row: int) -> None:
         """Keep every copy where it is. Counted. Mutates."""
@@ -329,7 +358,7 @@ class Residency:
             self._ready(row)
 
     def _ready(self, row: int) -> None:
-        for policy in self._at[self.rows.present[row]]:
+        for policy in self._at[self.rows.secondary[row]][self.rows.present[row]]:
             policy.ready(row)
 
     def _remove(self, row: int) -> None:
@@ -338,6 +367,7 @@ class Residency:
         self._index[rows.space[row]].remove(key, row)
         if rows.leaf_first[row]:
             self.family.part(row, rows.parent_key(row), key)
+        rows.secondary[row] = 0
         if rows.pins[row] or rows.busy[row]:
             rows.gone[row] = 1
         else:

@@ -19,6 +19,7 @@ def validate(residency: Residency) -> None:
             assert rows.space[row] == space and rows.header(row).key == key, f"row {row} is indexed under another key"
     for row in zombies:
         assert rows.pins[row] or rows.busy[row], f"zombie {row} waits for nobody"
+        assert not rows.secondary[row], f"zombie {row} is marked"
         assert not rows.present[row] and rows.parent[row] == rows.child[row] == NONE, f"zombie {row} is still somewhere"
     for row in live:
         _check_row(residency, row)
@@ -34,10 +35,10 @@ def _check_row(residency: Residency, row: int) -> None:
     assert rows.busy[row] or not (rows.writing[row] or rows.leaving[row]), f"row {row} moves, but nobody moves it"
     assert rows.pins[row] >= 0 and rows.busy[row] >= 0
     assert (rows.fidelity[row], rows.raw[row], rows.depth[row]) == (header.fidelity, header.raw_length, header.depth)
-    for level, policy in enumerate(residency.policies):
-        assert policy.holds(row) == bool(rows.present[row] >> level & 1), (
-            f"row {row}: policy and presence differ at level {level}"
-        )
+    for rank, policies in enumerate(residency._ranks):
+        for level, policy in enumerate(policies):
+            here = rows.present[row] >> level & 1 and rows.secondary[row] == rank
+            assert policy.holds(row) == bool(here), f"row {row}: policy and presence differ at level {level}"
 
 
 def _check_family(residency: Residency, live: list[int]) -> None:

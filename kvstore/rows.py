@@ -39,6 +39,7 @@ class Rows:
         self.gone = array("B")  # 1: removed, but pinned or busy, so the row is not reused yet
         self.leaf_first = array("B")  # 1: children must go first (full attention)
         self.orphan = array("B")  # 1: waits for a parent that is not resident
+        self.secondary = array("B")  # 1: other workers are to keep it, this one gives it up before others
         self.fidelity = array("B")  # the lesser of the header's two
         self.space = array("i")  # which (namespace, shard)
         self.root = array("i")  # which root
@@ -61,8 +62,8 @@ class Rows:
         self._root_at: dict[bytes, int] = {}
         self._free = array("i")
         self._columns = (
-            self.present, self.writing, self.leaving, self.used, self.gone, self.leaf_first, self.orphan, self.fidelity,
-            self.space, self.root, self.pins, self.busy, self.depth, self.raw,
+            self.present, self.writing, self.leaving, self.used, self.gone, self.leaf_first, self.orphan,
+            self.secondary, self.fidelity, self.space, self.root, self.pins, self.busy, self.depth, self.raw,
             *self.below, *self.segment, *self.offset, *self.length,
         )  # fmt: skip
         self._links = (self.parent, self.child, self.next, self.prev, self.same)

@@ -192,6 +192,16 @@ class TieredStore:
         self.movement.nudge()
         return len(rows)
 
+    def secondary(self, namespace: str, shard: bytes, keys: Sequence[bytes], yes: bool) -> int:
+        """What a coordinator hints: other workers are to keep these blocks of a shard, so they leave here before others
+        (`yes`); or not any more. How many of them are here. Mutates; a hint: a block that goes and comes again is
+        unmarked."""
+        residency = self.stack.residency
+        found = [row for key in keys if (row := residency.find(namespace, shard, key)) is not None]
+        for row in found:
+            residency.mark_secondary(row, yes)
+        return len(found)
+
     async def purge_shared(self, namespace: str, root: bytes | None = None) -> int:
         """The same in Redis, for all workers; how many. TierDown when it can't be reached."""
         return 0 if self.stack.redis is None else await self.stack.redis.purge(namespace, root)

@@ -1,7 +1,7 @@
 """A process that puts blocks into a store that spills until it is killed: `python -m tests.store_writer FOLDER FIRST`.
 
 After each batch it prints `N moving BYTES durable COUNT`: the last block put, what is on its way down, and how many
-blocks the SSD tier had at the last heartbeat.
+blocks the SSD tier had at the last heartbeat; `none` in the place of `durable` while it had none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ async def main(folder: str, first: int) -> None:
             await rig.store.tick()
             assert rig.store.stack.SSD is not None
             durable = rig.store.stack.tiers[rig.store.stack.SSD].stats().blocks
-        print(number - 1, "moving", rig.store.movement.moving_bytes, "durable", durable, flush=True)
+        said = "durable" if durable else "none"
+        print(number - 1, "moving", rig.store.movement.moving_bytes, said, durable, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Residency: leaf first, pins, families, bytes; then against a plain model under random histories."""
+"""Residency: leaf first, pins, families, bytes, secondary copies."""
 
 from __future__ import annotations
 
@@ -6,58 +6,11 @@ import tracemalloc
 from random import Random
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstore.header import Header
 from kvstore.policy import Lru
-from kvstore.residency import Level, Residency
+from kvstore.residency import Residency
 from kvstore.residency_check import validate
-from kvstore.spec import namespace_digest
-from kvstore.tiers.base import Location
-from kvstore.types import Fidelity, Tier
-
-HOT, HOST, SSD = range(3)
-LEVELS = (
-    Level(Tier.HOT, 1 << 30, granule=4096, raw=True),
-    Level(Tier.HOST, 1 << 30, granule=4096),
-    Level(Tier.SSD, 1 << 30),
-)
-ROOT = b"r" * 16
-FULL, SLIDING = b"full-shard-bytes", b"slidingshardbyte"
-
-
-def key_of(chain: int, depth: int) -> bytes:
-    return chain.to_bytes(8, "little") + depth.to_bytes(8, "little")
-
-
-def header_of(chain: int, depth: int, shard: bytes = FULL, *, parent: bytes | None = None) -> Header:
-    if parent is None:
-        parent = key_of(chain, depth - 1) if depth else ROOT
-    return Header(
-        key=key_of(chain, depth),
-        parent=parent,
-        root=ROOT,
-        group=key_of(chain, depth - depth % 32),
-        depth=depth,
-        namespace=namespace_digest("n"),
-        shard=shard,
-        copy_id=7,
-        computed_on=Fidelity.EXACT,
-        stored=Fidelity.EXACT,
-        tokens=64,
-        raw_length=10_000,
-    )
-
-
-def place(number: int, length: int = 5000) -> Location:
-    return Location(1, number * 8192, length)
-
-
-def put(residency: Residency, chain: int, depth: int, level: int = HOT, shard: bytes = FULL) -> int:
-    where = place(len(residency))
-    return residency.admit("n", header_of(chain, depth, shard), level, where, leaf_first=shard == FULL)
+from tests.residency_blocks import FULL, HOST, HOT, LEVELS, SLIDING, SSD, header_of, key_of, place, put
 
 
 @pytest.fixture
@@ -151,6 +104,74 @@ class TestVictims:
         assert evict(residency, HOST, 1) == [(1, 0)]
 
 
+class TestSecondary:
+    """Copies that other workers are to keep go before the fleet's last ones."""
+
+    def mark(self, residency: Residency, chain: int, depth: int, yes: bool = True) -> None:
+        row = residency.find("n", FULL, key_of(chain, depth))
+        assert row is not None
+        residency.mark_secondary(row, yes)
+        validate(residency)
+
+    def test_secondary_copies_leave_first_even_when_used_last(self, residency: Residency) -> None:
+        rows = [put(residency, chain, 0) for chain in range(4)]
+        self.mark(residency, 3, 0)
+        self.mark(residency, 1, 0)
+        residency.touch(rows[3])
+        assert evict(residency, HOT, 4) == [(1, 0), (3, 0), (0, 0), (2, 0)]
+
+    def test_unmarked_again_it_is_as_good_as_any(self, residency: Residency) -> None:
+        for chain in range(3):
+            put(residency, chain, 0)
+        self.mark(residency, 1, 0)
+        self.mark(residency, 1, 0)
+        self.mark(residency, 1, 0, yes=False)
+        assert evict(residency, HOT, 3) == [(0, 0), (2, 0), (1, 0)]
+
+    def test_children_still_go_before_a_secondary_parent(self, residency: Residency) -> None:
+        put(residency, 0, 0)
+        put(residency, 1, 0)
+        put(residency, 0, 1)
+        self.mark(residency, 0, 0)
+        assert evict(residency, HOT, 3) == [(1, 0), (0, 1), (0, 0)]
+
+    def test_a_marked_parent_whose_child_is_gone_is_in_question_again(self, residency: Residency) -> None:
+        put(residency, 0, 0)
+        child = put(residency, 0, 1)
+        put(residency, 1, 0)
+        self.mark(residency, 0, 0)
+        assert residency.victim(HOT) == child  # the parent is set aside
+        residency.touch(child)
+        residency.drop(child, HOT)
+        assert evict(residency, HOT, 2) == [(0, 0), (1, 0)]
+
+    def test_pins_hold_it(self, residency: Residency) -> None:
+        row, other = put(residency, 0, 0), put(residency, 1, 0)
+        self.mark(residency, 0, 0)
+        residency.pin(row)
+        assert residency.victim(HOT) == other
+        residency.unpin(row)
+        assert residency.victim(HOT) == row
+
+    def test_the_mark_goes_along_to_other_levels_and_ends_with_the_block(self, residency: Residency) -> None:
+        row, other = put(residency, 1, 0), put(residency, 0, 0)
+        residency.add(other, HOST, place(8))
+        self.mark(residency, 0, 0)
+        residency.add(row, HOST, place(9))
+        residency.drop(other, HOT)
+        assert residency.victim(HOST) == other and residency.secondary(other)
+        residency.drop(other, HOST)
+        again = put(residency, 0, 0)
+        assert again == other and not residency.secondary(again)
+        assert evict(residency, HOT, 2) == [(1, 0), (0, 0)]
+
+    def test_forced_victims_too(self, residency: Residency) -> None:
+        rows = [put(residency, 0, depth) for depth in range(3)]
+        residency.pin(rows[2])
+        self.mark(residency, 0, 1)
+        assert residency.victim(HOT) is None and residency.victim(HOT, force=True) == rows[1]
+
+
 class TestFamilies:
     def test_the_subtree_of_a_lost_parent_is_next_in_line(self, residency: Residency) -> None:
         rows = [put(residency, 0, depth) for depth in range(4)]
@@ -231,137 +252,6 @@ class TestRows:
         per_block = (tracemalloc.get_traced_memory()[0] - before) / 20_000
         tracemalloc.stop()
         assert per_block < 700
-
-
-class Machine(RuleBasedStateMachine):
-    """Random histories against a dict of blocks; every block, count and byte is compared after each step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.residency = Residency(LEVELS, Lru)
-        self.model: dict[tuple[bytes, bytes], dict[int, Location]] = {}
-        self.rows: dict[tuple[bytes, bytes], int] = {}
-        self.pins: dict[int, int] = {}  # by row, zombies too
-        self.moves: list[tuple[tuple[bytes, bytes], int, int]] = []  # id, row, level it leaves
-        self.number = 0
-
-    chains, depths = st.integers(0, 2), st.integers(0, 5)
-    shards, levels = st.sampled_from((FULL, SLIDING)), st.sampled_from((HOT, HOST, SSD))
-
-    def where(self) -> Location:
-        self.number += 1
-        return place(self.number, 1 + self.number % 9000)
-
-    @rule(chain=chains, depth=depths, shard=shards, level=levels)
-    def come(self, chain: int, depth: int, shard: bytes, level: int) -> None:
-        id = (shard, key_of(chain, depth))
-        where = self.where()
-        if id not in self.model:
-            header = header_of(chain, depth, shard)
-            self.rows[id] = self.residency.admit("n", header, level, where, leaf_first=shard == FULL)
-            self.model[id] = {}
-        elif level not in self.model[id]:
-            self.residency.add(self.rows[id], level, where)
-        else:
-            return
-        self.model[id][level] = where
-
-    def pick(self, data: st.DataObject) -> tuple[bytes, bytes]:
-        return data.draw(st.sampled_from(sorted(self.model)))
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def touch(self, data: st.DataObject) -> None:
-        self.residency.touch(self.rows[self.pick(data)])
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def pin(self, data: st.DataObject) -> None:
-        row = self.rows[self.pick(data)]
-        self.residency.pin(row)
-        self.pins[row] = self.pins.get(row, 0) + 1
-
-    @precondition(lambda self: self.pins)
-    @rule(data=st.data())
-    def unpin(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.pins)))
-        self.residency.unpin(row)
-        self.pins[row] -= 1
-        if not self.pins[row]:
-            del self.pins[row]
-
-    @rule(level=levels)
-    def spill(self, level: int) -> None:
-        """Name a victim: it must be there, unpinned, not leaving; then drop it or begin to move it."""
-        row = self.residency.victim(level, force=True)
-        moving = {(row, at) for _, row, at in self.moves}
-        free = [id for id, where in self.model.items() if level in where and self.rows[id] not in self.pins]
-        able = [id for id in free if (self.rows[id], level) not in moving]
-        assert (row is None) == (not able)
-        if row is None:
-            return
-        id = next(id for id in able if self.rows[id] == row)
-        if self.residency.elsewhere(row, level) or level == SSD:
-            assert self.residency.drop(row, level) == self.model[id].pop(level)
-            self.forget(id)
-        else:
-            self.residency.work(row)
-            self.residency.leave(row, level)
-            self.moves.append((id, row, level))
-
-    @precondition(lambda self: self.moves)
-    @rule(data=st.data(), works=st.booleans())
-    def arrive(self, data: st.DataObject, works: bool) -> None:
-        """A move ends: flip when it worked and the block is still wanted there, else it stays."""
-        id, row, level = self.moves.pop(data.draw(st.integers(0, len(self.moves) - 1)))
-        if self.residency.gone(row):
-            self.residency.done(row)
-            return
-        if works and level + 1 not in self.model[id]:
-            where = self.where()
-            self.residency.add(row, level + 1, where)
-            self.model[id][level + 1] = where
-        if works and row not in self.pins:
-            self.residency.drop(row, level)
-            del self.model[id][level]
-            self.forget(id)
-        else:
-            self.residency.stay(row, level)
-        self.residency.done(row)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def purge(self, data: st.DataObject) -> None:
-        """All copies go, pinned or not; a moved or pinned row becomes a zombie."""
-        id = self.pick(data)
-        for level in list(self.model[id]):
-            self.residency.drop(self.rows[id], level, evicted=False, force=True)
-            del self.model[id][level]
-        self.forget(id)
-
-    def forget(self, id: tuple[bytes, bytes]) -> None:
-        if not self.model[id]:
-            del self.model[id]
-            del self.rows[id]
-
-    @invariant()
-    def agrees(self) -> None:
-        validate(self.residency)
-        assert len(self.residency) == len(self.model)
-        busy = {row for _, row, _ in self.moves} | set(self.pins)
-        assert len(self.residency.rows) == len(set(self.rows.values()) | busy), "a row leaked"
-        for (shard, key), where in self.model.items():
-            row = self.residency.find("n", shard, key)
-            assert row == self.rows[shard, key]
-            assert row is not None and self.residency.pinned(row) == (row in self.pins)
-            for level in (HOT, HOST, SSD):
-                assert self.residency.present(row, level) == (level in where)
-                if level in where:
-                    assert self.residency.location(row, level) == where[level]
-
-
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 
 
 def test_a_long_history_ends_whole() -> None:

@@ -178,6 +178,27 @@ class TestSpill:
             assert depth == 0 or (session, depth - 1) in held, "leaves must go before their parents"
         assert held[-5:] == blocks[-5:] and held[0][0] > 0
 
+    async def test_what_others_keep_leaves_before_the_last_copies(self, rig: Rig) -> None:
+        """Older chains outlive newer ones that a coordinator's hint named secondary."""
+        for session in range(8):
+            for depth in range(5):
+                assert (await rig.put(depth, session)).state == "committed"
+        await rig.settle()
+        assert not rig.store.counters.get("evicted")
+        marked = {
+            session: rig.store.secondary(NAMESPACE, rig.whole.digest, rig.keys(5, session), True) for session in (6, 7)
+        }
+        assert marked == {6: 5, 7: 5} and rig.store.secondary("another", rig.whole.digest, rig.keys(5), True) == 0
+        assert rig.store.secondary(NAMESPACE, rig.whole.digest, rig.keys(5, 6), False) == 5
+        newer = 8
+        while not rig.store.counters.get("evicted"):
+            for depth in range(5):
+                assert (await rig.put(depth, newer)).state == "committed"
+            await rig.settle()
+            newer += 1
+        evicted = {session for session in range(newer) for depth in range(5) if not rig.where(depth, session)}
+        assert evicted == {7}, "a last copy was given up before a secondary one"
+
     async def test_a_chain_longer_than_the_store_keeps_its_head(self, rig: Rig) -> None:
         states = []
         for depth in range(70):
