@@ -30,7 +30,7 @@ class Family:
         """Link a new block (present nowhere yet) with its parent and with children that came before it. Mutates."""
         rows = self.rows
         if rows.depth[row] and parent is None:
-            self._orphan(row, parent_key)
+            self.wait(row, parent_key)
         elif parent is not None and rows.leaf_first[parent] and rows.depth[parent] + 1 == rows.depth[row]:
             rows.link(row, parent)
         orphans = self.orphans[rows.space[row]]
@@ -49,7 +49,7 @@ class Family:
         if rows.child[row] != NONE:
             for child in rows.children(row):
                 rows.unlink(child)
-                self._orphan(child, key)
+                self.wait(child, key)
                 self._doom(child)
         if rows.parent[row] != NONE:
             rows.unlink(row)
@@ -78,8 +78,8 @@ class Family:
             if not below[parent] and self.rows.present[parent] >> level & 1:
                 self.ranks[self.rows.secondary[parent]][level].ready(parent)
 
-    def _orphan(self, row: int, parent_key: bytes) -> None:
-        """Chain a block without its parent before the others that wait for it."""
+    def wait(self, row: int, parent_key: bytes) -> None:
+        """Chain a block without its parent before the others that wait for it. Mutates."""
         rows, orphans = self.rows, self.orphans[self.rows.space[row]]
         first = orphans.get(parent_key, NONE)
         rows.orphan[row], rows.prev[row], rows.next[row] = 1, NONE, first

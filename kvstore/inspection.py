@@ -11,7 +11,8 @@ from kvstore.disk import FolderDisk
 from kvstore.errors import DataError, UsageError
 from kvstore.format import Record
 from kvstore.seams import Disk
-from kvstore.tiers.recovery import Found, FoundLog, scan_log
+from kvstore.tiers.found import Found
+from kvstore.tiers.recovery import FoundLog, scan_log
 from kvstore.tiers.segment import data_name
 
 DAMAGED_MAX = 20

@@ -11,6 +11,9 @@ from array import array
 from collections.abc import Iterator, Mapping
 from typing import TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.rows import NONE, RECORD_BYTES, Rows
 
 T = TypeVar("T")
@@ -79,6 +82,19 @@ class KeyTable(Mapping[bytes, int]):
         self._rows.same[row] = self._buckets[at]
         self._buckets[at] = row
         self._blocks += 1
+
+    def fill(self, keys: list[bytes], rows: npt.NDArray[np.int64]) -> None:
+        """Many distinct keys into an empty table: what `add` of each would do, buckets as many as were expected."""
+        assert not self._blocks and not self._split
+        at = np.fromiter(map(hash, keys), np.int64, len(keys)) & self._mask
+        order = np.argsort(at, kind="stable")
+        at, rows = at[order], rows[order]
+        same = np.frombuffer(self._rows.same, np.int32)
+        chained = at[1:] == at[:-1]
+        same[rows[:-1][chained]] = rows[1:][chained]
+        first = np.concatenate(([True], ~chained))
+        np.frombuffer(self._buckets, np.int32)[at[first]] = rows[first]
+        self._blocks = len(keys)
 
     def remove(self, key: bytes, row: int) -> None:
         """A key that is there, under that row."""

@@ -191,6 +191,9 @@ class Residency:
         present, segments, bit = self.rows.present, self.rows.segment[level], 1 << level
         return [row for row, here in enumerate(segments) if here == segment and present[row] & bit]
 
+    def index(self, space: int) -> KeyTable:
+        return self._index[space]
+
     def __len__(self) -> int:
         return sum(len(index) for index in self._index)
 
@@ -204,7 +207,7 @@ class Residency:
         """A new block with its first copy; its row. Mutates."""
         space = self._spaces.get((namespace, header.shard))
         if space is None:
-            space = self._space(namespace, header)
+            space = self.space(namespace, header)
         index, rows, key = self._index[space], self.rows, header.key
         row = rows.take()
         rows.space[row] = space
@@ -335,7 +338,8 @@ class Residency:
 
     # ---- inside
 
-    def _space(self, namespace: str, header: Header) -> int:
+    def space(self, namespace: str, header: Header) -> int:
+        """The number of a (namespace, shard), made on first use. Mutates."""
         space = self._spaces.get((namespace, header.shard))
         if space is None:
             space = self._spaces[namespace, header.shard] = len(self._names)

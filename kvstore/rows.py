@@ -9,6 +9,9 @@ import struct
 from array import array
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.header import Header
 from kvstore.types import Fidelity, Location
 
@@ -82,15 +85,25 @@ class Rows:
         self.used[row] = 1
         return row
 
+    def take_many(self, count: int) -> npt.NDArray[np.int64]:
+        """So many rows as `take` gives them: (count,). Mutates."""
+        if len(self._free) < count:
+            self._grow(count - len(self._free))
+        taken = np.array(self._free[len(self._free) - count :], np.int64)[::-1]
+        del self._free[len(self._free) - count :]
+        for column, fresh in ((self.used, 1), *((below, 0) for below in self.below)):
+            np.frombuffer(column, np.dtype(column.typecode))[taken] = fresh
+        return taken
+
     def give(self, row: int) -> None:
         """Free a row that nothing refers to. Mutates."""
         assert self.used[row], f"row {row} is freed twice"
         self.used[row] = 0
         self._free.append(row)
 
-    def _grow(self) -> None:
+    def _grow(self, wanted: int = 1) -> None:
         first = len(self.present)
-        more = max(GROWTH_ROWS_MIN, first // GROWTH_SHARE)
+        more = max(GROWTH_ROWS_MIN, first // GROWTH_SHARE, wanted)
         for column in self._columns:
             column.frombytes(bytes(more * column.itemsize))
         for links in self._links:
@@ -125,6 +138,13 @@ class Rows:
     def root_of(self, row: int) -> bytes:
         return self._roots[self.root[row]]
 
+    def root_number(self, root: bytes) -> int:
+        """What stands for a root in its column, made on first use. Mutates."""
+        number = self._root_at.setdefault(root, len(self._roots))
+        if number == len(self._roots):
+            self._roots.append(root)
+        return number
+
     def set_header(self, row: int, header: Header) -> None:
         """Of a row whose space is set. Mutates."""
         assert header.shard == self._digests[self.space[row]][1], "a header of another shard"
@@ -132,8 +152,7 @@ class Rows:
         self.fidelity[row] = computed_on if computed_on < stored else stored
         root = self._root_at.get(header.root)
         if root is None:
-            root = self._root_at[header.root] = len(self._roots)
-            self._roots.append(header.root)
+            root = self.root_number(header.root)
         self.root[row], self.depth[row], self.raw[row] = root, header.depth, header.raw_length
         _RECORD.pack_into(
             self.records, row * RECORD_BYTES, header.key, header.parent, header.group, header.copy_id,

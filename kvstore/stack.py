@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+
 from kvstore.arena import PAGE_BYTES, Arena, Slot
 from kvstore.catalog import Catalog
 from kvstore.changes import Changes
 from kvstore.codecs import codec_for
 from kvstore.config import StoreConfig
 from kvstore.header import Header
+from kvstore.header_columns import kinds
 from kvstore.policy import make_policy
 from kvstore.residency import Level, Residency
+from kvstore.residency_bulk import take_in
 from kvstore.runs import Added, Removed
 from kvstore.seams import System
 from kvstore.shared import SharedTier
 from kvstore.spec import ModelSpec, Shard
-from kvstore.tiers.base import Location, TierStats, TierStore
+from kvstore.tiers.base import Location, Recovered, TierStats, TierStore
+from kvstore.tiers.found import RecoveredRecords
 from kvstore.tiers.host import ArenaTier, HostTier
 from kvstore.tiers.hot import ALIGNMENT, DevicePool, HotTier
 from kvstore.types import Tier
@@ -139,15 +144,35 @@ class Stack:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location) -> int:
         """A new block; its row. Mutates."""
-        row = self.take_in(namespace, header, level, location)
+        leaf_first = self._leaf_first(header.root, header.shard)
+        row = self.residency.admit(namespace, header, level, location, leaf_first=leaf_first)
         self.changes.push(namespace, self.announced(row))
         return row
 
-    def take_in(self, namespace: str, header: Header, level: int, location: Location) -> int:
-        """`admit` at the start, when nobody is told of single blocks. Mutates."""
-        model = self.model(header)
-        leaf_first = model is None or model[0].groups[model[1].group].kind not in FREE_GROUPS
-        return self.residency.admit(namespace, header, level, location, leaf_first=leaf_first)
+    def _leaf_first(self, root: bytes, shard: bytes) -> bool:
+        spec, found = self.catalog.spec(root), self.catalog.shard(shard)
+        return spec is None or found is None or spec.groups[found.group].kind not in FREE_GROUPS
+
+    def take_in(self, block: Recovered) -> None:
+        """`admit` what the SSD kept, at the start, when nobody is told of single blocks. Mutates."""
+        assert self.SSD is not None
+        leaf_first = self._leaf_first(block.header.root, block.header.shard)
+        self.residency.admit(block.namespace, block.header, self.SSD, block.location, leaf_first=leaf_first)
+
+    def take_in_all(self, found: RecoveredRecords) -> Counter[str]:
+        """The same for many at once, in the log's order; how many of each namespace. Mutates."""
+        assert self.SSD is not None
+        kept: Counter[str] = Counter()
+        headers, entries = found.entries["header"], found.entries
+        leaf_first = np.empty(len(found), np.bool_)
+        for (root, shard), at in kinds(headers["root"], headers["shard"]):
+            leaf_first[at] = self._leaf_first(root, shard)
+        for (namespace, _), at in kinds(headers["namespace"], headers["shard"]):
+            places = found.segments[at], entries["offset"][at], entries["nbytes"][at]
+            name = found.names[namespace]
+            take_in(self.residency, name, headers[at], self.SSD, places, leaf_first[at])
+            kept[name] += len(at)
+        return kept
 
     def add(self, row: int, level: int, location: Location) -> None:
         """One more copy of a block. Mutates."""

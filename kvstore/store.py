@@ -7,10 +7,8 @@ All methods run on one event loop. Metadata changes only between two awaits; onl
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from kvstore.announce import Outbox
 from kvstore.answers import Match
@@ -37,23 +35,12 @@ from kvstore.spec import ModelSpec, Shard
 from kvstore.stack import Stack
 from kvstore.staging import Staging
 from kvstore.tiers.base import Recovered, TierStats, TierStore
+from kvstore.tiers.found import RecoveredRecords
 from kvstore.types import Fidelity
 
 __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
 
 ANNOUNCE_QUEUE = 1 << 16
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Hundreds of thousands of objects come at once and stay: the collector would look at them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class TieredStore:
@@ -92,11 +79,10 @@ class TieredStore:
         """Open the tiers and take in what the SSD kept. SetupError; nothing stays open then."""
         redis = self.stack.redis
         try:
-            with uncollected():
-                for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
-                    recovered = await tier.start()
-                    self._started.append(tier)
-                    self._take_in(recovered)
+            for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
+                recovered = await tier.start()
+                self._started.append(tier)
+                self._take_in(recovered)
         except BaseException:
             await self.close()
             raise
@@ -105,13 +91,13 @@ class TieredStore:
 
     def _take_in(self, recovered: Sequence[Recovered]) -> None:
         """What the SSD tier kept from an earlier process. Others learn of it by snapshot."""
-        stack, residency, level = self.stack, self.stack.residency, self.stack.SSD
         kept: Counter[str] = Counter()
-        residency.reserve(len(recovered))
-        for block in recovered:
-            assert level is not None
-            stack.take_in(block.namespace, block.header, level, block.location)
-            kept[block.namespace] += 1
+        if isinstance(recovered, RecoveredRecords):
+            kept = self.stack.take_in_all(recovered)
+        else:
+            for block in recovered:
+                self.stack.take_in(block)
+                kept[block.namespace] += 1
         for namespace, blocks in kept.items():
             self.changes.begin(namespace, blocks)
 

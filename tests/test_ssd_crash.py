@@ -114,7 +114,7 @@ async def test_power_loss_keeps_what_was_committed(seed: int) -> None:
     """Random writes, frees, heartbeats and reclaim, then unsynced writes lost or torn. Twice in a row."""
     rng, disk = Random(seed), MemoryDisk()
     tier, nothing = await recover(disk)
-    assert nothing == []
+    assert not nothing
     present: dict[int, Location] = {}  # depth -> location
     durable: dict[int, None] = {}
     gone: dict[int, None] = {}  # freed, and the free made durable

@@ -59,7 +59,7 @@ class TierStore(Protocol):
     def fits(self, nbytes: int) -> bool:
         """Whether a blob of that size would be taken now without evicting. Pure."""
 
-    async def start(self) -> list[Recovered]:
+    async def start(self) -> Sequence[Recovered]:
         """Open the medium; what survived an earlier process, one copy of each block. SetupError when it can't work."""
 
     async def write(self, namespace: str, header: Header, parts: Sequence[Buffer]) -> Location:

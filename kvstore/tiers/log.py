@@ -10,15 +10,18 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+import numpy as np
+
 from kvstore.catalog import Catalog
 from kvstore.errors import Corrupt, TierFull
 from kvstore.header import Header
 from kvstore.seams import Disk, File, System
 from kvstore.tiers.aligned import ALIGNMENT, Bounce, is_aligned, padded, read_record, straight, write_all, write_record
 from kvstore.tiers.base import Location
+from kvstore.tiers.found import Found
 from kvstore.tiers.handles import Handles, finish
 from kvstore.tiers.log_state import LogState, Owed
-from kvstore.tiers.recovery import Found, FoundLog, scan_log, scan_segment
+from kvstore.tiers.recovery import FoundLog, scan_log, scan_segment
 from kvstore.tiers.segment import Segment, data_name, index_name, index_reserve
 from kvstore.tiers.segment_index import Word, open_page, pages_of
 from kvstore.tiers.verify import damaged_records
@@ -58,9 +61,10 @@ class SegmentLog:
     async def damaged(self, found: FoundLog) -> list[Found]:
         """The recovered records that do not hold; reads them all. They are `found` no longer. Mutates `found`."""
         bad = await damaged_records(self.disk, self.system.pool, self._bounce, found.segments, direct=self.direct)
-        places = {(record.segment, record.offset): None for record in bad}
         for item in found.segments:
-            item.records = [record for record in item.records if (record.segment, record.offset) not in places]
+            gone = [record.offset for record in bad if record.segment == item.segment.id]
+            if gone:
+                item.records = item.records.only(~np.isin(item.records.entries["offset"], gone))
         return bad
 
     # Records
@@ -283,7 +287,7 @@ def _make_files(disk: Disk, segment: int, page: bytes, direct: bool) -> tuple[Fi
     return made[0], made[1]
 
 
-def _records_of(disk: Disk, segment: int) -> list[Found]:
+def _records_of(disk: Disk, segment: int) -> Sequence[Found]:
     return found.records if (found := scan_segment(disk, segment, {})) is not None else []
 
 

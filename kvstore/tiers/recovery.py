@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvstore.errors import Corrupt, DataError
-from kvstore.header import Header
+import numpy as np
+
+from kvstore.errors import Corrupt
+from kvstore.header_columns import Columns, Mask, equal, hold
 from kvstore.seams import Disk
 from kvstore.spec import ModelSpec, Shard, namespace_digest
 from kvstore.tiers.aligned import ALIGNMENT, padded
+from kvstore.tiers.found import FoundRecords
 from kvstore.tiers.segment import MAX_SEGMENT_BYTES, Segment, data_name, index_name
 from kvstore.tiers.segment_index import (
     BLOCKS,
@@ -23,6 +26,7 @@ from kvstore.tiers.segment_index import (
     entries_of,
     freed_of,
     limit_of,
+    lines_of,
     scan_pages,
     words_of,
 )
@@ -30,23 +34,12 @@ from kvstore.tiers.segment_index import (
 COUNTERS = ("damaged_pages", "lost_records", "undescribed_records", "damaged_segments", "orphans")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A record that an index names; its data is verified when it is read."""
-
-    segment: int
-    offset: int
-    nbytes: int
-    header: Header
-    namespace: str
-
-
 @dataclass(slots=True)
 class FoundSegment:
     """One segment with its records in the order they were indexed, without those freed."""
 
     segment: Segment
-    records: list[Found] = field(default_factory=list)
+    records: FoundRecords
     specs: list[ModelSpec] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     namespaces: list[str] = field(default_factory=list)
@@ -118,59 +111,101 @@ def scan_segment(disk: Disk, segment: int, counters: dict[str, int]) -> FoundSeg
     end = padded(data_bytes)
     limit = max(end, limit_of(first))
     state = Segment(segment, first.nonce, limit, end=end, index_end=padded(len(content)), sealed=True)
-    found = FoundSegment(state)
-    records: dict[int, Found] = {}
+    dictionary, lines = _Dictionary(), _Lines()
     for page in pages:
-        _learn(found, records, page, data_bytes, counters)
-        state.sequence = page.sequence + 1
-    found.records = list(records.values())
-    _add(counters, "damaged_pages", scan.damaged)
-    for record in found.records:
-        state.add(record.offset, padded(record.nbytes), record.header.raw_length, None)
-    for digest in [spec.root for spec in found.specs] + [shard.digest for shard in found.shards]:
-        state.described[digest] = None
-    for name in found.namespaces:
-        state.described[namespace_digest(name)] = None
-    return found
-
-
-def _learn(
-    found: FoundSegment, records: dict[int, Found], page: Page, data_bytes: int, counters: dict[str, int]
-) -> None:
-    """Take one page in: dictionary entries, records, or offsets freed."""
-    try:
         if page.kind == WORDS:
-            for word in words_of(page):
-                if isinstance(word, str):
-                    found.namespaces.append(word)
-                elif isinstance(word, ModelSpec):
-                    found.specs.append(word)
-                else:
-                    found.shards.append(word)
-        elif page.kind == FREED:
-            for offset in freed_of(page):
-                records.pop(offset, None)
-    except Corrupt:
-        _add(counters, "damaged_pages", 1)
-        return
-    if page.kind != BLOCKS:
-        return
-    names = {namespace_digest(name): name for name in found.namespaces}
-    roots = {spec.root for spec in found.specs}
-    shards = {shard.digest for shard in found.shards}
-    segment, unpack = found.segment.id, Header.unpack
-    for packed, offset, nbytes in entries_of(page):
-        try:
-            header = unpack(packed, checked=True)  # the page's checksum holds
-        except DataError:
-            _add(counters, "lost_records", 1)
-            continue
-        if header.namespace not in names or header.root not in roots or header.shard not in shards:
-            _add(counters, "undescribed_records", 1)
-        elif offset % ALIGNMENT or nbytes != header.stored_length or offset + nbytes > data_bytes:
-            _add(counters, "lost_records", 1)
+            try:
+                dictionary.learn(page, len(lines))
+            except Corrupt:
+                _add(counters, "damaged_pages", 1)
         else:
-            records[offset] = Found(segment, offset, nbytes, header, names[header.namespace])
+            lines.take(page)
+        state.sequence = page.sequence + 1
+    _add(counters, "damaged_pages", scan.damaged)
+    entries = lines.live(dictionary, data_bytes, counters)
+    state.adopt(entries["offset"], entries["nbytes"], entries["header"]["raw_length"])
+    for digest in dictionary.since:
+        state.described[digest] = None
+    records = FoundRecords(segment, entries, dictionary.names)
+    return FoundSegment(state, records, dictionary.specs, dictionary.shards, list(dictionary.names.values()))
+
+
+class _Dictionary:
+    """What a segment's WORDS pages say, and from which entry on each of it holds."""
+
+    def __init__(self) -> None:
+        self.specs: list[ModelSpec] = []
+        self.shards: list[Shard] = []
+        self.names: dict[bytes, str] = {}  # by digest
+        self.since: dict[bytes, int] = {}  # digest -> entries before its first word
+
+    def learn(self, page: Page, entries: int) -> None:
+        """Corrupt for a page whose words are none. Mutates."""
+        for word in words_of(page):
+            if isinstance(word, str):
+                digest = namespace_digest(word)
+                self.names[digest] = word
+            elif isinstance(word, ModelSpec):
+                digest = word.root
+                self.specs.append(word)
+            else:
+                digest = word.digest
+                self.shards.append(word)
+            self.since.setdefault(digest, entries)
+
+    def described(self, headers: Columns) -> Mask:
+        """Which headers' namespace, root and shard were all named before them."""
+        known = np.ones(len(headers), np.bool_)
+        shards, roots = [shard.digest for shard in self.shards], [spec.root for spec in self.specs]
+        for name, digests in (("namespace", list(self.names)), ("root", roots), ("shard", shards)):
+            one = np.zeros(len(headers), np.bool_)
+            for digest in digests:
+                since = self.since[digest]
+                one[since:] |= equal(headers[name][since:], digest)
+            known &= one
+        return known
+
+
+class _Lines:
+    """What BLOCKS and FREED pages say, in their order."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Page] = []
+        self._events: list[tuple[int, int, list[int]]] = []  # entries start..stop are there, or these offsets freed
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, page: Page) -> None:
+        """Mutates."""
+        if page.kind == FREED:
+            self._events.append((0, 0, freed_of(page)))
+        elif page.kind == BLOCKS:
+            start = self._count
+            if self._events and not self._events[-1][2]:
+                start = self._events.pop()[0]
+            self._blocks.append(page)
+            self._count += lines_of(page)
+            self._events.append((start, self._count, []))
+
+    def live(self, dictionary: _Dictionary, data_bytes: int, counters: dict[str, int]) -> Columns:
+        """The entries that hold and were not freed after. Mutates `counters`."""
+        entries = entries_of(self._blocks)
+        headers, offsets, nbytes = entries["header"], entries["offset"], entries["nbytes"]
+        valid = hold(headers)
+        known = valid & dictionary.described(headers)
+        inside = (offsets <= data_bytes) & (nbytes <= data_bytes) & (offsets + nbytes <= data_bytes)
+        good = known & inside & (offsets % ALIGNMENT == 0) & (nbytes == headers["stored_length"])
+        _add(counters, "undescribed_records", int(np.count_nonzero(valid & ~known)))
+        _add(counters, "lost_records", int(np.count_nonzero(~valid) + np.count_nonzero(known & ~good)))
+        last: dict[int, int] = {}
+        for start, stop, freed in self._events:
+            mine = start + np.flatnonzero(good[start:stop])
+            last.update(zip(offsets[mine].tolist(), mine.tolist(), strict=True))
+            for offset in freed:
+                last.pop(offset, None)
+        return entries[list(last.values())]
 
 
 def _add(counters: dict[str, int], name: str, amount: int) -> None:

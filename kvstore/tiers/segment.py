@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from kvstore.header_columns import Columns
 from kvstore.tiers.aligned import ALIGNMENT
 from kvstore.tiers.segment_index import PAGE_BYTES, Word
 
@@ -77,8 +80,8 @@ class Segment:
         unit = offset // ALIGNMENT
         return unit < len(self.live) and self.live[unit] == 1
 
-    def add(self, offset: int, total: int, raw_length: int, entry: bytes | None) -> None:
-        """A record of `total` padded bytes is there; `entry` is its line for the index, None when it is in there."""
+    def add(self, offset: int, total: int, raw_length: int, entry: bytes) -> None:
+        """A record of `total` padded bytes is there; `entry` is its line for the index."""
         unit = offset // ALIGNMENT
         if unit >= len(self.live):
             self.live.extend(bytes(unit + 1 - len(self.live)))
@@ -86,8 +89,18 @@ class Segment:
         self.live_bytes += total
         self.blocks += 1
         self.raw_bytes += raw_length
-        if entry is not None:
-            self.pending[offset] = entry
+        self.pending[offset] = entry
+
+    def adopt(self, offsets: Columns, nbytes: Columns, raw: Columns) -> None:
+        """Records that its index names: (n,) offsets, bytes and raw bytes. Once, before any other."""
+        assert not self.live
+        units = (offsets // ALIGNMENT).astype(np.int64)
+        flags = np.zeros(int(units.max(initial=-1)) + 1, np.uint8)
+        flags[units] = 1
+        self.live = bytearray(flags)
+        self.live_bytes = int((-(-nbytes.astype(np.int64) // ALIGNMENT) * ALIGNMENT).sum())
+        self.blocks = len(offsets)
+        self.raw_bytes = int(raw.astype(np.int64).sum())
 
     def drop(self, offset: int, total: int, raw_length: int) -> bool:
         """The record is no longer wanted; False when it was not there. What the index says of it is mended later."""

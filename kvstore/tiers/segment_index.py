@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvstore.checksum import xxh3
 from kvstore.errors import BadRequest, Corrupt, UnknownFormat
 from kvstore.header import HEADER_BYTES, Header
+from kvstore.header_columns import HEADERS, Columns
 from kvstore.spec import ModelSpec, Shard
 
 PAGE_BYTES = 4096
@@ -30,6 +33,9 @@ assert HEAD_BYTES == 64
 
 _PLACE = struct.Struct("<QQ")
 ENTRY_BYTES = HEADER_BYTES + _PLACE.size
+ENTRIES = np.dtype([("header", HEADERS), ("offset", "<u8"), ("nbytes", "<u8")])
+"""The lines of BLOCKS pages as columns."""
+assert ENTRIES.itemsize == ENTRY_BYTES
 ENTRIES_A_PAGE = (PAGE_BYTES - HEAD_BYTES) // ENTRY_BYTES
 _OFFSET = struct.Struct("<Q")
 FREED_A_PAGE = (PAGE_BYTES - HEAD_BYTES) // _OFFSET.size
@@ -144,11 +150,14 @@ def limit_of(page: Page) -> int:
     return int(_LIMIT.unpack_from(page.payload)[0])
 
 
-def entries_of(page: Page) -> Iterator[tuple[bytes, int, int]]:
-    """(packed header, offset, bytes) of each record of a BLOCKS page."""
-    for start in range(0, page.count * ENTRY_BYTES, ENTRY_BYTES):
-        offset, nbytes = _PLACE.unpack_from(page.payload, start + HEADER_BYTES)
-        yield page.payload[start : start + HEADER_BYTES], offset, nbytes
+def entries_of(pages: Sequence[Page]) -> Columns:
+    """The lines of BLOCKS pages: (n,) of ENTRIES."""
+    return np.frombuffer(b"".join(page.payload[: lines_of(page) * ENTRY_BYTES] for page in pages), ENTRIES)
+
+
+def lines_of(page: Page) -> int:
+    """How many a BLOCKS page has."""
+    return min(page.count, len(page.payload) // ENTRY_BYTES)
 
 
 def freed_of(page: Page) -> list[int]:

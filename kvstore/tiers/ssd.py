@@ -10,17 +10,21 @@ import errno
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import numpy as np
+
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
 from kvstore.errors import BadRequest, Corrupt, Overloaded, SetupError, TierDown, TierFull, UnknownFormat
 from kvstore.header import Header
+from kvstore.header_columns import Mask, as_bytes
 from kvstore.seams import Disk, System
 from kvstore.tiers.aligned import padded
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.tiers.endurance import Endurance
+from kvstore.tiers.found import Found, FoundRecords, RecoveredRecords
 from kvstore.tiers.log import SegmentLog
-from kvstore.tiers.log_state import plan
-from kvstore.tiers.recovery import Found, FoundLog, FoundSegment
+from kvstore.tiers.log_state import LogState, plan
+from kvstore.tiers.recovery import FoundLog, FoundSegment
 from kvstore.types import Buffer, Tier
 
 LOCK = "log.lock"
@@ -86,7 +90,7 @@ class SsdTier:
 
     # Life
 
-    async def start(self) -> list[Recovered]:
+    async def start(self) -> Sequence[Recovered]:
         """SetupError for a folder that can't be used or that a live process owns, or a bound that holds nothing."""
         config = self.config
         if self.capacity <= 0:
@@ -123,41 +127,39 @@ class SsdTier:
                 log.free(record.header, _location(record))
         return await self._take_over(log, found)
 
-    async def _take_over(self, log: SegmentLog, found: FoundLog) -> list[Recovered]:
+    async def _take_over(self, log: SegmentLog, found: FoundLog) -> RecoveredRecords:
         """What of the found records is kept: the last copy of each block, the newest blocks within the bound."""
-        last: dict[tuple[bytes, bytes, bytes], Found] = {}
-        dropped = 0
+        state, dropped = log.state, 0
 
-        def drop(record: Found) -> None:
+        def drop(records: FoundRecords) -> None:
             nonlocal dropped
-            dropped += log.free(record.header, _location(record))
+            dropped += sum(log.free(record.header, _location(record)) for record in records)
 
+        known = []
         for item in found.segments:
-            known = self._learn(item)
-            for record in item.records:
-                name = (record.header.namespace, record.header.shard, record.header.key)
-                if known and name in last:  # a crash in the middle of reclaim leaves both copies
-                    drop(last.pop(name))
-                if known:
-                    last[name] = record
-                else:
-                    drop(record)
-        state = log.state
+            if self._learn(item):
+                known.append(item.records)
+            else:
+                drop(item.records)
+        for records, last in zip(known, _last_copies(known), strict=True):
+            if not last.all():  # a crash in the middle of reclaim leaves both copies
+                drop(records.only(~last))
         for item in found.segments:  # a smaller ssd_bytes than before: whole segments go, the oldest first
             alive = sum(segment.disk_bytes for segment in state.segments.values() if not segment.dead)
             if alive <= state.disk_bytes - state.reserve:
                 break
-            for record in item.records:
-                drop(record)
-        for record in last.values():
-            if state.live_bytes <= self.capacity:
-                break
-            drop(record)
+            drop(item.records)
+        for records in known:
+            for at in range(len(records)):
+                if state.live_bytes <= self.capacity:
+                    break
+                drop(records[at : at + 1])
         self._recovery["recovery_dropped_records"] = dropped
+        if dropped:
+            known = [records.only(_live(state, records)) for records in known]
         with suppress(OSError):  # a disk that fails now fails the first write too, which is where it is told
             await log.remove_dead()
-        kept = [Recovered(record.namespace, record.header, _location(record)) for record in last.values()]
-        return [block for block in kept if state.is_live(block.location)] if dropped else kept
+        return RecoveredRecords(known)
 
     def _learn(self, found: FoundSegment) -> bool:
         """Whether the catalog has room for all that a segment describes."""
@@ -300,6 +302,20 @@ class SsdTier:
 
 def _location(record: Found) -> Location:
     return Location(record.segment, record.offset, record.nbytes)
+
+
+def _last_copies(found: Sequence[FoundRecords]) -> list[Mask]:
+    """Of the records of several segments, in order: where each is the last one under its name."""
+    headers = [records.entries["header"] for records in found]
+    names = [name for some in headers for name in as_bytes(some["key"], some["shard"], some["namespace"])]
+    last = np.zeros(len(names), np.bool_)
+    last[list(dict(zip(names, range(len(names)), strict=True)).values())] = True
+    return np.split(last, np.cumsum([len(some) for some in headers])[:-1]) if headers else []
+
+
+def _live(state: LogState, records: FoundRecords) -> Mask:
+    segment = state.segments[records.segment]
+    return np.array([segment.is_live(offset) for offset in records.entries["offset"].tolist()], np.bool_)
 
 
 def _try_disk(disk: Disk, needed: int) -> None:

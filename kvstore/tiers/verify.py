@@ -13,7 +13,8 @@ from kvstore.errors import DataError
 from kvstore.format import Record, expect
 from kvstore.seams import Disk, Pool
 from kvstore.tiers.aligned import ALIGNMENT, Bounce, padded
-from kvstore.tiers.recovery import Found, FoundSegment
+from kvstore.tiers.found import Found
+from kvstore.tiers.recovery import FoundSegment
 from kvstore.tiers.segment import data_name
 
 PIECE_BYTES = 8 << 20
