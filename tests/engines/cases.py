@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from kvstore.bench.engine_models import prompt
+from kvstore.local_cluster import LocalCluster
 from tests.engines.conftest import TABLE
-from tests.engines.harness import Engine
+from tests.engines.harness import Engine, addresses, found_by_all, stored_under
 
 LOGPROB_TOLERANCE = {"float32": 1e-4}
 """bf16 has exact ties: only ids are compared there."""
@@ -33,14 +34,23 @@ def same(answer: dict[str, Any], reference: dict[str, Any], dtype: str = "float3
 
 
 def seed_store(
-    engine: Engine, model: Path, extra: dict[str, Any], asked: list[list[int]], tokens: int = 12, **settings: Any
+    engine: Engine,
+    model: Path,
+    cluster: LocalCluster,
+    asked: list[list[int]],
+    tokens: int = 12,
+    extra: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """The reference of an engine without connector. Then one with it computes the same, and its blocks are saved."""
+    """The reference of an engine without connector. Then one with it computes the same, its blocks are saved, and
+    everybody finds them."""
     reference = engine.build(model, **settings).run(asked, tokens, 1)
-    same(engine.build(model, extra, **settings).run(asked, tokens, 1), reference, settings.get("dtype", "float32"))
+    engine.build(model, addresses(cluster, **(extra or {})), **settings)
+    same(engine.run(asked, tokens, 1), reference, settings.get("dtype", "float32"))
     blocks = sum(len(ids) // 64 for ids in asked)
     ranks = settings.get("tensor_parallel_size", 1)
     engine.settled(blocks_saved=blocks * ranks)
+    found_by_all(cluster, *stored_under(engine), asked)
     return reference
 
 

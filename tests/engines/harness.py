@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.bench.engine_process import SETTINGS, transfer_config
-from kvstore.config import Config, load_config
+from kvstore.client import KVClient
+from kvstore.config import ClientConfig, Config, load_config
+from kvstore.keys import chain
 from kvstore.local_cluster import LocalCluster
 from kvstore.observe import Observer
+from kvstore.spec import ModelSpec, Shard
 from kvstore.system import real_system
 from kvstore.transport.base import Credentials
 from kvstore.transport.rpc import GrpcTransport
@@ -29,6 +32,8 @@ VICTIM = "ENGINE_TEST_VICTIM"
 
 START_S = 150.0
 ANSWER_S = 120.0
+PATIENT = {"load_patience_ms": 20_000, "load_timeout_s": 20, "lookup_timeout_ms": 10_000}
+"""Where a test counts what was loaded, a busy machine must not turn loads into misses."""
 
 
 class Engine:
@@ -58,7 +63,7 @@ class Engine:
         """The engine that `run` uses from now on. `extra`: the connector's own settings; None and no `transfer`: no
         connector."""
         if extra is not None:
-            transfer = transfer_config({"load_patience_ms": 5000, "lookup_timeout_ms": 2000, **extra})
+            transfer = transfer_config({**PATIENT, **extra})
         self.ask({"do": "build", "model": str(model), "transfer": transfer, "settings": settings}, START_S)
         return self
 
@@ -138,6 +143,47 @@ def addresses(cluster: LocalCluster, **extra: Any) -> dict[str, Any]:
     """The connector's settings for this service."""
     assert cluster.coordinator is not None
     return {"coordinators": cluster.coordinator.address, **extra}
+
+
+def stored_under(engine: Engine) -> tuple[ModelSpec, list[Shard]]:
+    """What the engine's connector stores under: the spec, and every rank's shards."""
+    said = engine.ask({"do": "identity"})
+    return ModelSpec.from_json(said["spec"]), [Shard(**shard) for shard in said["shards"]]
+
+
+def found_by_all(
+    cluster: LocalCluster,
+    spec: ModelSpec,
+    shards: Sequence[Shard],
+    asked: Sequence[Sequence[int]],
+    share: float = 1.0,
+) -> None:
+    """Waits until a lookup of anybody finds (this share of) the whole blocks of these prompts. A commit is visible to
+    other clients once its announcement has reached the coordinator, and nothing but a lookup says when that is."""
+    assert cluster.coordinator is not None
+    config = ClientConfig(coordinators=(cluster.coordinator.address,))
+
+    async def found() -> bool:
+        async with await KVClient.connect(config) as client:
+            plans = [await client.match(spec, chain(spec, ids), shards, timeout_s=5.0) for ids in asked]
+        return sum(plan.blocks for plan in plans) >= share * sum(len(ids) // 64 for ids in asked)
+
+    wait_until(lambda: asyncio.run(found()), what="finding what was stored")
+
+
+def directory_blocks(cluster: LocalCluster) -> int:
+    """Entries of the coordinator's directory: blocks times the shards they are stored as."""
+
+    async def ask() -> int:
+        system = real_system(1)
+        try:
+            assert cluster.coordinator is not None
+            observer = Observer(GrpcTransport(system.clock, connect_timeout_s=5.0), Credentials(), 5.0)
+            return (await observer.coordinator_status(cluster.coordinator.address)).directory_blocks
+        finally:
+            system.pool.close()
+
+    return asyncio.run(ask())
 
 
 def worker_counters(cluster: LocalCluster) -> dict[str, int]:

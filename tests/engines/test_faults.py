@@ -13,7 +13,7 @@ from kvstore.bench.engine_models import prompt
 from kvstore.bench.engine_process import transfer_config
 from kvstore.local_cluster import LocalCluster
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
-from tests.engines.harness import VICTIM, Engine, addresses, service, wait_until
+from tests.engines.harness import PATIENT, VICTIM, Engine, addresses, service, wait_until
 
 ANSWERS_IN_S = 60.0
 """A hang would last longer, on a machine that is busy too."""
@@ -42,7 +42,7 @@ def test_coordinator_killed(one: Engine, two: Engine, models: dict[str, Path]) -
     asked = prompts(110)
     with service() as cluster:
         extra = addresses(cluster)
-        reference = seed_store(one, models["llama"], extra, asked)
+        reference = seed_store(one, models["llama"], cluster, asked)
         two.build(models["llama"], extra).run([prompt(200, 1)], 1)
         assert cluster.coordinator is not None
         cluster.coordinator.process.kill()
@@ -58,8 +58,8 @@ def test_worker_killed_between_match_and_load(one: Engine, models: dict[str, Pat
     victim = tmp_path / "victim"
     with service() as cluster, Engine(env={VICTIM: str(victim)}) as second:
         extra = addresses(cluster)
-        reference = seed_store(one, models["llama"], extra, asked)
-        patient = {**extra, "load_patience_ms": 5000, "lookup_timeout_ms": 2000}
+        reference = seed_store(one, models["llama"], cluster, asked)
+        patient = {**extra, **PATIENT}
         second.build(models["llama"], transfer=transfer_config(patient, "KillsBeforeLoading", "tests.engines.faulty"))
         victim.write_text(str(cluster.workers[0].process.pid))
         answer = bounded(second, asked)
@@ -85,7 +85,7 @@ def test_blocks_corrupted_on_ssd(one: Engine, two: Engine, models: dict[str, Pat
     asked = prompts(130)
     with service(store={"host_bytes": "128MiB", "ssd_direct": "false"}) as cluster:
         extra = addresses(cluster)
-        reference = seed_store(one, models["llama"], extra, asked)
+        reference = seed_store(one, models["llama"], cluster, asked)
         others = [prompt(1900, seed) for seed in range(500, 500 + FILL)]
         one.run(others, 1)
         cluster_settles(cluster)
@@ -129,7 +129,7 @@ def test_redis(one: Engine, two: Engine, models: dict[str, Path], fault: str) ->
     small |= {"ssd_segment_bytes": "2MiB", "staging_bytes": "8MiB", "staging_total_bytes": "64MiB"}
     with service(redis=True, store=small) as cluster:
         extra = addresses(cluster)
-        reference = seed_store(one, models["llama"], extra, asked)
+        reference = seed_store(one, models["llama"], cluster, asked)
         one.run([prompt(1900, seed) for seed in range(700, 700 + FILL // 2)], 1)
         cluster_settles(cluster)
         assert cluster.redis is not None

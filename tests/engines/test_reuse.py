@@ -17,7 +17,15 @@ from kvstore.layout import block_bytes
 from kvstore.local_cluster import LocalCluster
 from kvstore.spec import ModelSpec, Shard
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
-from tests.engines.harness import Engine, addresses, service, wait_until, worker_counters
+from tests.engines.harness import (
+    Engine,
+    addresses,
+    found_by_all,
+    service,
+    stored_under,
+    wait_until,
+    worker_counters,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +51,9 @@ def test_the_negative_control_zeroed_blocks_change_the_output(
     asked = prompts(1)
     reference = one.build(models["llama"]).run(asked)
     one.build(models["llama"], addresses(store))
-    said = one.ask({"do": "identity"})
-    shards = [Shard(**shard) for shard in said["shards"]]
-    asyncio.run(_poison(store.client_config(0), ModelSpec.from_json(said["spec"]), shards, asked))
+    spec, shards = stored_under(one)
+    asyncio.run(_poison(store.client_config(0), spec, shards, asked))
+    found_by_all(store, spec, shards, asked)
     answer = one.run(asked)
     assert answer["counters"]["tokens_loaded"] == whole_blocks(asked)
     assert all(mine != its for mine, its in zip(answer["ids"], reference["ids"], strict=True))
@@ -80,7 +88,7 @@ def test_second_engine_loads_what_the_first_computed(
 ) -> None:
     asked = prompts(10 + [case.id for case in CASES].index(request.node.callspec.id))
     extra = addresses(store, load=load)
-    reference = seed_store(one, models[family], extra, asked, dtype=dtype)
+    reference = seed_store(one, models[family], store, asked, extra={"load": load}, dtype=dtype)
     answer = two.build(models[family], extra, dtype=dtype).run(asked, logprobs=1)
     same(answer, reference, dtype)
     assert answer["counters"]["tokens_loaded"] == whole_blocks(asked)
@@ -97,7 +105,9 @@ def test_batch_of_four_with_chunked_prefill_and_preemption(
     asked = prompts(30 if load == "async" else 31, (300, 340, 380, 420))
     tight = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 34, "max_model_len": 1024, "max_num_seqs": 4}
     extra = addresses(store, load=load)
-    reference = seed_store(one, models["llama"], extra, asked, tokens=96, max_num_batched_tokens=256)
+    reference = seed_store(
+        one, models["llama"], store, asked, tokens=96, extra={"load": load}, max_num_batched_tokens=256
+    )
     answer = two.build(models["llama"], extra, **tight).run(asked, 96, 1)
     same(answer, reference)
     assert answer["preemptions"] > 0, "nothing was preempted: the case shows nothing"
@@ -118,7 +128,7 @@ def test_saving_under_preemption_stores_no_wrong_bytes(
     same(saving, reference)
     assert saving["preemptions"] > 0
     longer = [ids + out for ids, out in zip(asked, reference["ids"], strict=True)]
-    one.settled(blocks_saved=1)
+    found_by_all(store, *stored_under(one), asked, share=0.6)
     further = one.build(models["llama"]).run(longer, 12, 1)
     answer = two.build(models["llama"], extra).run(longer, 12, 1)
     same(answer, further)
@@ -131,7 +141,7 @@ def test_prefix_cached_in_the_engine_is_not_loaded_again(
 ) -> None:
     asked = prompts(50, (700,))
     extra = addresses(store)
-    reference = seed_store(one, models["llama"], extra, asked)
+    reference = seed_store(one, models["llama"], store, asked)
     two.build(models["llama"], extra, enable_prefix_caching=True)
     two.run([asked[0][:225]])  # 3 blocks of the store and a page more, in the engine's own cache now
     before = two.settled()["tokens_loaded"]
@@ -147,7 +157,7 @@ def test_tensor_parallel_two(models: dict[str, Path], store: LocalCluster) -> No
     extra = addresses(store)
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with Engine(env=env) as first:
-        reference = seed_store(first, models["llama"], extra, asked, tensor_parallel_size=2)
+        reference = seed_store(first, models["llama"], store, asked, tensor_parallel_size=2)
     with Engine(env=env) as second:
         answer = second.build(models["llama"], extra, tensor_parallel_size=2).run(asked, logprobs=1)
     same(answer, reference)

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvstore.bench.engine_process import SETTINGS, transfer_config
 from tests.engines.cases import note, prompts, whole_blocks
-from tests.engines.harness import addresses, service, wait_until
+from tests.engines.harness import PATIENT, addresses, directory_blocks, service, wait_until
 
 START_S = 400.0
 
@@ -36,7 +36,7 @@ class Server:
         argv += ["--dtype", "float32", "--block-size", "32", "--num-gpu-blocks-override", "256"]
         argv += ["--max-model-len", "2048", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.1"]
         if extra is not None:
-            argv += ["--kv-transfer-config", json.dumps(transfer_config({**extra, "load_patience_ms": 5000}))]
+            argv += ["--kv-transfer-config", json.dumps(transfer_config({**PATIENT, **extra}))]
         env = {**os.environ, **SETTINGS}
         del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
         with log.open("ab") as out:
@@ -101,6 +101,7 @@ def test_two_openai_servers(models: dict[str, Path], tmp_path: Path) -> None:
                 return first.counter("blocks_saved") >= blocks
 
             wait_until(saved, 60, "saving")
+            wait_until(lambda: directory_blocks(cluster) >= blocks, what="announcing what was saved")
         with server(models["llama"], addresses(cluster), log) as second:
             again = [second.complete(ids, 12) for ids in asked]
             second.complete([3, 4, 5], 1)
