@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -15,29 +15,34 @@ from typing import Any
 import numpy as np
 
 from kvstore.auth import client_credentials
+from kvstore.bulk import ready
 from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, Corrupt, Incompatible, KVStoreError, NotGranted, ServiceError, Unauthenticated
-from kvstore.fetch import Failed, Fetch, Need, needed_depths
+from kvstore.fetch import Failed, Fetch
 from kvstore.keys import Chain, Tokens, chain
+from kvstore.layer_stream import LayerStream
 from kvstore.layout import block_bytes
 from kvstore.links import Coordinators, Links
 from kvstore.lookup import Lookup
-from kvstore.matching import rule_of
 from kvstore.members import Members
+from kvstore.needs import LayerReady, Need, Progress, delivered_blocks, needed_depths
 from kvstore.observe import Observer, look, status_object
+from kvstore.pieces import layers_before
 from kvstore.pinning import Pin, Pinner
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult, Putter
+from kvstore.targets import buffer_of, target_of
 from kvstore.transport.base import Credentials, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
 from kvstore.types import CommitToken, Fidelity, Tier
 from kvstore.wire import common_pb2, worker_pb2
 
 Buffers = Sequence[Sequence[Any]]
-"""[needed shard][depth] -> a writable contiguous buffer of one raw block; None where the group's rule needs none."""
+"""[needed shard][depth] -> memory for one raw block: a writable contiguous buffer, or a list of buffers that follow
+each other (pages of an engine's cache); None where the group's rule needs none. numpy, torch (CPU), any buffer."""
 
 REFUSALS = (NotGranted, Unauthenticated, Incompatible)
 """What a server says when the configuration is wrong: told at `connect`, later a miss like anything else."""
@@ -101,6 +106,7 @@ class KVClient:
             )
         client = cls(config, system, transport, client_credentials(config), owns_system=owns)
         try:
+            await system.pool.run(ready)
             await client._greet()
         except BaseException:
             await client.close()
@@ -191,15 +197,24 @@ class KVClient:
     # --- get -------------------------------------------------------------------------------------------------------
 
     async def get(
-        self, plan: HitPlan, into: Buffers | None = None, *, first: int = 0, timeout_s: float | None = None
+        self,
+        plan: HitPlan,
+        into: Buffers | None = None,
+        *,
+        first: int = 0,
+        layers: range | None = None,
+        on_layer: Callable[[LayerReady], object] | None = None,
+        timeout_s: float | None = None,
     ) -> GetResult:
         """Deliver the plan's blocks from depth `first` on into `into[shard][depth]`, or into new numpy uint8 arrays.
 
-        Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the buffers after
-        this has returned. UsageError for buffers that do not fit.
+        `layers`: only these of the model; a block's memory has their bytes then. `on_layer` is called in this loop for
+        each layer, in order, as soon as all blocks have it; what was told stands, but only the result says which blocks
+        came whole. Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the
+        buffers after this has returned. UsageError for buffers that do not fit.
         """
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
-        result, needs = self._prepare(plan, into, first)
+        result, needs = self._prepare(plan, into, first, layers)
         if not needs:
             return result
         fetch = Fetch(
@@ -214,6 +229,8 @@ class KVClient:
             addresses=list(self.members.takers().values()),
             counters=self.counters,
             end=self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE),
+            layers=layers,
+            progress=None if on_layer is None else Progress(plan, needs, first, on_layer),
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -223,20 +240,33 @@ class KVClient:
         self._conclude(plan, result, needs, first)
         return result
 
-    def _prepare(self, plan: HitPlan, into: Buffers | None, first: int) -> tuple[GetResult, list[Need]]:
+    def layers(self, plan: HitPlan, into: Buffers | None = None, **options: Any) -> LayerStream:
+        """`get` with its options, layer by layer: `async with client.layers(plan, into) as coming`, then `async for
+        ready in coming`, then `await coming.result()`. Left early, the rest is given up."""
+        return LayerStream(lambda on_layer: self.get(plan, into, on_layer=on_layer, **options))
+
+    def _prepare(
+        self, plan: HitPlan, into: Buffers | None, first: int, layers: range | None
+    ) -> tuple[GetResult, list[Need]]:
         if into is not None and len(into) != len(plan.shards):
             raise BadRequest(f"buffers for {len(into)} shards were given, the plan has {len(plan.shards)}")
+        if layers is not None and (layers.step != 1 or not layers or layers.start < 0):
+            raise BadRequest("layers are a range of one or more layers of the model, step 1")
         result = GetResult()
         needs: list[Need] = []
         for index, shard in enumerate(plan.shards):
-            depths = [depth for depth in needed_depths(plan, shard) if depth >= first]
-            size = block_bytes(plan.spec, shard)
             row: list[Any] = [None] * plan.blocks
-            for depth in depths:
-                row[depth] = np.empty(size, np.uint8) if into is None else _given(into[index], depth)
-                needs.append(Need(index, shard, depth, _writable(row[depth], size)))
             result.buffers.append(row)
             result.tiers.append([None] * plan.blocks)
+            wanted = shard if layers is None else _only_layers(plan.spec, shard, layers)
+            if wanted is None:
+                continue
+            size = block_bytes(plan.spec, wanted)
+            for depth in needed_depths(plan, shard):
+                if depth < first:
+                    continue
+                row[depth] = np.empty(size, np.uint8) if into is None else _given(into[index], depth)
+                needs.append(Need(index, shard, wanted, depth, target_of(row[depth], size)))
         return result, needs
 
     def _conclude(self, plan: HitPlan, result: GetResult, needs: list[Need], first: int) -> None:
@@ -244,13 +274,15 @@ class KVClient:
         for need in needs:
             if need.delivered and need.tier is not None:
                 result.tiers[need.index][need.depth] = need.tier
-                result.bytes += len(need.target)
+                result.bytes += need.target.nbytes
                 served[need.tier] += 1
         for tier, blocks in served.items():
             self.counters[f"hits_{tier.name.lower()}"] += blocks
         if len(needs) > served.total():
             self.counters["misses"] += len(needs) - served.total()
-        result.blocks = delivered_blocks(plan, result.tiers, first)
+        mine = dict.fromkeys(need.index for need in needs)  # a shard without one of the layers can't shorten the prefix
+        rows = [row if index in mine else [Tier.HOT] * plan.blocks for index, row in enumerate(result.tiers)]
+        result.blocks = delivered_blocks(plan, rows, first)
         self.counters["bytes_read"] += result.bytes
 
     # --- pin -------------------------------------------------------------------------------------------------------
@@ -327,24 +359,15 @@ class KVClient:
         return status_object(await look(observer, addresses), addresses)
 
 
-def delivered_blocks(plan: HitPlan, tiers: Sequence[Sequence[Tier | None]], first: int = 0) -> int:
-    """The longest prefix whose needed blocks were all delivered; those before `first` are the caller's. O(n). Pure."""
-    blocks = plan.blocks
-    windows: list[tuple[int, list[int]]] = []  # (blocks needed, how many in a row end at each depth)
-    for shard, row in zip(plan.shards, tiers, strict=True):
-        streaks = []
-        streak = 0
-        for depth in range(plan.blocks):
-            streak = streak + 1 if depth < first or row[depth] is not None else 0
-            streaks.append(streak)
-        window = rule_of(plan.spec, shard.group).window_blocks
-        if window:
-            windows.append((window, streaks))
-        else:
-            blocks = min(blocks, next((d for d, streak in enumerate(streaks) if streak <= d), plan.blocks))
-    while blocks and any(streaks[blocks - 1] < min(window, blocks) for window, streaks in windows):
-        blocks -= 1
-    return blocks
+def _only_layers(spec: ModelSpec, shard: Shard, layers: range) -> Shard | None:
+    """The part of a shard in some layers of the model, None where there is none."""
+    base = layers_before(spec, shard.group)
+    first, last = max(layers.start - base, 0), layers.stop - base
+    return (
+        shard.overlap(Shard(shard.group, first, last - first, shard.head_first, shard.head_count))
+        if last > first
+        else None
+    )
 
 
 def _given(row: Sequence[Any], depth: int) -> Any:
@@ -353,21 +376,11 @@ def _given(row: Sequence[Any], depth: int) -> Any:
     return row[depth]
 
 
-def _writable(buffer: Any, size: int) -> memoryview:
-    view = _readable(buffer, size)
-    if view.readonly:
-        raise BadRequest("a buffer to load into is read-only")
+def _readable(buffer: Any, size: int) -> memoryview:
+    view = buffer_of(buffer)
+    if view.nbytes != size:
+        raise BadRequest(f"a buffer of {view.nbytes} bytes was given: a block of this shard is {size}")
     return view
 
 
-def _readable(buffer: Any, size: int) -> memoryview:
-    try:
-        view = memoryview(buffer)
-    except TypeError:
-        raise BadRequest(f"a {type(buffer).__name__} has no buffer: give numpy arrays, memoryviews or bytes") from None
-    if not view.c_contiguous or view.nbytes != size:
-        raise BadRequest(f"a buffer of {view.nbytes} bytes was given: a block of this shard is {size}, contiguous")
-    return view.cast("B")
-
-
-__all__ = ["Corrupt", "GetResult", "KVClient", "KVStoreError", "PutResult", "delivered_blocks"]
+__all__ = ["Corrupt", "GetResult", "KVClient", "KVStoreError", "LayerReady", "PutResult", "delivered_blocks"]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
 from kvstore.layout import block_bytes
 from kvstore.links import Links
-from kvstore.matching import make_plan, rule_of
+from kvstore.matching import make_plan
 from kvstore.membership import Member
+from kvstore.needs import Need, Progress
+from kvstore.pieces import LATER, Asked, Piece, span_of
 from kvstore.plan import HitPlan, PlanRun, is_redis, stored_shards, ways
 from kvstore.recent import Recent
 from kvstore.seams import System
-from kvstore.sources import LATER, Asked, Piece, read_local
+from kvstore.sources import read_local
 from kvstore.spec import Shard
 from kvstore.stream_source import read_remote
+from kvstore.targets import Target
 from kvstore.types import Tier
 
 Failed = tuple[str, bytes, bytes]
@@ -31,6 +34,9 @@ _NEARNESS = {Tier.HOT: 0, Tier.HOST: 1, Tier.SSD: 4, Tier.REDIS: 7}
 FIRST_SHARE = 0.4
 """Of the time that is left, what an attempt gets when another one could follow: a holder that hangs leaves time."""
 
+RESUMES_MAX = 2
+"""Times that a broken stream goes on, within one attempt at a holder."""
+
 _REMOTE = 2
 """What another host adds: its memory is nearer than this host's disk."""
 
@@ -41,24 +47,6 @@ class Route:
 
     socket: str
     address: str
-
-
-@dataclass(slots=True)
-class Need:
-    """One needed block: a raw block of `shard` at `depth`, into `target`."""
-
-    index: int  # of the shard among the needed ones
-    shard: Shard
-    depth: int
-    target: memoryview
-    lost: dict[Shard, None] = field(default_factory=dict)  # stored rectangles no holder could give
-    open: dict[int, Piece] = field(default_factory=dict)  # pieces still on their way, by identity
-    failed: bool = False
-    tier: Tier | None = None  # the slowest that served a piece of it
-
-    @property
-    def delivered(self) -> bool:
-        return self.tier is not None and not self.failed and not self.open
 
 
 class Fetch:
@@ -78,10 +66,14 @@ class Fetch:
         addresses: Sequence[str],
         counters: Counter[str],
         end: float,
+        layers: range | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self._plan, self._namespace, self._needs = plan, namespace, needs
+        self._plan, self._needs = plan, needs
         self._links, self._system, self._config = links, system, config
         self._failed, self._counters, self._end = failed, counters, end
+        self._progress = progress
+        self._asked = Asked(namespace, plan.spec, plan.least, layers=layers, layerwise=progress is not None)
         self._any = [*(Route(socket, "") for socket in sockets), *(Route("", address) for address in addresses)]
         self._stored = stored_shards(plan)
         self._runs: dict[Shard, list[PlanRun]] = {shard: [] for shard in self._stored}
@@ -97,6 +89,11 @@ class Fetch:
     async def run(self) -> None:
         pieces = [piece for need in self._needs for piece in self._begin(need)]
         await self._dispatch(pieces)
+        self._look()
+
+    def _look(self) -> None:
+        if self._progress is not None:
+            self._progress.look()
 
     def _distance(self, run: PlanRun) -> int:
         holder = self._plan.holders.get(run.holder)
@@ -115,8 +112,13 @@ class Fetch:
         stored = need.shard in self._runs and have(need.shard)  # then nothing is better
         chosen = [need.shard] if stored else ways(need.shard, self._stored, self._covers[need.shard], have)
         need.failed, need.tier = not chosen, None
-        key = self._plan.keys[need.depth]
-        pieces = [Piece(shard, need.shard, need.depth, key, need.target) for shard in chosen]
+        key, spec = self._plan.keys[need.depth], self._plan.spec
+        chosen = [shard for shard in chosen if shard.overlap(need.wanted) is not None]  # only layers that are asked for
+        target = need.target
+        if target.whole is None and any(span_of(spec, shard, need.wanted) is None for shard in chosen):
+            need.aside = bytearray(target.nbytes)
+            target = Target([memoryview(need.aside)])
+        pieces = need.pieces = [Piece(shard, need.wanted, need.depth, key, target) for shard in chosen]
         for piece in pieces:
             need.open[id(piece)] = piece
             self._owners[id(piece)] = need
@@ -156,17 +158,27 @@ class Fetch:
             batch = waiting.popleft()
             try:
                 await self._read(holder, batch)
-            finally:  # also when the deadline cuts it short: the next lookup looks elsewhere
-                later = [piece for piece in batch if piece.tier is None and piece.problem == LATER]
-                tried = [piece for piece in batch if piece.tier is not None or piece.problem != LATER]
-                if not tried:  # no progress: that holder will not do
-                    later, tried = [], batch
-                for piece in tried:
-                    if piece.tier is None:
-                        self._failed.add((holder, piece.shard.digest, piece.key))
+            except asyncio.CancelledError:
+                if (
+                    self._system.clock.monotonic() >= self._end
+                ):  # else the caller gave up, which says nothing of the holder
+                    self._blame(holder, batch)  # the next lookup looks elsewhere
+                raise
+            later = [piece for piece in batch if piece.tier is None and piece.problem == LATER]
+            tried = [piece for piece in batch if piece.tier is not None or piece.problem != LATER]
+            if not tried:  # no progress: that holder will not do
+                later, tried = [], batch
+            self._blame(holder, tried)
             if later:
                 waiting.appendleft(later)
-            await self._dispatch([piece for done in tried for piece in self._settle(done)])
+            again = [piece for done in tried for piece in self._settle(done)]
+            self._look()
+            await self._dispatch(again)
+
+    def _blame(self, holder: str, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if piece.tier is None:
+                self._failed.add((holder, piece.shard.digest, piece.key))
 
     def _settle(self, piece: Piece) -> list[Piece]:
         """Note how an attempt ended; what is to be read now."""
@@ -182,7 +194,10 @@ class Fetch:
             need.tier = max(need.tier or piece.tier, piece.tier)
         if need.open:
             return []  # others still write to the target: begin anew only when they are done
-        return self._begin(need) if need.failed else []
+        if need.delivered and need.aside is not None:
+            need.target.fill(0, need.aside)
+            need.aside = None
+        return self._begin(need) if need.failed and not need.shown else []
 
     def _batches(self, pieces: list[Piece]) -> list[list[Piece]]:
         limit = max(1, self._config.inflight_bytes_max // 4)
@@ -199,7 +214,6 @@ class Fetch:
 
     async def _read(self, holder: str, pieces: list[Piece]) -> None:
         """One call to one holder. Service trouble is counted and leaves its pieces undelivered."""
-        asked = Asked(self._namespace, self._plan.spec, self._plan.least)
         routes = self._routes(holder)
         others = not self._alone and any(
             self._next(piece.shard, piece.depth, piece.tried) is not None for piece in pieces
@@ -211,7 +225,7 @@ class Fetch:
             if others or index + 1 < len(routes):
                 left *= FIRST_SHARE
             try:
-                await self._by(route, asked, pieces, left)
+                await self._resuming(route, pieces, left)
                 return
             except DeadlineExceeded:
                 self._counters["errors_DeadlineExceeded"] += 1
@@ -223,13 +237,32 @@ class Fetch:
             if any(piece.tier is not None for piece in pieces):
                 return  # it did answer: what is left is tried elsewhere
 
-    async def _by(self, route: Route, asked: Asked, pieces: list[Piece], timeout_s: float) -> None:
+    async def _resuming(self, route: Route, pieces: list[Piece], timeout_s: float) -> None:
+        """Read; a stream that breaks after it brought something goes on where it broke, on a new connection."""
+        end = self._system.clock.monotonic() + timeout_s
+        for attempt in range(RESUMES_MAX + 1):
+            missing = [piece for piece in pieces if piece.tier is None]
+            if not missing:
+                return
+            before = sum(piece.chunks for piece in missing)
+            try:
+                await self._by(route, missing, end - self._system.clock.monotonic())
+                return
+            except Unavailable:
+                missing = [piece for piece in missing if piece.tier is None]
+                came = sum(piece.chunks for piece in missing) > before
+                if route.socket or not came or attempt == RESUMES_MAX or self._system.clock.monotonic() >= end:
+                    raise
+                self._counters["streams_resumed"] += 1
+
+    async def _by(self, route: Route, pieces: list[Piece], timeout_s: float) -> None:
+        pool, asked, look = self._system.pool, self._asked, self._look
         if route.socket:
             async with self._links.local.use(route.socket, timeout_s=timeout_s) as link:
-                await read_local(link, self._system.pool, asked, pieces, timeout_s=timeout_s)
+                await read_local(link, pool, asked, pieces, timeout_s=timeout_s, arrived=look)
         else:
             async with self._links.remote.use(route.address, timeout_s=timeout_s) as channel:
-                await read_remote(channel, self._system.pool, asked, pieces, timeout_s=timeout_s)
+                await read_remote(channel, pool, asked, pieces, timeout_s=timeout_s, arrived=look)
 
     def _routes(self, holder: str) -> list[Route]:
         """Ways to the holder's blocks, the best first. Redis is read through any worker, at most two of them."""
@@ -238,8 +271,3 @@ class Fetch:
             here = [Route(member.socket, "")] if self._here(member) else []
             return [*here, *([Route("", member.address)] if member.address else [])]
         return self._any[:2]
-
-
-def needed_depths(plan: HitPlan, shard: Shard) -> range:
-    """The blocks of the plan's prefix that a rectangle's group really reads, by its rule."""
-    return range(rule_of(plan.spec, shard.group).first_needed(plan.blocks), plan.blocks)

@@ -95,6 +95,7 @@ class HostLink:
         self._holds: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
         self._closed = False
+        self._takes_releases = "release.v1" in channel.hello.capabilities
         channel.on_late = self._late
 
     @property
@@ -112,7 +113,15 @@ class HostLink:
         return reply
 
     async def open(self, request: worker_pb2.OpenRequest, *, timeout_s: float) -> worker_pb2.OpenReply:
-        """Blocks held until `release`. New segments are mapped and known to `mapped` when this returns."""
+        """Blocks held until `release`. New segments are mapped and known to `mapped` when this returns.
+
+        Holds that were given back before end first: they may have to make room for what is opened now.
+        """
+        if self._holds and self._takes_releases:
+            request.release.extend(self._holds[:HOLDS_A_MESSAGE])
+            del self._holds[:HOLDS_A_MESSAGE]
+        elif self._releasing is not None:
+            await asyncio.wait([self._releasing])
         reply, passed = await self._channel.call(WORKER_LOCAL["Open"], request, timeout_s=timeout_s)
         assert isinstance(reply, worker_pb2.OpenReply)
         self._keep_all(reply, passed)
@@ -146,11 +155,6 @@ class HostLink:
         self._holds.append(hold)
         if self._releasing is None and not self.broken:
             self._releasing = asyncio.ensure_future(self._release_all())
-
-    async def released(self) -> None:
-        """Wait until the worker has been told of every release. Returns at once where none is on its way."""
-        if self._releasing is not None:
-            await asyncio.wait([self._releasing])
 
     async def _release_all(self) -> None:
         try:

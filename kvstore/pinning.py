@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstore.errors import DataError, ServiceError
-from kvstore.fetch import needed_depths
 from kvstore.links import Links
 from kvstore.members import Members
+from kvstore.needs import needed_depths
 from kvstore.plan import HitPlan, PlanRun, is_redis
 from kvstore.seams import System
 from kvstore.spec import Shard

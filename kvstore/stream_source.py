@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from kvstore.checksum import xxh3
 from kvstore.errors import BadRequest, Corrupt, DataError, KVStoreError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header, decode_chunks
 from kvstore.layout import block_bytes, chunks
+from kvstore.pieces import LATER, Asked, Piece, Span, bound, shard_keys, span_of
 from kvstore.seams import Pool
-from kvstore.sources import LATER, Asked, Piece, bound, shard_keys
 from kvstore.transport import frames
 from kvstore.transport.base import Channel
 from kvstore.transport.methods import WORKER
@@ -30,8 +30,17 @@ Landed = list[tuple[int, int, int]]
 """(block, first chunk, chunks; -1 where they are no good) of each part of a frame."""
 
 
-async def read_remote(channel: Channel, pool: Pool, asked: Asked, pieces: Sequence[Piece], *, timeout_s: float) -> None:
-    """One Get stream. Sets `tier` or `problem` of every piece; what was whole before an error counts.
+async def read_remote(
+    channel: Channel,
+    pool: Pool,
+    asked: Asked,
+    pieces: Sequence[Piece],
+    *,
+    timeout_s: float,
+    arrived: Callable[[], None] = lambda: None,
+) -> None:
+    """One Get stream. Sets `tier` or `problem` of every piece; what was whole before an error counts, and chunks that
+    came of a block need not come again. `arrived` is called after every frame.
 
     KVStoreError: the stream ended early.
     """
@@ -42,7 +51,13 @@ async def read_remote(channel: Channel, pool: Pool, asked: Asked, pieces: Sequen
         least=int(asked.least),  # type: ignore[arg-type]
         redis=asked.redis,
     )
-    arrivals = Arrivals(pool, asked, ordered)
+    if asked.layers is not None:
+        request.layer_first, request.layer_count = asked.layers.start, len(asked.layers)
+    for index, piece in enumerate(ordered):
+        if piece.chunks and (piece.scratch is not None or _direct(piece)):
+            resume = worker_pb2.Resume(block=index, copy_id=piece.copy_id, first_chunk=piece.chunks)
+            request.resume.append(resume)
+    arrivals = Arrivals(pool, asked, ordered, arrived)
     failure: KVStoreError | None = None
     try:
         async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=timeout_s)) as stream:
@@ -57,26 +72,35 @@ async def read_remote(channel: Channel, pool: Pool, asked: Asked, pieces: Sequen
         raise failure
 
 
+def _direct(piece: Piece) -> bool:
+    """Whether its chunks are decoded where the caller wants them."""
+    return piece.shard == piece.wanted and piece.target.whole is not None
+
+
 async def _once(request: worker_pb2.GetRequest) -> AsyncIterator[worker_pb2.GetRequest]:
     yield request
 
 
 @dataclass(slots=True)
 class _Arriving:
-    """A block on its way in. `raw` is the target itself, or scratch for one that is cut at the end."""
+    """A block on its way in. `raw` is the target itself, or scratch for one that is cut, or scattered."""
 
     piece: Piece
     header: Header
     tier: Tier
     raw: memoryview
+    span: Span | None  # of the bytes that go on to the target as they come; None: at the end
     missing: dict[int, None]  # chunks
+    direct: bool  # `raw` is the target
 
 
 class Arrivals:
     """The blocks of one stream. `take` each frame, then `settle`, then `finish`."""
 
-    def __init__(self, pool: Pool, asked: Asked, ordered: list[Piece]) -> None:
-        self._pool, self._asked, self._ordered = pool, asked, ordered
+    def __init__(
+        self, pool: Pool, asked: Asked, ordered: list[Piece], arrived: Callable[[], None] = lambda: None
+    ) -> None:
+        self._pool, self._asked, self._ordered, self._arrived = pool, asked, ordered, arrived
         self._blocks: list[_Arriving | None] = []
         self._landing: deque[asyncio.Task[Landed]] = deque()
         for piece in ordered:
@@ -87,7 +111,7 @@ class Arrivals:
         if not self._blocks:
             self._blocks = [self._announced(piece, info) for piece, info in self._infos(frame)]
         self._landing.append(asyncio.ensure_future(self._pool.run(self._land, frame)))
-        while len(self._landing) >= FRAMES_AHEAD:
+        while self._landing and (len(self._landing) >= FRAMES_AHEAD or self._landing[0].done()):
             self._note(await asyncio.shield(self._landing[0]))
             self._landing.popleft()
 
@@ -106,9 +130,22 @@ class Arrivals:
         except (DataError, ValueError) as error:
             piece.problem = type(error).__name__
             return None
-        spec, direct = self._asked.spec, piece.shard == piece.wanted
-        raw = piece.target if direct else memoryview(bytearray(block_bytes(spec, piece.shard)))
-        return _Arriving(piece, header, tier, raw, dict.fromkeys(range(len(chunks(spec, piece.shard)))))
+        if not piece.begin(header.copy_id):
+            return None
+        spec = self._asked.spec
+        span = span_of(spec, piece.shard, piece.wanted)
+        direct = _direct(piece)
+        if direct:
+            assert piece.target.whole is not None
+            raw = piece.target.whole
+        else:
+            if piece.scratch is None:
+                piece.scratch, piece.chunks = memoryview(bytearray(block_bytes(spec, piece.shard))), 0
+            raw = piece.scratch
+        count = len(chunks(spec, piece.shard))
+        wanted = range(count) if self._asked.layers is None else _wanted(span, count)
+        missing = dict.fromkeys(chunk for chunk in wanted if chunk >= piece.chunks)
+        return _Arriving(piece, header, tier, raw, span, missing, direct)
 
     def _land(self, frame: bytes) -> Landed:
         """Runs in a byte mover: decode the chunks of a frame to their places."""
@@ -123,19 +160,24 @@ class Arrivals:
             count = -1
             if item is not None:
                 try:
-                    count = decode_chunks(
-                        part.table,
-                        data[start : start + nbytes],
-                        self._asked.spec,
-                        item.piece.shard,
-                        item.raw,
-                        part.first_chunk,
-                    )
+                    count = self._decode(item, part, data[start : start + nbytes])
                 except (DataError, BadRequest) as error:
                     item.piece.problem = type(error).__name__
             landed.append((part.block, part.first_chunk, count))
             start += nbytes
         return landed
+
+    def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview) -> int:
+        spec, first = self._asked.spec, part.first_chunk
+        count = decode_chunks(part.table, data, spec, item.piece.shard, item.raw, first)
+        if not item.direct and item.span is not None and count:
+            span = item.span
+            low, high = max(first, span.first_chunk), min(first + count, span.first_chunk + len(span.chunks))
+            if low < high:
+                begin, last = span.chunks[low - span.first_chunk], span.chunks[high - 1 - span.first_chunk]
+                raw = item.raw[begin.offset : last.offset + last.nbytes]
+                item.piece.target.fill(begin.offset - span.source + span.target, raw)
+        return count
 
     def _note(self, landed: Landed) -> None:
         for block, first, count in landed:
@@ -143,10 +185,14 @@ class Arrivals:
             if item is None:
                 continue
             if count < 0:
+                item.piece.chunks = 0  # nothing of it is built upon
+                item.piece.copy_id = item.piece.copy_id if item.piece.shown else 0
                 self._blocks[block] = None
                 continue
             for chunk in range(first, first + count):
                 item.missing.pop(chunk, None)
+            item.piece.chunks = next(iter(item.missing), first + count)  # they come in order
+        self._arrived()
 
     async def settle(self) -> None:
         """Wait for every byte mover: until then buffers are in use, so a cancellation waits too."""
@@ -175,16 +221,25 @@ class Arrivals:
         for item, problem in zip(whole, await self._pool.run(self._check, whole), strict=True):
             item.piece.problem = problem
             item.piece.tier = None if problem else item.tier
+            if problem:
+                item.piece.chunks = 0
+        self._arrived()
 
     def _check(self, whole: list[_Arriving]) -> list[str]:
-        """Runs in a byte mover. Empty for a block whose bytes are those of its copy."""
+        """Runs in a byte mover. Empty for a block whose bytes are those of its copy; of some of its layers, every chunk
+        was checked by itself."""
         problems = []
         for item in whole:
-            same = xxh3(item.raw) == item.header.copy_id
-            if same and item.piece.shard != item.piece.wanted:
+            same = self._asked.layers is not None or xxh3(item.raw) == item.header.copy_id
+            if same and item.span is None:
                 item.piece.fill(self._asked.spec, item.raw)
             problems.append("" if same else "Corrupt")
         return problems
+
+
+def _wanted(span: Span | None, count: int) -> range:
+    """Chunks of a stored block that come where only some layers are asked for."""
+    return range(count) if span is None else range(span.first_chunk, span.first_chunk + len(span.chunks))
 
 
 def _header(frame: bytes) -> tuple[worker_pb2.GetHeader, memoryview]:

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kvstore import sources
+from kvstore.bulk import Raws
 from kvstore.errors import BadRequest, KVStoreError, Overloaded, Unavailable
-from kvstore.types import Tier
+from kvstore.needs import LayerReady
 from kvstore.wire import common_pb2, worker_pb2
 from tests.service_cluster import STORE, blocks_of, check
 from tests.service_helpers import FULL, prompt, until
@@ -130,25 +133,48 @@ async def test_a_slot_reused_under_a_reader_is_a_miss(met: Met, monkeypatch: pyt
     client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
     await client.put(FULL, prefix, blocks_of(prefix))
     plan = await client.match(FULL, prefix)
-    from kvstore import sources
-
-    copy = sources._copy_one
+    move = Raws._move
     loop = asyncio.get_running_loop()
 
-    def slow(asked: Any, item: Any) -> None:
-        copy(asked, item)
-        if item.piece.depth == 1:
-            asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
+    def slow(self: Any, *place: int) -> None:
+        move(self, *place)
+        asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
 
     async def expire() -> None:
         for hold in met.holds():
             met.worker.store.release(hold)
         met.worker.store.purge("default")
 
-    monkeypatch.setattr(sources, "_copy_one", slow)
+    monkeypatch.setattr(sources, "INLINE_BYTES", 0)
+    monkeypatch.setattr(Raws, "_move", slow)
     result = await client.get(plan)
-    assert result.tiers == [[Tier.HOT, None, None]] and result.blocks == 1
-    assert client.counters["failed_reused"] == 2
+    assert result.tiers == [[None, None, None]] and result.blocks == 0
+    assert client.counters["failed_reused"] == 3
+
+
+async def test_a_slot_reused_between_two_layers_takes_back_nothing_that_was_told(
+    met: Met, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = prompt(24, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    raws = blocks_of(prefix)
+    await client.put(FULL, prefix, raws)
+    plan = await client.match(FULL, prefix)
+    monkeypatch.setattr(sources, "INLINE_BYTES", 0)
+    half = len(raws[0]) // 2
+    told = []
+
+    def gone(ready: LayerReady) -> None:
+        told.append(ready)
+        for hold in met.holds():
+            met.worker.store.release(hold)
+        met.worker.store.purge("default")
+
+    into = [np.zeros(len(raws[0]), np.uint8) for _ in raws]
+    result = await client.get(plan, [into], on_layer=gone)
+    assert told == [LayerReady(0, 3)] and result.blocks == 0 and result.tiers == [[None] * 3]
+    assert all(np.array_equal(have[:half], raw[:half]) for have, raw in zip(into, raws, strict=True))
+    assert client.counters["failed_reused"] == 3
 
 
 async def test_a_stopped_worker_answers_nobody(met: Met) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvstore.errors import BadRequest, Overloaded
@@ -68,6 +69,7 @@ class LocalService(PinCalls):
         root = digest_from_wire("root", request.root)
         wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
+        self._end_holds(peer, request.release)
         node.asked_bytes(root, shards)
         if len(peer.holds) >= HOLDS_MAX:
             raise Overloaded(f"{HOLDS_MAX} holds on one connection: release some")
@@ -111,12 +113,14 @@ class LocalService(PinCalls):
 
     async def release(self, request: worker_pb2.ReleaseRequest, context: CallContext) -> worker_pb2.ReleaseReply:
         """Idempotent; only the connection's own holds."""
-        peer = self._peer(context)
-        for hold in request.holds:
+        self._end_holds(self._peer(context), request.holds)
+        return worker_pb2.ReleaseReply()
+
+    def _end_holds(self, peer: Peer, holds: Iterable[int]) -> None:
+        for hold in holds:
             if hold in peer.holds:
                 del peer.holds[hold]
                 self._node.store.release(hold)
-        return worker_pb2.ReleaseReply()
 
     async def stage(self, request: worker_pb2.StageRequest, context: CallContext) -> worker_pb2.StageReply:
         """The connection's staging segment; one for its life. Overloaded when there is no room for it."""

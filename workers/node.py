@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 from kvstore.arena import PAGE_BYTES
 from kvstore.catalog import Catalog
@@ -129,10 +130,7 @@ class Node:
         spec = self.catalog.spec(root)
         if spec is None:
             return 0
-        total = 0
-        for shard in shards:
-            shard.check(spec)
-            total += block_bytes(spec, shard)
+        total = sum(block_bytes(spec, shard) * len(list(same)) for shard, same in groupby(shards))
         if total > self.sending.capacity:
             raise BadRequest(f"{total} bytes of blocks in one call: at most {self.sending.capacity}, ask in several")
         return total
@@ -143,11 +141,14 @@ class Node:
         if spec is None:
             return len(shards)
         room = self.config.store.host_bytes // OPEN_SHARE
-        for count, shard in enumerate(shards):
-            room -= -(-block_bytes(spec, shard) // PAGE_BYTES) * PAGE_BYTES
-            if room < 0:
-                return max(1, count)
-        return len(shards)
+        count = 0
+        for shard, same in groupby(shards):
+            need, many = -(-block_bytes(spec, shard) // PAGE_BYTES) * PAGE_BYTES, len(list(same))
+            if need * many > room:
+                return max(1, count + room // need)
+            room -= need * many
+            count += many
+        return count
 
     async def open(
         self,

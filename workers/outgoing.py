@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +45,15 @@ class Outgoing:
         later: int,
         layers: range | None,
         chunk_bytes_max: int,
+        resume: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
+        """`resume`: block -> (copy id, first chunk) of those the reader has in part."""
         self._spec, self._shards, self._placed = spec, shards, placed
         self._later = later  # blocks after those placed that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
         self._bases = [sum(group.layers for group in spec.groups[:index]) for index in range(len(spec.groups))]
         self._records: dict[int, Record] = {}
+        self._resume = resume or {}
         self.lost: dict[int, None] = {}
 
     def begin(self) -> tuple[bytes, list[list[Part]]]:
@@ -120,8 +123,10 @@ class Outgoing:
             return None
         base = self._bases[shard.group]
         found: list[tuple[int, Part]] = []
-        start = 0
-        for index in range(1, len(pieces) + 1):
+        copy_id, start = self._resume.get(block, (0, 0))
+        if copy_id != placed.header.copy_id:
+            start = 0
+        for index in range(start + 1, len(pieces) + 1):
             if index == len(pieces) or pieces[index].layer != pieces[start].layer:
                 layer = base + pieces[start].layer
                 if self._layers is None or layer in self._layers:

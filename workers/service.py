@@ -68,6 +68,8 @@ class WorkerService(PinCalls):
         least = least_from_wire(request.least)
         if request.layer_count == 0 and request.layer_first:
             raise BadRequest("layer_first without layer_count: give both, or neither for all layers")
+        if len(request.resume) > len(wanted):
+            raise BadRequest(f"{len(request.resume)} blocks to go on with, and {len(wanted)} asked for")
         with node.sending.take(node.asked_bytes(root, shards)):
             timeout_s = node.left(context.deadline)
             now = node.now(root, shards)
@@ -88,6 +90,7 @@ class WorkerService(PinCalls):
                     later=len(wanted) - now,
                     layers=layers or None,
                     chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
+                    resume={part.block: (part.copy_id, part.first_chunk) for part in request.resume},
                 )
                 async with aclosing(self._stream(outgoing)) as stream:
                     async for frame in stream:

@@ -104,6 +104,7 @@ class LocalChannel(Protocol):
     """
 
     on_late: Callable[[Method, Any, list[MappedSegment]], None] | None
+    hello: Any  # HelloReply of the worker
 
     async def call(self, method: Method, request: Message, *, timeout_s: float) -> tuple[Any, list[MappedSegment]]: ...
 

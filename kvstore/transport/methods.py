@@ -6,7 +6,7 @@ from kvstore.transport.base import Method
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1")
+CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1")
 
 COORDINATOR = {
     m.name: m

@@ -62,20 +62,22 @@ class GetHeader(_message.Message):
     def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[ChunkPart, _Mapping]]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ["blocks", "layer_count", "layer_first", "least", "redis", "root"]
+    __slots__ = ["blocks", "layer_count", "layer_first", "least", "redis", "resume", "root"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIRST_FIELD_NUMBER: _ClassVar[int]
     LEAST_FIELD_NUMBER: _ClassVar[int]
     REDIS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
     layer_count: int
     layer_first: int
     least: _common_pb2.Fidelity
     redis: bool
+    resume: _containers.RepeatedCompositeFieldContainer[Resume]
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ...) -> None: ...
 
 class LocalHelloRequest(_message.Message):
     __slots__ = ["hello", "namespace", "token"]
@@ -118,18 +120,20 @@ class OpenReply(_message.Message):
     def __init__(self, hold: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[OpenBlock, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[SegmentInfo, _Mapping]]] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ["blocks", "deadline_ms", "least", "redis", "root"]
+    __slots__ = ["blocks", "deadline_ms", "least", "redis", "release", "root"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     LEAST_FIELD_NUMBER: _ClassVar[int]
     REDIS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
     deadline_ms: int
     least: _common_pb2.Fidelity
     redis: bool
+    release: _containers.RepeatedScalarFieldContainer[int]
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ..., release: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PinReply(_message.Message):
     __slots__ = ["epoch", "states", "ttl_ms"]
@@ -262,6 +266,16 @@ class RenewRequest(_message.Message):
     pins: _containers.RepeatedScalarFieldContainer[bytes]
     ttl_ms: int
     def __init__(self, pins: _Optional[_Iterable[bytes]] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ["block", "copy_id", "first_chunk"]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    COPY_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    copy_id: int
+    first_chunk: int
+    def __init__(self, block: _Optional[int] = ..., copy_id: _Optional[int] = ..., first_chunk: _Optional[int] = ...) -> None: ...
 
 class SegmentInfo(_message.Message):
     __slots__ = ["bytes", "data_offset", "segment", "writable"]

@@ -111,8 +111,12 @@ class _Cell:
             self.callback(*self.args)
 
     def again(self) -> None:
+        asyncio.get_running_loop().call_soon(self._unless_cancelled, context=self.context)
+
+    def _unless_cancelled(self) -> None:
+        """What came before it in the same turn may have cancelled it."""
         if self.handle is not None and not self.handle.cancelled():
-            asyncio.get_running_loop().call_soon(self.callback, *self.args, context=self.context)
+            self.callback(*self.args)
 
 
 class _Task(asyncio.Task[Any]):

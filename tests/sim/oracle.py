@@ -13,8 +13,8 @@ from collections import Counter
 import numpy as np
 
 from kvstore.client import GetResult
-from kvstore.fetch import needed_depths
 from kvstore.layout import block_bytes
+from kvstore.needs import needed_depths
 from kvstore.plan import HitPlan
 from kvstore.residency_check import validate
 from kvstore.spec import ModelSpec, Shard

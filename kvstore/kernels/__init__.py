@@ -1,0 +1,1 @@
+"""Compiled loops (numba) that run without the interpreter lock."""
