@@ -19,13 +19,19 @@ from kvstore.wire import common_pb2
 STALL_SHARE = 1 / 3
 """Of a lease: a tick that comes later than this makes the coordinator doubt itself before others."""
 
+SWEEP_SLOTS = 1 << 18
+"""Of each directory, looked at with every tick for what holders that are gone left behind: a millisecond or a few."""
+
 
 class Registry:
-    """Members and directories of the namespaces that the policy grants. All methods but the queries mutate."""
+    """Members and directories of the namespaces that the policy grants. All methods but the queries mutate.
 
-    def __init__(self, config: CoordinatorConfig, namespaces: Sequence[str], now: float) -> None:
+    `seed`: a number nobody else knows.
+    """
+
+    def __init__(self, config: CoordinatorConfig, namespaces: Sequence[str], now: float, *, seed: int = 0) -> None:
         blocks_max = max(1, config.blocks_max // max(1, len(namespaces)))
-        self.inboxes = {name: Inbox(Directory(blocks_max=blocks_max)) for name in namespaces}
+        self.inboxes = {name: Inbox(Directory(blocks_max=blocks_max, seed=seed)) for name in namespaces}
         self.membership = Membership(config.lease_s, config.lease_s * STALL_SHARE, workers_max=config.workers_max)
         self.statuses: dict[str, common_pb2.WorkerStatus] = {}
         self.counters: Counter[str] = Counter()
@@ -73,6 +79,8 @@ class Registry:
 
     def tick(self, now: float) -> None:
         self.take(self.membership.tick(now))
+        for inbox in self.inboxes.values():
+            inbox.directory.sweep(SWEEP_SLOTS)
 
     def take(self, events: Iterable[Event]) -> None:
         """Do to the directories what membership decided."""

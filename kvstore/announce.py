@@ -185,8 +185,7 @@ class Receiver:
         if chunk.index > self._next_index:
             self._abandon()
             return self._ask(Verdict.HOLD)
-        for run in chunk.runs:
-            self.directory.add_staged(self.holder, run)
+        self.directory.add_staged(self.holder, *chunk.runs)
         self._next_index += 1
         return self._finish(chunk.resume_seq) if chunk.last else Verdict.HOLD
 
@@ -225,11 +224,7 @@ class Receiver:
         return Verdict.GAP
 
     def _apply(self, delta: Delta) -> None:
-        for change in tail(delta.changes, self.applied + 1 - delta.first_seq):
-            if isinstance(change, Run):
-                self.directory.add(self.holder, change)
-            else:
-                self.directory.remove(self.holder, change.shard, change.keys)
+        self.directory.apply(self.holder, tail(delta.changes, self.applied + 1 - delta.first_seq))
         self.applied = delta.last_seq
 
     def _hold(self, delta: Delta) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
-from kvstore.entries import KIND_MASK, Entry, bytes_of, copies_of, fidelity_of, owner_of, tier_of
+from kvstore.entries import KIND_SHIFT, fidelity_of, owner_of, tier_of
 from kvstore.spec import Shard
 from kvstore.types import Fidelity, Tier
 
@@ -32,33 +31,22 @@ class Match:
     runs: list[MatchRun] = field(default_factory=list)
 
 
-def ranges(
-    shard: Shard,
-    row: Iterable[Entry | None],
-    depth: int,
-    usable: Callable[[int], bool],
-    name: Callable[[int], str],
-) -> list[MatchRun]:
-    """The usable copies in the entries from `depth` on: one range per holder, tier and fidelity, fastest tier first."""
-    done: list[tuple[int, int, int, int]] = []  # (kind, first depth, count, bytes)
-    growing: dict[int, tuple[int, int]] = {}  # kind -> (first depth, bytes)
-    entries = list(row)
-    alike = bool(entries) and entries.count(entries[0]) == len(entries)  # the common case, without a step per block
-    groups = [(entries[0], len(entries))] if alike else [(entry, len(list(same))) for entry, same in groupby(entries)]
-    for entry, count in groups:
-        grown: dict[int, tuple[int, int]] = {}
-        for copy in filter(usable, copies_of(entry)):
-            first, total = growing.pop(copy & KIND_MASK, (depth, 0))
-            grown[copy & KIND_MASK] = first, total + bytes_of(copy) * count
-        done += [(kind, first, depth - first, total) for kind, (first, total) in growing.items()]
-        growing = grown
-        depth += count
-    done += [(kind, first, depth - first, total) for kind, (first, total) in growing.items()]
+def ranges(shard: Shard, spans: Iterable[Sequence[int]], name: Callable[[int], str]) -> list[MatchRun]:
+    """(kind, first depth, count, bytes) of one stored shard as runs, the fastest tier first."""
     runs = [
-        MatchRun(name(owner_of(kind)), shard, tier_of(kind), fidelity_of(kind), first, count, total)
-        for kind, first, count, total in done
+        MatchRun(
+            name(owner_of(kind << KIND_SHIFT)),
+            shard,
+            tier_of(kind << KIND_SHIFT),
+            fidelity_of(kind << KIND_SHIFT),
+            first,
+            count,
+            nbytes,
+        )
+        for kind, first, count, nbytes in spans
     ]
-    runs.sort(key=lambda run: (run.tier, -run.fidelity, run.first_depth, -run.count, run.holder))
+    if len(runs) > 1:
+        runs.sort(key=lambda run: (run.tier, -run.fidelity, run.first_depth, -run.count, run.holder))
     return runs
 
 

@@ -12,7 +12,7 @@ from kvstore.catalog import Catalog
 from kvstore.errors import BadRequest
 from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.spec import ModelSpec, Shard
-from kvstore.types import KEY_BYTES, Fidelity, Tier, pack_keys, unpack_keys
+from kvstore.types import KEY_BYTES, Fidelity, Keys, Tier, pack_keys
 from kvstore.wire import common_pb2, coordinator_pb2
 from kvstore.wireform import digest_from_wire, shard_from_wire, shard_to_wire
 
@@ -147,7 +147,7 @@ class Introduced:
         return entries
 
 
-def _keys(packed: bytes) -> tuple[bytes, ...]:
+def _keys(packed: bytes) -> Keys:
     if not packed or len(packed) % KEY_BYTES:
         raise BadRequest(f"a run of {len(packed)} bytes of keys: give one or more keys of {KEY_BYTES} bytes")
-    return tuple(unpack_keys(packed))
+    return Keys(packed)

@@ -1,11 +1,9 @@
 """Which holder has which block, for one namespace. Soft state: a hint, rebuilt from what holders announce.
 
-Blocks lie in one dict per (root, stored shard). A holder's entries belong to its current *life*, a small number, so a
-dead or replaced holder is out of every answer at once by one flag; what it left behind is swept bit by bit by the
-changes that follow. A snapshot is taken in beside the old life and takes its place in one step.
-
-Memory: about 120 bytes an entry at a million entries in runs of 32 (a dict slot of 42 to 84 bytes, a key of 64, 8 in
-its holder's log; the value is one int that all blocks of a run share). A block held by several costs a tuple more.
+Blocks lie in one hash table of flat arrays (`kvstore.block_table`), worked by compiled kernels: keys come packed from
+the wire and go in as they are. A holder's copies belong to its current *life*, a small number, so a dead or replaced
+holder is out of every answer at once by one flag; what it left behind is swept bit by bit by the changes that follow.
+A snapshot is taken in beside the old life and takes its place in one step.
 """
 
 from __future__ import annotations
@@ -13,32 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvstore.answers import Match, MatchRun, fewer, ranges
+from kvstore.block_table import Array, BlockTable, key_array
 from kvstore.catalog import Catalog
-from kvstore.entries import (
-    FIDELITY_MASK,
-    Entry,
-    bytes_of,
-    copies_of,
-    copy_by,
-    entry_of,
-    fidelity_of,
-    owner_of,
-    pack,
-    tier_of,
-)
+from kvstore.entries import bytes_of, fidelity_of, owner_of, pack, tier_of
 from kvstore.errors import BadRequest
-from kvstore.keyspaces import Keyspaces, Table
+from kvstore.keyspaces import Keyspace, Keyspaces, Table
 from kvstore.lives import Life, Lives, Status
-from kvstore.matching import longest
-from kvstore.runs import Run
+from kvstore.matching import Plan, longest
+from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.spec import ModelSpec, Shard
-from kvstore.types import Fidelity, Tier
+from kvstore.types import Fidelity, Keys, Tier, pack_keys
 
 __all__ = ["Copy", "Directory", "Match", "MatchRun"]
 
-_VISIBLE = int(Status.VISIBLE)  # compared for every block of a lookup
-_SWEEP_MIN = 64  # entries of dead lives swept with every change, beside two for each block changed
+_SWEEP = 16  # slots looked at for each block changed while the dead have left copies
+_LOOKED_AT = 4  # copies of a block that a lookup looks at, for each that the answer may name
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,42 +41,30 @@ class Copy:
     stored_bytes: int  # mean over the run it was announced with, to 7 significant bits
 
 
-class _Usable(dict[Entry | None, int]):
-    """entry -> 1 where it has a visible copy that is good enough. Remembers; good for one match."""
-
-    def __init__(self, status: bytearray, least: Fidelity) -> None:
-        super().__init__({None: 0})
-        self.status = status
-        self.least = least
-
-    def copy_usable(self, copy: int) -> bool:
-        return self.status[owner_of(copy)] == _VISIBLE and copy & FIDELITY_MASK >= self.least
-
-    def __missing__(self, entry: Entry | None) -> int:
-        self[entry] = usable = int(any(map(self.copy_usable, copies_of(entry))))
-        return usable
-
-
 class Directory:
     """Holders of the blocks of one namespace. Synchronous; every method but the queries mutates.
 
-    `blocks_max` bounds the entries (a block counts once per holder and shard), `shards_max` the stored shards of one
+    `blocks_max` bounds the copies (a block counts once per holder and shard), `shards_max` the stored shards of one
     root, `copies_max` the holders an answer names per block (the fastest; never fewer than one). What exceeds a bound
     is left out and counted in `refused`; what names an unknown spec or shard is left out and counted in `skipped`.
+    `seed`: a number that those who choose keys do not know.
     """
 
-    def __init__(self, *, blocks_max: int = 20_000_000, shards_max: int = 256, copies_max: int = 16) -> None:
+    def __init__(
+        self, *, blocks_max: int = 20_000_000, shards_max: int = 256, copies_max: int = 16, seed: int = 0
+    ) -> None:
         self.blocks_max = blocks_max
         self.shards_max = shards_max
         self.copies_max = copies_max
         self.refused = 0
         self.skipped = 0
         self._catalog = Catalog()
-        self._spaces = Keyspaces()
-        self._lives = Lives()
+        self._blocks = BlockTable(blocks_max, seed)
+        self._spaces = Keyspaces(self._blocks)
+        self._lives = Lives(self._blocks)
         self._holders: dict[str, Life] = {}
-        self._live = 0  # entries of current lives
-        self._staged = 0  # entries of staged ones
+        self._live = 0  # copies of current lives
+        self._staged = 0  # copies of staged ones
 
     # The dictionary.
 
@@ -108,29 +86,21 @@ class Directory:
 
     def add(self, holder: str, run: Run) -> None:
         """The holder has these blocks; replaces what it said of them before (tier, fidelity, bytes). O(len(keys))."""
-        life = self._life(holder)
-        added = self._add(life, run, self.blocks_max - self._live)
-        self._live += added
+        self.apply(holder, (run,))
 
-    def remove(self, holder: str, shard: bytes, keys: Iterable[bytes]) -> None:
+    def remove(self, holder: str, shard: bytes, keys: Sequence[bytes]) -> None:
         """The holder has these blocks no longer. Unknown ones are ignored. O(len(keys))."""
-        life = self._holders.get(holder)
-        if life is None:
-            return
-        keys = list(keys)
-        for table in self._spaces.of_shard(shard):
-            removed = sum(table.take(key, life.owner) for key in keys)
-            life.live -= removed
-            self._live -= removed
-            self._spaces.discard_if_empty(table)
-        life.compact()
-        self.sweep(2 * len(keys) + _SWEEP_MIN)
+        self.apply(holder, (RemovedRun(shard, keys),))
+
+    def apply(self, holder: str, changes: Sequence[RunChange]) -> None:
+        """`add` and `remove`, in order, in one go. O(blocks); a run costs about as much as 100 blocks."""
+        if holder in self._holders or any(isinstance(change, Run) for change in changes):
+            self._live += self._apply(self._life(holder), changes, self.blocks_max - self._live)
 
     def replace(self, holder: str, runs: Iterable[Run]) -> None:
         """The holder has exactly these blocks. O(new blocks), whatever it had."""
         self.stage(holder)
-        for run in runs:
-            self.add_staged(holder, run)
+        self.add_staged(holder, *runs)
         self.commit_staged(holder)
 
     def stage(self, holder: str) -> None:
@@ -139,12 +109,12 @@ class Directory:
         self.abandon_staged(holder)
         life.staged = self._lives.new(holder, Status.STAGED)
 
-    def add_staged(self, holder: str, run: Run) -> None:
+    def add_staged(self, holder: str, *runs: Run) -> None:
         """`add` to the replacement. Nothing where none was begun."""
         life = self._holders.get(holder)
         if life is not None and life.staged is not None:
-            others = self._live - life.live  # what is being replaced does not count against the bound
-            self._staged += self._add(life.staged, run, self.blocks_max - others - self._staged)
+            others = self._live - self._lives.owned(life)  # what is being replaced does not count against the bound
+            self._staged += self._apply(life.staged, runs, self.blocks_max - others - self._staged)
 
     def commit_staged(self, holder: str) -> None:
         """The replacement takes the place of what was known, in one step. O(1). Nothing where none was begun."""
@@ -154,8 +124,8 @@ class Directory:
         staged, life.staged = life.staged, None
         self._lives.status[staged.owner] = self._lives.status[life.owner]
         self._holders[holder] = staged
-        self._staged -= staged.live
-        self._live += staged.live - life.live
+        self._staged -= self._lives.owned(staged)
+        self._live += self._lives.owned(staged) - self._lives.owned(life)
         self._bury(life)
 
     def abandon_staged(self, holder: str) -> None:
@@ -163,7 +133,7 @@ class Directory:
         life = self._holders.get(holder)
         if life is not None and life.staged is not None:
             staged, life.staged = life.staged, None
-            self._staged -= staged.live
+            self._staged -= self._lives.owned(staged)
             self._bury(staged)
 
     def drop(self, holder: str) -> None:
@@ -171,7 +141,7 @@ class Directory:
         self.abandon_staged(holder)
         life = self._holders.pop(holder, None)
         if life is not None:
-            self._live -= life.live
+            self._live -= self._lives.owned(life)
             self._bury(life)
 
     def hide(self, holder: str) -> None:
@@ -184,14 +154,15 @@ class Directory:
             self._lives.status[self._holders[holder].owner] = Status.VISIBLE
 
     def sweep(self, budget: int) -> int:
-        """Let go of up to `budget` entries that dead lives left; returns how many may be left. For idle moments."""
-        while budget > 0 and (batch := self._lives.next_batch(budget)) is not None:
-            life, table, keys = batch
-            for key in keys:
-                table.take(key, life.owner)
-            self._spaces.discard_if_empty(table)
-            budget -= len(keys)
-        return self._lives.left
+        """Look at `budget` slots for what dead lives left; how many copies are left. For idle moments.
+
+        Half a million slots take about a millisecond, and more where there is much to let go of.
+        """
+        if budget > 0 and self._lives.dead:
+            self._blocks.sweep(budget)
+            self._lives.reclaim()
+            self._spaces.discard_empty()
+        return self._blocks.dead
 
     # Queries: pure.
 
@@ -206,53 +177,54 @@ class Directory:
         if space is None or not keys or not shards:
             return Match()
         plan = space.plan(tuple(shards))
-        lookups = [table.blocks.get for table in space.tables]
-        usable = _Usable(self._lives.status, least)
-
-        rows: dict[int, list[Entry | None]] = {}  # each key is looked up once
-
-        def entries(position: int, start: int, stop: int) -> list[Entry | None]:
-            row = rows.setdefault(position, [])
-            if stop > len(row):
-                row.extend(map(lookups[position], keys[len(row) : stop]))
-            return row[start:stop]
-
-        def held(position: int, start: int, stop: int) -> bytes:
-            row = entries(position, start, stop)
-            if row and row.count(row[0]) == len(row):  # the common case, without a step per block
-                return bytes((usable[row[0]],)) * len(row)
-            return bytes(map(usable.__getitem__, row))
-
-        blocks = longest(plan, held, len(keys))
+        blocks, slots = self._longest(space, plan, key_array(keys), least)
         runs: list[MatchRun] = []
         for position, rule in plan.sources() if blocks else ():
             first = rule.first_needed(blocks)
-            row = entries(position, first, blocks)
-            found = ranges(space.tables[position].shard, row, first, usable.copy_usable, self._lives.name)
-            runs += fewer(found, self.copies_max)
+            spans = self._blocks.spans(slots[position][first:blocks], first, least, _LOOKED_AT * self.copies_max)
+            runs += fewer(ranges(space.tables[position].shard, spans, self._lives.name), self.copies_max)
         return Match(blocks, runs)
+
+    def _longest(self, space: Keyspace, plan: Plan, keys: Array, least: Fidelity) -> tuple[int, dict[int, Array]]:
+        """The length of the prefix, and by position of a stored shard the slots of its blocks."""
+        only = plan.only_source()
+        if only is not None:
+            blocks, row = self._blocks.prefix(keys, space.tables[only].number, least)
+            return blocks, {only: row}
+        slots: dict[int, Array] = {}
+        flags: dict[int, Array] = {}
+
+        def held(position: int, start: int, stop: int) -> bytes:
+            known = len(slots.setdefault(position, np.empty(0, np.int64)))
+            if stop > known:  # each key is looked up once
+                more, usable = self._blocks.held(keys[known:stop], space.tables[position].number, least)
+                slots[position] = np.concatenate((slots[position], more))
+                flags[position] = np.concatenate((flags[position], usable)) if known else usable
+            return flags[position][start:stop].tobytes()
+
+        blocks = longest(plan, held, len(keys))
+        for position, _ in plan.sources() if blocks else ():
+            held(position, 0, blocks)
+        return blocks, slots
 
     def holders(self, shard: bytes, key: bytes) -> list[Copy]:
         """Visible holders of one block, the fastest tier first."""
         found = [
             Copy(self._lives.name(owner_of(copy)), tier_of(copy), fidelity_of(copy), bytes_of(copy))
             for table in self._spaces.of_shard(shard)
-            for copy in copies_of(table.blocks.get(key))
-            if self._lives.status[owner_of(copy)] == Status.VISIBLE
+            for copy in self._blocks.copies(key_array((key,))[0], table.number)
         ]
         return sorted(found, key=lambda copy: (copy.tier, -copy.fidelity, copy.holder))
 
     def contents(self, holder: str) -> dict[tuple[bytes, bytes], tuple[Tier, Fidelity]]:
-        """(shard digest, key) -> where and how: all that is known of one holder, hidden or not. O(its blocks)."""
+        """(shard digest, key) -> where and how: all that is known of one holder, hidden or not. O(all blocks)."""
         life = self._holders.get(holder)
-        found: dict[tuple[bytes, bytes], tuple[Tier, Fidelity]] = {}
-        if life is not None:
-            for table, keys in life.log.items():
-                for key in keys:
-                    copy = copy_by(table.blocks.get(key), life.owner)
-                    if copy is not None:
-                        found[table.digest, key] = tier_of(copy), fidelity_of(copy)
-        return found
+        if life is None:
+            return {}
+        return {
+            (self._spaces.named(number).digest, key): (tier_of(copy), fidelity_of(copy))
+            for number, key, copy in self._blocks.of_owner(life.owner)
+        }
 
     def names(self) -> list[str]:
         """Holders known, hidden ones too, in the order they were first heard of."""
@@ -260,8 +232,13 @@ class Directory:
 
     @property
     def blocks(self) -> int:
-        """Entries: a block counts once per holder and shard, hidden holders included."""
+        """Copies: a block counts once per holder and shard, hidden holders included."""
         return self._live
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the blocks take, in bytes, within a huge page."""
+        return self._blocks.nbytes
 
     def validate(self) -> None:
         """AssertionError where an invariant is broken. O(everything)."""
@@ -269,20 +246,9 @@ class Directory:
         current = list(self._holders.values())
         staged = [life.staged for life in current if life.staged is not None]
         self._lives.validate(current + staged)
-        owned = dict.fromkeys((life.owner for life in [*current, *staged, *self._lives.dead]), 0)
-        for table in self._spaces:
-            logs = {life.owner: set(life.log.get(table, ())) for life in [*current, *staged, *self._lives.dead]}
-            for key, entry in table.blocks.items():
-                owners = [owner_of(copy) for copy in copies_of(entry)]
-                assert owners and len(set(owners)) == len(owners), "an owner twice in one entry"
-                for owner in owners:
-                    assert key in logs[owner], "an entry that its owner's log does not know"
-                    owned[owner] += 1
-        for life in current + staged:
-            assert owned[life.owner] == life.live <= life.logged, f"{life.name} is counted wrong"
-            assert life.logged == sum(map(len, life.log.values())), f"the log of {life.name} is counted wrong"
-        assert sum(life.live for life in current) == self._live <= self.blocks_max, "entries are counted wrong"
-        assert sum(life.live for life in staged) == self._staged, "staged entries are counted wrong"
+        self._blocks.validate(self._lives.limit, self._spaces.limit)
+        assert sum(map(self._lives.owned, current)) == self._live <= self.blocks_max, "copies are counted wrong"
+        assert sum(map(self._lives.owned, staged)) == self._staged, "staged copies are counted wrong"
 
     # Inside.
 
@@ -294,52 +260,50 @@ class Directory:
 
     def _bury(self, life: Life) -> None:
         self._lives.bury(life)
-        self.sweep(_SWEEP_MIN)
+        self.sweep(1)
 
-    def _add(self, life: Life, run: Run, room: int) -> int:
-        """Entries that are new, at most `room`."""
-        if self._lives.dead:
-            self.sweep(2 * len(run.keys) + _SWEEP_MIN)
-        table = self._table(run)
-        if table is None:
-            return 0
-        copy = pack(life.owner, run.tier, run.fidelity, run.stored_bytes)
-        blocks = table.blocks
-        new: list[bytes] = []
-        for key in run.keys:
-            entry = blocks.get(key)
-            if entry is None or copy_by(entry, life.owner) is None:
-                if len(new) >= room:
-                    self.refused += 1
+    def _apply(self, life: Life, changes: Iterable[RunChange], room: int) -> int:
+        """How many copies more there are, at most `room`."""
+        packed: list[bytes] = []
+        runs: list[int] = []
+        total = 0
+        for change in changes:
+            count = len(change.keys)
+            if isinstance(change, Run):
+                table = self._table(change, count)
+                if table is None:
                     continue
-                new.append(key)
-            blocks[key] = copy if entry is None else self._merged(entry, copy)
-        if new:
-            life.log.setdefault(table, []).extend(new)
-            life.live += len(new)
-            life.logged += len(new)
-            life.compact()
-        self._spaces.discard_if_empty(table)
-        return len(new)
+                copy = pack(life.owner, change.tier, change.fidelity, change.stored_bytes)
+                runs += (total, count, table.number, copy)
+            else:
+                for table in self._spaces.of_shard(change.shard):
+                    runs += (total, count, table.number, 0)
+            packed.append(pack_keys(change.keys))
+            total += count
+        if not runs:
+            return 0
+        new, removed, refused = self._blocks.apply(
+            key_array(Keys(b"".join(packed))), np.array(runs, np.int64).reshape(-1, 4), life.owner, max(room, 0)
+        )
+        self.refused += refused
+        if removed or refused:
+            self._spaces.discard_empty()
+        if self._lives.dead:
+            self.sweep(_SWEEP * total)
+        return new - removed
 
-    def _merged(self, entry: Entry, copy: int) -> Entry:
-        """The entry with the copy in place of its owner's earlier one, and without those of the dead."""
-        status, owner = self._lives.status, owner_of(copy)
-        kept = [c for c in copies_of(entry) if owner_of(c) != owner and status[owner_of(c)] != Status.DEAD]
-        return entry_of([*kept, copy]) or copy
-
-    def _table(self, run: Run) -> Table | None:
+    def _table(self, run: Run, count: int) -> Table | None:
         """Where a run belongs. None, counted, where it can't be known or the bound of stored shards is reached."""
         table = self._spaces.table(run.root, run.shard)
         if table is not None:
             return table
         spec, shard = self._catalog.spec(run.root), self._catalog.shard(run.shard)
         if spec is None or shard is None or not _fits(shard, spec):
-            self.skipped += len(run.keys)
+            self.skipped += count
             return None
         table = self._spaces.make(spec, shard, self.shards_max)
         if table is None:
-            self.refused += len(run.keys)
+            self.refused += count
         return table
 
 

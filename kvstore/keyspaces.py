@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.entries import Entry, without
+import numpy as np
+
+from kvstore.block_table import TABLES_MAX, BlockTable
 from kvstore.matching import Plan, make_plan
 from kvstore.spec import ModelSpec, Shard
 
@@ -14,26 +16,12 @@ _PLANS_MAX = 64  # sets of needed shards remembered per keyspace
 
 @dataclass(slots=True, eq=False)
 class Table:
-    """The blocks of one stored shard of one keyspace."""
+    """One stored shard of one keyspace; its blocks lie under `number`."""
 
     root: bytes
     shard: Shard
     digest: bytes  # of the shard
-    blocks: dict[bytes, Entry] = field(default_factory=dict)
-
-    def take(self, key: bytes, owner: int) -> bool:
-        """Take one owner's copy out of an entry. Whether there was one. Mutates."""
-        entry = self.blocks.get(key)
-        if entry is None:
-            return False
-        rest = without(entry, owner)
-        if rest is entry:
-            return False
-        if rest is None:
-            del self.blocks[key]
-        else:
-            self.blocks[key] = rest
-        return True
+    number: int
 
 
 @dataclass(slots=True)
@@ -58,7 +46,10 @@ class Keyspace:
 class Keyspaces:
     """All tables. None is empty between two changes of a directory, so what is stored is what a plan sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: BlockTable) -> None:
+        self._held = blocks.held_by  # int64, by number: blocks
+        self._numbers: list[Table | None] = [None]  # None where free, and for 0, which is none
+        self._free: list[int] = []
         self._spaces: dict[bytes, Keyspace] = {}
         self._tables: dict[tuple[bytes, bytes], Table] = {}  # (root, shard digest)
         self._by_shard: dict[bytes, list[Table]] = {}
@@ -76,21 +67,38 @@ class Keyspaces:
     def make(self, spec: ModelSpec, shard: Shard, shards_max: int) -> Table | None:
         """A new table, or None where the keyspace has `shards_max` already. Mutates."""
         space = self._spaces.get(spec.root)
+        full = len(space.tables) >= shards_max if space is not None else shards_max < 1
+        if full or (not self._free and len(self._numbers) > TABLES_MAX):
+            return None
         if space is None:
             space = self._spaces[spec.root] = Keyspace(spec)
-        if len(space.tables) >= shards_max:
-            return None
-        table = Table(spec.root, shard, shard.digest)
+        if not self._free:
+            self._free.append(len(self._numbers))
+            self._numbers.append(None)
+        number = self._free.pop()
+        table = self._numbers[number] = Table(spec.root, shard, shard.digest, number)
         self._tables[table.root, table.digest] = table
         self._by_shard.setdefault(table.digest, []).append(table)
         space.tables.append(table)
         space.plans.clear()
         return table
 
-    def discard_if_empty(self, table: Table) -> None:
-        """Mutates; nothing where the table has blocks or is gone already."""
-        if table.blocks or self._tables.get((table.root, table.digest)) is not table:
-            return
+    def named(self, number: int) -> Table:
+        """The table of a number in use."""
+        table = self._numbers[number]
+        assert table is not None, "a block of a table that is gone"
+        return table
+
+    def discard_empty(self) -> None:
+        """Mutates: tables without blocks go, and with them what plans know of them."""
+        for number in np.flatnonzero(self._held[: len(self._numbers)] == 0).tolist():
+            table = self._numbers[number]
+            if table is not None:
+                self._discard(table)
+
+    def _discard(self, table: Table) -> None:
+        self._numbers[table.number] = None
+        self._free.append(table.number)
         del self._tables[table.root, table.digest]
         space, same_shard = self._spaces[table.root], self._by_shard[table.digest]
         space.tables.remove(table)
@@ -101,13 +109,19 @@ class Keyspaces:
         if not same_shard:
             del self._by_shard[table.digest]
 
+    @property
+    def limit(self) -> int:
+        """All numbers in use are below."""
+        return len(self._numbers)
+
     def __iter__(self) -> Iterator[Table]:
         return iter(self._tables.values())
 
     def validate(self) -> None:
         """AssertionError where an invariant is broken."""
         for (root, digest), table in self._tables.items():
-            assert table.blocks, "an empty table was kept"
+            assert self._held[table.number], "an empty table was kept"
+            assert self._numbers[table.number] is table, "a table under another's number"
             assert (table.root, table.digest) == (root, digest), "a table under another's name"
             assert table in self._spaces[root].tables and table in self._by_shard[digest], "a table is lost"
         assert sum(map(len, self._by_shard.values())) == len(self._tables), "a table by shard that is gone"

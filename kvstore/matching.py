@@ -63,6 +63,13 @@ class Plan:
         rules = {position: cover.rule for cover in self.covers for position, _ in cover.sources}
         return list(rules.items())
 
+    def only_source(self) -> int | None:
+        """The stored shard whose own unbroken prefix is the answer, where it is as simple as that: the common case."""
+        if len(self.covers) != 1 or self.covers[0].rule.window_blocks or len(self.covers[0].sources) != 1:
+            return None
+        position, cells = self.covers[0].sources[0]
+        return position if cells == self.covers[0].full else None
+
 
 def make_plan(spec: ModelSpec, needed: Sequence[Shard], stored: Sequence[Shard]) -> Plan:
     """Which stored shards serve the needed ones. BadRequest where a needed one is no rectangle of the spec. Pure."""

@@ -22,7 +22,7 @@ class Run:
     fidelity: Fidelity
     parent: bytes  # key before the first one; the root at depth 0
     first_depth: int
-    keys: tuple[bytes, ...]
+    keys: Sequence[bytes]  # `Keys` from a wire
     group: bytes  # placement group of every block of the run
     stored_bytes: int  # of one block, the mean over the run rounded up
 
@@ -32,7 +32,7 @@ class RemovedRun:
     """Blocks of one shard that a holder holds no longer, in the order of their removal."""
 
     shard: bytes  # digest
-    keys: tuple[bytes, ...]
+    keys: Sequence[bytes]  # `Keys` from a wire
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import overload
 
 import numpy as np
 
@@ -58,12 +59,56 @@ class CommitToken:
     seq: int
 
 
+_KEY = np.dtype(f"V{KEY_BYTES}")
+
+
+class Keys(Sequence[bytes]):
+    """Keys back to back, as a bytes field of the wire has them; no object per key until somebody asks for one.
+
+    Equal to any sequence of the same keys. ValueError unless a whole number of keys.
+    """
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: bytes) -> None:
+        if len(packed) % KEY_BYTES:
+            raise ValueError(f"packed keys are {len(packed)} bytes, not a multiple of {KEY_BYTES}")
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed) // KEY_BYTES
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> Keys: ...
+    def __getitem__(self, at: int | slice) -> bytes | Keys:
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            if step != 1:
+                return Keys(b"".join(self[index] for index in range(start, stop, step)))
+            return Keys(self.packed[start * KEY_BYTES : stop * KEY_BYTES])
+        at = range(len(self))[at]
+        return self.packed[at * KEY_BYTES : (at + 1) * KEY_BYTES]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(unpack_keys(self.packed))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Keys):
+            return self.packed == other.packed
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"Keys({len(self)} of {self.packed[:KEY_BYTES].hex()}...)"
+
+
 def pack_keys(keys: Sequence[bytes]) -> bytes:
     """Keys as one bytes field of the wire."""
-    return b"".join(keys)
-
-
-_KEY = np.dtype(f"V{KEY_BYTES}")
+    return keys.packed if isinstance(keys, Keys) else b"".join(keys)
 
 
 def unpack_keys(packed: bytes) -> list[bytes]:

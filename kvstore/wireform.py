@@ -9,7 +9,7 @@ from kvstore.errors import BadRequest, Corrupt
 from kvstore.membership import Member
 from kvstore.plan import HitPlan, PlanRun
 from kvstore.spec import ModelSpec, Shard
-from kvstore.types import KEY_BYTES, CommitToken, Fidelity, Tier, unpack_keys
+from kvstore.types import KEY_BYTES, CommitToken, Fidelity, Keys, Tier
 from kvstore.wire import common_pb2, worker_pb2
 
 AFTER_MAX = 16
@@ -82,12 +82,12 @@ def digest_from_wire(name: str, value: bytes) -> bytes:
     return value
 
 
-def keys_from_wire(packed: bytes, keys_max: int) -> list[bytes]:
+def keys_from_wire(packed: bytes, keys_max: int) -> Keys:
     """BadRequest unless a whole number of keys, at most `keys_max`."""
     if len(packed) > keys_max * KEY_BYTES:
         raise BadRequest(f"{len(packed) // KEY_BYTES} keys in one call: at most {keys_max}, ask in several")
     try:
-        return unpack_keys(packed)
+        return Keys(packed)
     except ValueError as error:
         raise BadRequest(str(error)) from None
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
-import tracemalloc
-
 import pytest
 
 from kvstore.directory import Copy, Directory, Match, MatchRun
 from kvstore.errors import BadRequest
-from kvstore.runs import Run
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 from tests.cluster_model import (
@@ -203,46 +199,3 @@ def test_dropped_holders_leave_nothing_behind() -> None:
         pass
     directory.validate()
     assert directory.blocks == 0 and directory.names() == [] and directory.match(FULL.root, keys, [whole], 1) == Match()
-
-
-def test_a_log_of_changes_does_not_grow_with_them() -> None:
-    directory, whole, keys = directory_for(FULL), Shard.whole(FULL), chain(FULL, 100)
-    for _ in range(100):
-        directory.add("w1", run_of(FULL, whole, keys, 0, 100))
-        directory.remove("w1", whole.digest, keys)
-    directory.add("w1", run_of(FULL, whole, keys, 0, 100))
-    directory.validate()
-    assert directory._holders["w1"].logged < 3000
-
-
-def test_a_lookup_of_a_thousand_keys_takes_about_a_millisecond() -> None:
-    """Generous, for noisy machines: the best of many."""
-    directory, keys = directory_for(FULL), chain(FULL, 1024)
-    shards = halves(FULL)
-    for shard in shards:
-        for at in range(0, 1024, 32):
-            directory.add("w1", run_of(FULL, shard, keys, at, at + 32, stored_bytes=1000 + at))
-    asked = [bytes(bytearray(key)) for key in keys]
-    best = 1.0
-    for _ in range(50):
-        begin = time.perf_counter()
-        match = directory.match(FULL.root, asked, shards, Fidelity.EXACT)
-        best = min(best, time.perf_counter() - begin)
-    assert match.blocks == 1024 and len(match.runs) == 2
-    assert best < 0.003
-
-
-def test_memory_of_an_entry() -> None:
-    """What the module says: about 160 bytes at most, key and dict slot included."""
-    directory, whole, keys = directory_for(FULL), Shard.whole(FULL), chain(FULL, 20_000)
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for at in range(0, 20_000, 32):
-        run = run_of(FULL, whole, keys, at, at + 32)
-        own = tuple(bytes(bytearray(key)) for key in run.keys)  # as from a message
-        directory.add(
-            "w1", Run(run.root, run.shard, run.tier, run.fidelity, run.parent, at, own, run.group, 10_000 + at)
-        )
-    each = (tracemalloc.get_traced_memory()[0] - before) / 20_000
-    tracemalloc.stop()
-    assert 50 < each < 170

@@ -1,1 +1,46 @@
-"""Compiled loops (numba) that run without the interpreter lock."""
+"""Compiled loops (numba) that run without the interpreter lock: made at the first call, kept on disk for later ones.
+
+Importing a module of this package imports numba (over half a second), so callers do it where they first need one.
+The compiled code lies where numba puts it: `NUMBA_CACHE_DIR`, else `__pycache__` beside the source, else the user's
+cache folder. Where none of them may be written, a folder of the user's own under the temporary one is used: what numba
+reads back from it is trusted, so a folder that others could have filled is not.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def jit(function: F) -> F:
+    """Compile without the interpreter's lock, for the types of the first call. Cached on disk wherever possible."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # numba found no folder to write to
+        folder = private_folder(Path(tempfile.gettempdir()) / f"kvstore-kernels-{os.getuid()}")
+    if folder is None:
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def private_folder(path: Path) -> Path | None:
+    """The folder, made where missing; None where it is, or may be, anybody else's."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return path if mine else None
