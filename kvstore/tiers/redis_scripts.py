@@ -31,7 +31,7 @@ local function fidelity(entry)
 end
 local function millis()
   local now = redis.call('TIME')
-  return now[1] * 1000 + math.floor(now[2] / 1000)
+  return now[1] * 1000 + now[2] / 1000
 end
 local function total()
   return tonumber(redis.call('HGET', meta, 'bytes') or '0')
