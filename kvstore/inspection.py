@@ -1,4 +1,4 @@
-"""What lies in the SSD folder of a worker: segments, models, blocks, and whether every record verifies. Read only."""
+"""What `kvstore inspect` shows: a worker's SSD folder, or the copies of a block that running workers have."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvstore.disk import FolderDisk
-from kvstore.errors import DataError, UsageError
-from kvstore.format import Record
+from kvstore.errors import Corrupt, DataError, UsageError
+from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Record
+from kvstore.header import Header
 from kvstore.seams import Disk
 from kvstore.tiers.found import Found
 from kvstore.tiers.recovery import FoundLog, scan_log
 from kvstore.tiers.segment import data_name
+from kvstore.types import Tier
+from kvstore.wire import worker_pb2
+from kvstore.wireform import shard_from_wire
 
 DAMAGED_MAX = 20
 """Damaged records told one by one."""
@@ -25,7 +31,7 @@ def inspect_folder(folder: str, key: str = "") -> dict[str, Any]:
     Blocking. UsageError for a folder without a log. While a worker writes there, its newest records may look damaged.
     """
     if not Path(folder).is_dir():
-        raise UsageError(f"{folder} is no folder: give the SSD folder of a worker")
+        raise UsageError(f"{folder} is no folder: give a worker's SSD folder, or a block's key, 32 hexadecimal digits")
     disk = FolderDisk(folder)
     log = scan_log(disk, clean=False)
     if not log.last_id:
@@ -85,15 +91,21 @@ def _records(disk: Disk, log: FoundLog) -> Iterator[tuple[Found, Record | None, 
 
 
 def _block(found: Found, record: Record | None, error: str) -> dict[str, Any]:
-    header = found.header
+    return {
+        **_header(found.header),
+        "namespace": found.namespace,
+        "segment": found.segment,
+        "offset": found.offset,
+        "ok": not error,
+        "why": error,
+        "chunks": _chunks(b"" if record is None else record.table.tobytes()),
+    }
+
+
+def _header(header: Header) -> dict[str, Any]:
     fields = ("key", "parent", "root", "group", "shard")
-    table: list[dict[str, int]] = []
-    if record is not None:
-        assert record.table.dtype.names is not None
-        table = [dict(zip(record.table.dtype.names, row, strict=True)) for row in record.table.tolist()]
     return {
         **{name: getattr(header, name).hex() for name in fields},
-        "namespace": found.namespace,
         "depth": header.depth,
         "tokens": header.tokens,
         "copy_id": f"{header.copy_id:016x}",
@@ -101,9 +113,40 @@ def _block(found: Found, record: Record | None, error: str) -> dict[str, Any]:
         "stored": header.stored.name.lower(),
         "raw_bytes": header.raw_length,
         "stored_bytes": header.stored_length,
-        "segment": found.segment,
-        "offset": found.offset,
-        "ok": not error,
-        "why": error,
-        "chunks": [{name: value for name, value in row.items() if name != "reserved"} for row in table],
     }
+
+
+def _chunks(table: bytes) -> list[dict[str, int]]:
+    rows = np.frombuffer(table, ENTRY_DTYPE)
+    names = [name for name in ENTRY_DTYPE.names or () if name != "reserved"]
+    return [dict(zip(names, row, strict=True)) for row in rows[names].tolist()]
+
+
+def copies_of(worker: str, reply: worker_pb2.InspectReply) -> list[dict[str, Any]]:
+    """What a worker said of one block, a line per copy. Corrupt where its headers or tables are none."""
+    found = []
+    for block in reply.blocks:
+        shard = shard_from_wire(block.shard)
+        for copy in block.copies:
+            if len(copy.table) % ENTRY_BYTES:
+                raise Corrupt(f"worker {worker} sent a chunk table of {len(copy.table)} bytes")
+            found.append(
+                {
+                    "worker": worker,
+                    "tier": Tier(copy.tier).name.lower(),
+                    **_header(Header.unpack(copy.header)),
+                    "layers": [shard.layer_first, shard.layer_count],
+                    "heads": [shard.head_first, shard.head_count],
+                    "segment": copy.segment,
+                    "offset": copy.offset,
+                    "bytes": copy.length,
+                    "raw": copy.raw,
+                    "pins": block.pins,
+                    "secondary": block.secondary,
+                    "moving": block.moving,
+                    "ok": not copy.error,
+                    "why": copy.error,
+                    "chunks": _chunks(copy.table),
+                }
+            )
+    return found

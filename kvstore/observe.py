@@ -59,6 +59,12 @@ class Observer:
         reply: worker_pb2.ProbeReply = await self.ask(address, WORKER["Probe"], worker_pb2.ProbeRequest(), timeout_s)
         return reply
 
+    async def inspect(self, address: str, key: bytes, redis: bool, timeout_s: float) -> worker_pb2.InspectReply:
+        """Every copy of a block that one worker reaches."""
+        request = worker_pb2.InspectRequest(key=key, redis=redis)
+        reply: worker_pb2.InspectReply = await self.ask(address, WORKER["Inspect"], request, timeout_s)
+        return reply
+
     async def purge(self, address: str, root: bytes, timeout_s: float) -> int:
         """Blocks dropped by one worker; `root` empty: the whole namespace."""
         reply: worker_pb2.PurgeReply = await self.ask(

@@ -174,6 +174,15 @@ class Residency:
         space = self._spaces.get((namespace, shard))
         return {} if space is None else self._index[space]
 
+    def presence(self, namespace: str, key: bytes) -> dict[bytes, int]:
+        """Shards (and so groups) that have a key's block, each with the bitmap of its levels. Pure."""
+        found = {}
+        for shard in self.shards(namespace):
+            row = self.keys(namespace, shard).get(key)
+            if row is not None:
+                found[shard] = self.rows.present[row]
+        return found
+
     def of(self, namespace: str) -> Iterator[int]:
         """Rows of a namespace, shard by shard, each followed by its children. O(all rows)."""
         parents, children = self.rows.parent, self.rows.children

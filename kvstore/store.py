@@ -16,6 +16,7 @@ from kvstore.budget import Budget
 from kvstore.catalog import Catalog
 from kvstore.changes import Changes, Subscriber
 from kvstore.config import StoreConfig
+from kvstore.copies import Copies, Inspected
 from kvstore.errors import TierError
 from kvstore.header import Header
 from kvstore.holds import Hold, Placed
@@ -71,6 +72,7 @@ class TieredStore:
         self.putting = Putting(self.stack, self.movement)
         self.opening = Opening(self.stack, self.movement, self.loading, self.promotion)
         self.pins = Pins(self.stack)
+        self._copies = Copies(self.stack, budget)
         self._started: list[TierStore] = []
 
     # ---- life
@@ -221,6 +223,10 @@ class TieredStore:
     def stats(self) -> list[TierStats]:
         """One entry per tier, device pools together with the cpu pool; a tier that is not configured is `off`."""
         return self.stack.stats()
+
+    async def inspect(self, namespace: str, key: bytes, *, redis: bool) -> list[Inspected]:
+        """Every copy of a block, read and verified; `redis`: there too. TierDown when Redis can't be asked."""
+        return await self._copies.of(namespace, key, redis=redis)
 
     async def probe(self, namespace: str) -> list[ProbeOutcome]:
         """Write a block through every tier and read it back."""

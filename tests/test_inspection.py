@@ -1,9 +1,10 @@
-"""`kvstore inspect` on the folder a real worker left: counts, a block in full, and a flipped bit found."""
+"""`kvstore inspect`: a block of a running worker in every tier and in Redis; the folder that the worker left."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from kvstore.payload import Payload, replay_spec, tokens_of
 
 BLOCK = 64 << 10
 TRIES = 500
-SMALL = {"store": {"hot_bytes": "1MiB", "host_bytes": "2MiB", "ssd_bytes": "16MiB", "ssd_segment_bytes": "1MiB"}}
+SMALL = {"store": {"hot_bytes": "1MiB", "host_bytes": "2MiB", "ssd_bytes": "4MiB", "ssd_segment_bytes": "512KiB"}}
 
 
 async def fill(config: ClientConfig, prompt: Chain) -> None:
@@ -31,12 +32,35 @@ async def fill(config: ClientConfig, prompt: Chain) -> None:
                     break
 
 
+def check_live(cluster: LocalCluster, prompt: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every block of a prompt, by its key, on the running worker."""
+    client = cluster.client_config(0)
+    flags = ["--coordinators", ",".join(client.coordinators), "--json"]
+    tiers: Counter[str] = Counter()
+    for key in prompt.keys:
+        assert main(["inspect", key.hex(), *flags]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["damaged"] == 0 and report["failed"] == {} and report["workers"] == 1
+        for copy in report["copies"]:
+            tiers[copy["tier"]] += 1
+            assert copy["ok"] and copy["key"] == key.hex() and prompt.keys[copy["depth"]] == key
+            assert bool(copy["chunks"]) != copy["raw"] and copy["raw_bytes"] == BLOCK
+    assert set(tiers) == {"hot", "host", "ssd", "redis"}
+    assert main(["inspect", prompt.keys[0].hex(), *flags[:-1]]) == 0
+    assert "every one verifies" in capsys.readouterr().out
+    assert main(["inspect", "00" * 16, *flags]) == 1
+    assert json.loads(capsys.readouterr().out)["copies"] == []
+    assert main(["inspect", "0011", *flags]) == 2
+    assert "32 hexadecimal digits" in capsys.readouterr().err
+
+
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = chain(replay_spec(BLOCK), tokens_of(tuple(range(80))))
-    cluster = LocalCluster(load_config(env={}, overrides=SMALL), workers=1, redis=False, ssd_folder=str(tmp_path))
+    prompt = chain(replay_spec(BLOCK), tokens_of(tuple(range(120))))
+    cluster = LocalCluster(load_config(env={}, overrides=SMALL), workers=1, ssd_folder=str(tmp_path))
     try:
         asyncio.run(cluster.start())
         asyncio.run(fill(cluster.client_config(0), prompt))
+        check_live(cluster, prompt, capsys)
     finally:
         cluster.stop()
     folder = str(tmp_path / "worker-0")

@@ -142,6 +142,10 @@ class Machine(RuleBasedStateMachine):
         assert len(self.residency) == len(self.model)
         busy = {row for _, row, _ in self.moves} | set(self.pins)
         assert len(self.residency.rows) == len(set(self.rows.values()) | busy), "a row leaked"
+        for key in {key for _, key in self.model}:
+            groups = {shard: where for (shard, name), where in self.model.items() if name == key}
+            bitmaps = {shard: sum(1 << level for level in where) for shard, where in groups.items()}
+            assert self.residency.presence("n", key) == bitmaps
         for (shard, key), where in self.model.items():
             row = self.residency.find("n", shard, key)
             assert row == self.rows[shard, key]

@@ -20,6 +20,7 @@ from kvstore.transport import frames
 from kvstore.transport.methods import WORKER
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wireform import shard_from_wire
 from tests.service_cluster import blocks_of, check
 from tests.service_helpers import FULL, LARGE, prompt, until
 from tests.worker_met import SIZE, Met, get_request, meeting, put_block, put_header, raw
@@ -184,6 +185,13 @@ async def test_status_purge_probe(met: Met) -> None:
     assert [(n.namespace, n.blocks) for n in status.namespaces] == [("default", 4)]
     probe = await met.call("Probe", worker_pb2.ProbeRequest())
     assert all(result.ok for result in probe.results if result.tier in (Tier.HOT, Tier.HOST)), probe
+    (block,) = (await met.call("Inspect", worker_pb2.InspectRequest(key=prefix.keys[2], redis=True))).blocks
+    assert shard_from_wire(block.shard) == Shard.whole(FULL) and block.pins == 0
+    assert [(copy.tier, copy.raw, copy.length, copy.error) for copy in block.copies] == [(Tier.HOT, True, SIZE, "")]
+    assert Header.unpack(block.copies[0].header).key == prefix.keys[2]
+    assert not (await met.call("Inspect", worker_pb2.InspectRequest(key=bytes(16)))).blocks
+    with pytest.raises(BadRequest):
+        await met.call("Inspect", worker_pb2.InspectRequest(key=b"short"))
     assert (await met.call("Purge", worker_pb2.PurgeRequest(root=bytes(16)))).blocks == 0
     assert (await met.call("Purge", worker_pb2.PurgeRequest())).blocks == 4
     assert (await client.match(FULL, prefix)).blocks == 0

@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.config import KIB
-from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded
+from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, TierDown, Unavailable
 from kvstore.header import Header
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport import frames
@@ -18,6 +18,7 @@ from kvstore.transport.base import CallContext
 from kvstore.views import visible_status
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
+from workers.inspecting import inspected_to_wire
 from workers.node import Answer, Node, Offered
 from workers.outgoing import Outgoing
 from workers.pinning import PinCalls
@@ -57,6 +58,15 @@ class WorkerService(PinCalls):
             for outcome in outcomes
         ]
         return worker_pb2.ProbeReply(results=results)
+
+    async def inspect(self, request: worker_pb2.InspectRequest, context: CallContext) -> worker_pb2.InspectReply:
+        """Every copy of a block of the caller's namespace. BadRequest; Unavailable when Redis can't be asked."""
+        key = digest_from_wire("key", request.key)
+        try:
+            found = await self._node.store.inspect(context.namespace, key, redis=request.redis)
+        except TierDown as error:
+            raise Unavailable(str(error)) from None
+        return worker_pb2.InspectReply(blocks=map(inspected_to_wire, found))
 
     # --- get -------------------------------------------------------------------------------------------------------
 

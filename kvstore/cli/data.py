@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from kvstore.cli.common import (
@@ -17,14 +19,15 @@ from kvstore.cli.common import (
     reachable_fleet,
     setting,
 )  # fmt: skip
-from kvstore.cli.tables import print_inspection
+from kvstore.cli.tables import print_copies, print_inspection
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, SetupError, UsageError
-from kvstore.inspection import inspect_folder
-from kvstore.observe import look
+from kvstore.inspection import copies_of, inspect_folder
+from kvstore.observe import Observer, look
 from kvstore.types import KEY_BYTES
 
 PURGE_S = 30.0
+INSPECT_S = 30.0
 
 
 def add(commands: Any) -> None:
@@ -42,29 +45,80 @@ def add(commands: Any) -> None:
     purge.add_argument("--root", metavar="HEX", default="", help="digest of one ModelSpec, 32 hexadecimal digits")
     json_flag(purge)
     purge.set_defaults(run=run_purge)
-    inspect = commands.add_parser(
+    inspect = command(
+        commands,
         "inspect",
-        help="look into the SSD folder of a worker and verify every record",
-        description="Read the segment log of a worker, verify every record, count models and namespaces.",
-        epilog="examples:\n  kvstore inspect /var/lib/kvstore\n  kvstore inspect /var/lib/kvstore --key 3fa2 --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "look at a worker's SSD folder, or at every copy of a block, and verify",
+        description="Of a folder: read the segment log of a worker, verify every record, count models and namespaces. "
+        "Of a key: ask every worker for its copies of that block, in each tier and in Redis, read and verified.",
+        examples="""
+            kvstore inspect /var/lib/kvstore
+            kvstore inspect /var/lib/kvstore --key 3fa2 --json
+            kvstore inspect 3fa2c1d09b7e44518a6f0d2e9c3b7a15
+        """,
     )
-    inspect.add_argument("folder", metavar="FOLDER")
+    inspect.add_argument("target", metavar="FOLDER|KEY", help="an SSD folder, or a block's key, 32 hexadecimal digits")
     inspect.add_argument(
-        "--key", metavar="HEX", default="", help="show header and chunk table of blocks whose key begins so"
+        "--key", metavar="HEX", default="", help="in a folder: header and chunk table of blocks whose key begins so"
     )
+    fleet_flags(inspect)
+    setting(inspect, "--namespace", "client.namespace", "NAME", "of a key: the namespace")
     json_flag(inspect)
     inspect.set_defaults(run=run_inspect)
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    report = inspect_folder(arguments.folder, arguments.key)
+    key = key_of(arguments.target)
+    if key is not None and not Path(arguments.target).is_dir():
+        return run_inspect_key(arguments, key)
+    report = inspect_folder(arguments.target, arguments.key)
     if arguments.json:
         print_json(report)
     else:
         print_inspection(report)
     return EXIT_FAULT if report["damaged"] or report["skipped"] else EXIT_OK
+
+
+def key_of(text: str) -> bytes | None:
+    """The key that 32 hexadecimal digits name."""
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        return None
+    return key if len(key) == KEY_BYTES else None
+
+
+def run_inspect_key(arguments: argparse.Namespace, key: bytes) -> int:
+    report = asyncio.run(inspect_key(configuration(arguments), key))
+    if arguments.json:
+        print_json(report)
+    else:
+        print_copies(report)
+    return EXIT_FAULT if report["failed"] or not report["copies"] or report["damaged"] else EXIT_OK
+
+
+async def inspect_key(config: Config, key: bytes) -> dict[str, Any]:
+    """Every worker's copies; Redis through the first that answers. SetupError when no coordinator answers."""
+    report: dict[str, Any] = {"key": key.hex(), "workers": 0, "copies": [], "damaged": 0, "failed": {}}
+    async for observer, id, address in workers(config):
+        try:
+            reply = await observer.inspect(address, key, not report["workers"], INSPECT_S)
+            report["copies"] += copies_of(id, reply)
+            report["workers"] += 1
+        except KVStoreError as error:
+            report["failed"][id] = str(error)
+    report["damaged"] = sum(not copy["ok"] for copy in report["copies"])
+    return report
+
+
+async def workers(config: Config) -> AsyncIterator[tuple[Observer, str, str]]:
+    """(who asks, id, address) of every worker of the fleet. SetupError when no coordinator answers."""
+    async with reachable_fleet(config) as (observer, coordinators):
+        view = await look(observer, coordinators)
+        if not view.statuses:
+            raise SetupError(f"no coordinator answers at {', '.join(coordinators)}: kvstore status")
+        for id, worker in view.workers().items():
+            yield observer, id, worker.member.address
 
 
 def run_purge(arguments: argparse.Namespace) -> int:
@@ -86,15 +140,11 @@ def run_purge(arguments: argparse.Namespace) -> int:
 
 async def purge(config: Config, root: bytes) -> dict[str, Any]:
     """Ask every worker; `failed` says who did not do it. SetupError when no coordinator answers."""
-    async with reachable_fleet(config) as (observer, coordinators):
-        view = await look(observer, coordinators)
-        if not view.statuses:
-            raise SetupError(f"no coordinator answers at {', '.join(coordinators)}: kvstore status")
-        report: dict[str, Any] = {"blocks": 0, "workers": 0, "failed": {}}
-        for id, worker in view.workers().items():
-            try:
-                report["blocks"] += await observer.purge(worker.member.address, root, PURGE_S)
-                report["workers"] += 1
-            except KVStoreError as error:
-                report["failed"][id] = str(error)
-        return report
+    report: dict[str, Any] = {"blocks": 0, "workers": 0, "failed": {}}
+    async for observer, id, address in workers(config):
+        try:
+            report["blocks"] += await observer.purge(address, root, PURGE_S)
+            report["workers"] += 1
+        except KVStoreError as error:
+            report["failed"][id] = str(error)
+    return report

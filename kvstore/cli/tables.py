@@ -82,14 +82,31 @@ def print_inspection(report: dict[str, Any]) -> None:
     for damage in report["damage"]:
         out.print(f"  damaged: segment {damage['segment']} offset {damage['offset']}: {damage['why']}", markup=False)
     for block in report.get("blocks", ()):
-        fields = table("field", "value", title=f"{block['key']} depth {block['depth']}")
-        for name, value in block.items():
-            if name != "chunks":
-                fields.add_row(name, str(value))
-        out.print(fields)
-        names = tuple(block["chunks"][0]) if block["chunks"] else ()
-        chunks = table(*names, right=" ".join(names))
-        for chunk in block["chunks"]:
-            chunks.add_row(*(str(value) for value in chunk.values()))
-        out.print(chunks)
+        _print_block(out, block, f"{block['key']} depth {block['depth']}")
     out.print("every record verifies" if not report["damaged"] else f"[red]{report['damaged']} damaged records[/red]")
+
+
+def print_copies(report: dict[str, Any]) -> None:
+    """The object of `kvstore inspect KEY`."""
+    out = console(soft_wrap=True, highlight=False)
+    for copy in report["copies"]:
+        _print_block(out, copy, f"{copy['tier']} of worker {copy['worker']}")
+    for id, error in report["failed"].items():
+        out.print(f"worker {id}: {error}", markup=False)
+    copies = f"{len(report['copies'])} copies on {report['workers']} workers"
+    out.print(copies + (f", [red]{report['damaged']} damaged[/red]" if report["damaged"] else ", every one verifies"))
+
+
+def _print_block(out: Console, block: dict[str, Any], title: str) -> None:
+    """Header and chunk table."""
+    fields = table("field", "value", title=title)
+    for name, value in block.items():
+        if name != "chunks":
+            fields.add_row(name, str(value))
+    out.print(fields)
+    names = tuple(block["chunks"][0]) if block["chunks"] else ()
+    chunks = table(*names, right=" ".join(names))
+    for chunk in block["chunks"]:
+        chunks.add_row(*(str(value) for value in chunk.values()))
+    if names:
+        out.print(chunks)

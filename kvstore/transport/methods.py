@@ -29,6 +29,7 @@ WORKER = {
         Method("Worker", "Purge", worker_pb2.PurgeRequest, worker_pb2.PurgeReply),
         Method("Worker", "Status", common_pb2.StatusRequest, common_pb2.WorkerStatus),
         Method("Worker", "Probe", worker_pb2.ProbeRequest, worker_pb2.ProbeReply),
+        Method("Worker", "Inspect", worker_pb2.InspectRequest, worker_pb2.InspectReply),
         Method("Worker", "Pin", worker_pb2.PinRequest, worker_pb2.PinReply),
         Method("Worker", "Renew", worker_pb2.RenewRequest, worker_pb2.RenewReply),
         Method("Worker", "Unpin", worker_pb2.UnpinRequest, worker_pb2.UnpinReply),

@@ -14,15 +14,15 @@ _sym_db = _symbol_database.Default()
 from kvstore.wire import common_pb2 as kvstore_dot_wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvstore/wire/worker.proto\x12\x11tiered_kvstore.v1\x1a\x19kvstore/wire/common.proto\"B\n\tShardKeys\x12\'\n\x05shard\x18\x01 \x01(\x0b\x32\x18.tiered_kvstore.v1.Shard\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\xd8\x01\n\nGetRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ShardKeys\x12\x13\n\x0blayer_first\x18\x03 \x01(\r\x12\x13\n\x0blayer_count\x18\x04 \x01(\r\x12*\n\x05least\x18\x05 \x01(\x0e\x32\x1b.tiered_kvstore.v1.Fidelity\x12\r\n\x05redis\x18\x06 \x01(\x08\x12)\n\x06resume\x18\x07 \x03(\x0b\x32\x19.tiered_kvstore.v1.Resume\"=\n\x06Resume\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0f\n\x07\x63opy_id\x18\x02 \x01(\x06\x12\x13\n\x0b\x66irst_chunk\x18\x03 \x01(\r\"p\n\tBlockInfo\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12%\n\x04tier\x18\x03 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\">\n\tChunkPart\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_chunk\x18\x02 \x01(\r\x12\r\n\x05table\x18\x03 \x01(\x0c\"f\n\tGetHeader\x12,\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1c.tiered_kvstore.v1.BlockInfo\x12+\n\x05parts\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ChunkPart\"A\n\x08GetFrame\x12\'\n\x01h\x18\x01 \x01(\x0b\x32\x1c.tiered_kvstore.v1.GetHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xb7\x01\n\x08PutBlock\x12\'\n\x05shard\x18\x01 \x01(\x0b\x32\x18.tiered_kvstore.v1.Shard\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\r\n\x05group\x18\x04 \x01(\x0c\x12\r\n\x05\x64\x65pth\x18\x05 \x01(\r\x12\x13\n\x0b\x63omputed_on\x18\x06 \x01(\r\x12\x11\n\traw_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07\x63opy_id\x18\x08 \x01(\x06\x12\x0e\n\x06offset\x18\t \x01(\x04\"K\n\tPutHeader\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12+\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1b.tiered_kvstore.v1.PutBlock\"A\n\x08PutFrame\x12\'\n\x01h\x18\x01 \x01(\x0b\x32\x1c.tiered_kvstore.v1.PutHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"h\n\x08PutReply\x12-\n\x05token\x18\x01 \x01(\x0b\x32\x1e.tiered_kvstore.v1.CommitToken\x12-\n\x06states\x18\x02 \x03(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\"\x1c\n\x0cPurgeRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\"\x1c\n\nPurgeReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\x0e\n\x0cProbeRequest\"]\n\x0bProbeResult\x12%\n\x04tier\x18\x01 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0b\n\x03\x66ix\x18\x04 \x01(\t\"=\n\nProbeReply\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.tiered_kvstore.v1.ProbeResult\"e\n\x11LocalHelloRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.tiered_kvstore.v1.HelloRequest\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\"\xaa\x01\n\x0bOpenRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ShardKeys\x12*\n\x05least\x18\x03 \x01(\x0e\x32\x1b.tiered_kvstore.v1.Fidelity\x12\r\n\x05redis\x18\x04 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x0f\n\x07release\x18\x06 \x03(\x04\"\xc2\x01\n\tOpenBlock\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\x12%\n\x04tier\x18\x02 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\x12\x0f\n\x07segment\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x0b\n\x03raw\x18\x07 \x01(\x08\x12\x0e\n\x06header\x18\x08 \x01(\x0c\"T\n\x0bSegmentInfo\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x61ta_offset\x18\x03 \x01(\x04\x12\x10\n\x08writable\x18\x04 \x01(\x08\"y\n\tOpenReply\x12\x0c\n\x04hold\x18\x01 \x01(\x04\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.OpenBlock\x12\x30\n\x08segments\x18\x03 \x03(\x0b\x32\x1e.tiered_kvstore.v1.SegmentInfo\"\x1f\n\x0eReleaseRequest\x12\r\n\x05holds\x18\x01 \x03(\x04\"\x0e\n\x0cReleaseReply\"\x1d\n\x0cStageRequest\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"=\n\nStageReply\x12/\n\x07segment\x18\x01 \x01(\x0b\x32\x1e.tiered_kvstore.v1.SegmentInfo\"`\n\rCommitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x0f\n\x07segment\x18\x02 \x01(\r\x12+\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x1b.tiered_kvstore.v1.PutBlock\"\xb5\x01\n\nPinRequest\x12\x0b\n\x03pin\x18\x01 \x01(\x0c\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12,\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ShardKeys\x12*\n\x05least\x18\x04 \x01(\x0e\x32\x1b.tiered_kvstore.v1.Fidelity\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\r\x12\r\n\x05redis\x18\x06 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\"X\n\x08PinReply\x12-\n\x06states\x18\x01 \x03(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\",\n\x0cRenewRequest\x12\x0c\n\x04pins\x18\x01 \x03(\x0c\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"\x1b\n\nRenewReply\x12\r\n\x05known\x18\x01 \x03(\x08\"\x1c\n\x0cUnpinRequest\x12\x0c\n\x04pins\x18\x01 \x03(\x0c\"\x0c\n\nUnpinReply*\xb1\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42LOCK_FOUND\x10\x01\x12\x11\n\rBLOCK_MISSING\x10\x02\x12\x13\n\x0f\x42LOCK_COMMITTED\x10\x03\x12\x16\n\x12\x42LOCK_HELD_ALREADY\x10\x04\x12\x11\n\rBLOCK_DROPPED\x10\x05\x12\x11\n\rBLOCK_REFUSED\x10\x06\x12\x0f\n\x0b\x42LOCK_LATER\x10\x07\x32\xd6\x05\n\x06Worker\x12G\n\x05Hello\x12\x1f.tiered_kvstore.v1.HelloRequest\x1a\x1d.tiered_kvstore.v1.HelloReply\x12G\n\x05Match\x12\x1f.tiered_kvstore.v1.MatchRequest\x1a\x1d.tiered_kvstore.v1.MatchReply\x12\x43\n\x03Get\x12\x1d.tiered_kvstore.v1.GetRequest\x1a\x1b.tiered_kvstore.v1.GetFrame0\x01\x12\x41\n\x03Put\x12\x1b.tiered_kvstore.v1.PutFrame\x1a\x1b.tiered_kvstore.v1.PutReply(\x01\x12G\n\x05Purge\x12\x1f.tiered_kvstore.v1.PurgeRequest\x1a\x1d.tiered_kvstore.v1.PurgeReply\x12K\n\x06Status\x12 .tiered_kvstore.v1.StatusRequest\x1a\x1f.tiered_kvstore.v1.WorkerStatus\x12G\n\x05Probe\x12\x1f.tiered_kvstore.v1.ProbeRequest\x1a\x1d.tiered_kvstore.v1.ProbeReply\x12\x41\n\x03Pin\x12\x1d.tiered_kvstore.v1.PinRequest\x1a\x1b.tiered_kvstore.v1.PinReply\x12G\n\x05Renew\x12\x1f.tiered_kvstore.v1.RenewRequest\x1a\x1d.tiered_kvstore.v1.RenewReply\x12G\n\x05Unpin\x12\x1f.tiered_kvstore.v1.UnpinRequest\x1a\x1d.tiered_kvstore.v1.UnpinReply2\xa0\x05\n\x0bWorkerLocal\x12L\n\x05Hello\x12$.tiered_kvstore.v1.LocalHelloRequest\x1a\x1d.tiered_kvstore.v1.HelloReply\x12G\n\x05Match\x12\x1f.tiered_kvstore.v1.MatchRequest\x1a\x1d.tiered_kvstore.v1.MatchReply\x12\x44\n\x04Open\x12\x1e.tiered_kvstore.v1.OpenRequest\x1a\x1c.tiered_kvstore.v1.OpenReply\x12M\n\x07Release\x12!.tiered_kvstore.v1.ReleaseRequest\x1a\x1f.tiered_kvstore.v1.ReleaseReply\x12G\n\x05Stage\x12\x1f.tiered_kvstore.v1.StageRequest\x1a\x1d.tiered_kvstore.v1.StageReply\x12G\n\x06\x43ommit\x12 .tiered_kvstore.v1.CommitRequest\x1a\x1b.tiered_kvstore.v1.PutReply\x12\x41\n\x03Pin\x12\x1d.tiered_kvstore.v1.PinRequest\x1a\x1b.tiered_kvstore.v1.PinReply\x12G\n\x05Renew\x12\x1f.tiered_kvstore.v1.RenewRequest\x1a\x1d.tiered_kvstore.v1.RenewReply\x12G\n\x05Unpin\x12\x1f.tiered_kvstore.v1.UnpinRequest\x1a\x1d.tiered_kvstore.v1.UnpinReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvstore/wire/worker.proto\x12\x11tiered_kvstore.v1\x1a\x19kvstore/wire/common.proto\"B\n\tShardKeys\x12\'\n\x05shard\x18\x01 \x01(\x0b\x32\x18.tiered_kvstore.v1.Shard\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\xd8\x01\n\nGetRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ShardKeys\x12\x13\n\x0blayer_first\x18\x03 \x01(\r\x12\x13\n\x0blayer_count\x18\x04 \x01(\r\x12*\n\x05least\x18\x05 \x01(\x0e\x32\x1b.tiered_kvstore.v1.Fidelity\x12\r\n\x05redis\x18\x06 \x01(\x08\x12)\n\x06resume\x18\x07 \x03(\x0b\x32\x19.tiered_kvstore.v1.Resume\"=\n\x06Resume\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0f\n\x07\x63opy_id\x18\x02 \x01(\x06\x12\x13\n\x0b\x66irst_chunk\x18\x03 \x01(\r\"p\n\tBlockInfo\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12%\n\x04tier\x18\x03 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\">\n\tChunkPart\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_chunk\x18\x02 \x01(\r\x12\r\n\x05table\x18\x03 \x01(\x0c\"f\n\tGetHeader\x12,\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1c.tiered_kvstore.v1.BlockInfo\x12+\n\x05parts\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ChunkPart\"A\n\x08GetFrame\x12\'\n\x01h\x18\x01 \x01(\x0b\x32\x1c.tiered_kvstore.v1.GetHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xb7\x01\n\x08PutBlock\x12\'\n\x05shard\x18\x01 \x01(\x0b\x32\x18.tiered_kvstore.v1.Shard\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\r\n\x05group\x18\x04 \x01(\x0c\x12\r\n\x05\x64\x65pth\x18\x05 \x01(\r\x12\x13\n\x0b\x63omputed_on\x18\x06 \x01(\r\x12\x11\n\traw_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07\x63opy_id\x18\x08 \x01(\x06\x12\x0e\n\x06offset\x18\t \x01(\x04\"K\n\tPutHeader\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12+\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1b.tiered_kvstore.v1.PutBlock\"A\n\x08PutFrame\x12\'\n\x01h\x18\x01 \x01(\x0b\x32\x1c.tiered_kvstore.v1.PutHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"h\n\x08PutReply\x12-\n\x05token\x18\x01 \x01(\x0b\x32\x1e.tiered_kvstore.v1.CommitToken\x12-\n\x06states\x18\x02 \x03(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\"\x1c\n\x0cPurgeRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\"\x1c\n\nPurgeReply\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\x0e\n\x0cProbeRequest\"]\n\x0bProbeResult\x12%\n\x04tier\x18\x01 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0b\n\x03\x66ix\x18\x04 \x01(\t\"=\n\nProbeReply\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.tiered_kvstore.v1.ProbeResult\",\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05redis\x18\x02 \x01(\x08\"\xa2\x01\n\rInspectedCopy\x12%\n\x04tier\x18\x01 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\x12\x0b\n\x03raw\x18\x02 \x01(\x08\x12\x0f\n\x07segment\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x0e\n\x06header\x18\x06 \x01(\x0c\x12\r\n\x05table\x18\x07 \x01(\x0c\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"\x9c\x01\n\x0eInspectedBlock\x12\'\n\x05shard\x18\x01 \x01(\x0b\x32\x18.tiered_kvstore.v1.Shard\x12\x30\n\x06\x63opies\x18\x02 \x03(\x0b\x32 .tiered_kvstore.v1.InspectedCopy\x12\x0c\n\x04pins\x18\x03 \x01(\r\x12\x11\n\tsecondary\x18\x04 \x01(\x08\x12\x0e\n\x06moving\x18\x05 \x01(\x08\"A\n\x0cInspectReply\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.tiered_kvstore.v1.InspectedBlock\"e\n\x11LocalHelloRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.tiered_kvstore.v1.HelloRequest\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\"\xaa\x01\n\x0bOpenRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ShardKeys\x12*\n\x05least\x18\x03 \x01(\x0e\x32\x1b.tiered_kvstore.v1.Fidelity\x12\r\n\x05redis\x18\x04 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x0f\n\x07release\x18\x06 \x03(\x04\"\xc2\x01\n\tOpenBlock\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\x12%\n\x04tier\x18\x02 \x01(\x0e\x32\x17.tiered_kvstore.v1.Tier\x12\x0f\n\x07segment\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x0b\n\x03raw\x18\x07 \x01(\x08\x12\x0e\n\x06header\x18\x08 \x01(\x0c\"T\n\x0bSegmentInfo\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x61ta_offset\x18\x03 \x01(\x04\x12\x10\n\x08writable\x18\x04 \x01(\x08\"y\n\tOpenReply\x12\x0c\n\x04hold\x18\x01 \x01(\x04\x12,\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1c.tiered_kvstore.v1.OpenBlock\x12\x30\n\x08segments\x18\x03 \x03(\x0b\x32\x1e.tiered_kvstore.v1.SegmentInfo\"\x1f\n\x0eReleaseRequest\x12\r\n\x05holds\x18\x01 \x03(\x04\"\x0e\n\x0cReleaseReply\"\x1d\n\x0cStageRequest\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\"=\n\nStageReply\x12/\n\x07segment\x18\x01 \x01(\x0b\x32\x1e.tiered_kvstore.v1.SegmentInfo\"`\n\rCommitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x0f\n\x07segment\x18\x02 \x01(\r\x12+\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x1b.tiered_kvstore.v1.PutBlock\"\xb5\x01\n\nPinRequest\x12\x0b\n\x03pin\x18\x01 \x01(\x0c\x12\x0c\n\x04root\x18\x02 \x01(\x0c\x12,\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x1c.tiered_kvstore.v1.ShardKeys\x12*\n\x05least\x18\x04 \x01(\x0e\x32\x1b.tiered_kvstore.v1.Fidelity\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\r\x12\r\n\x05redis\x18\x06 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\"X\n\x08PinReply\x12-\n\x06states\x18\x01 \x03(\x0e\x32\x1d.tiered_kvstore.v1.BlockState\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\r\",\n\x0cRenewRequest\x12\x0c\n\x04pins\x18\x01 \x03(\x0c\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"\x1b\n\nRenewReply\x12\r\n\x05known\x18\x01 \x03(\x08\"\x1c\n\x0cUnpinRequest\x12\x0c\n\x04pins\x18\x01 \x03(\x0c\"\x0c\n\nUnpinReply*\xb1\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x42LOCK_FOUND\x10\x01\x12\x11\n\rBLOCK_MISSING\x10\x02\x12\x13\n\x0f\x42LOCK_COMMITTED\x10\x03\x12\x16\n\x12\x42LOCK_HELD_ALREADY\x10\x04\x12\x11\n\rBLOCK_DROPPED\x10\x05\x12\x11\n\rBLOCK_REFUSED\x10\x06\x12\x0f\n\x0b\x42LOCK_LATER\x10\x07\x32\xa5\x06\n\x06Worker\x12G\n\x05Hello\x12\x1f.tiered_kvstore.v1.HelloRequest\x1a\x1d.tiered_kvstore.v1.HelloReply\x12G\n\x05Match\x12\x1f.tiered_kvstore.v1.MatchRequest\x1a\x1d.tiered_kvstore.v1.MatchReply\x12\x43\n\x03Get\x12\x1d.tiered_kvstore.v1.GetRequest\x1a\x1b.tiered_kvstore.v1.GetFrame0\x01\x12\x41\n\x03Put\x12\x1b.tiered_kvstore.v1.PutFrame\x1a\x1b.tiered_kvstore.v1.PutReply(\x01\x12G\n\x05Purge\x12\x1f.tiered_kvstore.v1.PurgeRequest\x1a\x1d.tiered_kvstore.v1.PurgeReply\x12K\n\x06Status\x12 .tiered_kvstore.v1.StatusRequest\x1a\x1f.tiered_kvstore.v1.WorkerStatus\x12G\n\x05Probe\x12\x1f.tiered_kvstore.v1.ProbeRequest\x1a\x1d.tiered_kvstore.v1.ProbeReply\x12M\n\x07Inspect\x12!.tiered_kvstore.v1.InspectRequest\x1a\x1f.tiered_kvstore.v1.InspectReply\x12\x41\n\x03Pin\x12\x1d.tiered_kvstore.v1.PinRequest\x1a\x1b.tiered_kvstore.v1.PinReply\x12G\n\x05Renew\x12\x1f.tiered_kvstore.v1.RenewRequest\x1a\x1d.tiered_kvstore.v1.RenewReply\x12G\n\x05Unpin\x12\x1f.tiered_kvstore.v1.UnpinRequest\x1a\x1d.tiered_kvstore.v1.UnpinReply2\xa0\x05\n\x0bWorkerLocal\x12L\n\x05Hello\x12$.tiered_kvstore.v1.LocalHelloRequest\x1a\x1d.tiered_kvstore.v1.HelloReply\x12G\n\x05Match\x12\x1f.tiered_kvstore.v1.MatchRequest\x1a\x1d.tiered_kvstore.v1.MatchReply\x12\x44\n\x04Open\x12\x1e.tiered_kvstore.v1.OpenRequest\x1a\x1c.tiered_kvstore.v1.OpenReply\x12M\n\x07Release\x12!.tiered_kvstore.v1.ReleaseRequest\x1a\x1f.tiered_kvstore.v1.ReleaseReply\x12G\n\x05Stage\x12\x1f.tiered_kvstore.v1.StageRequest\x1a\x1d.tiered_kvstore.v1.StageReply\x12G\n\x06\x43ommit\x12 .tiered_kvstore.v1.CommitRequest\x1a\x1b.tiered_kvstore.v1.PutReply\x12\x41\n\x03Pin\x12\x1d.tiered_kvstore.v1.PinRequest\x1a\x1b.tiered_kvstore.v1.PinReply\x12G\n\x05Renew\x12\x1f.tiered_kvstore.v1.RenewRequest\x1a\x1d.tiered_kvstore.v1.RenewReply\x12G\n\x05Unpin\x12\x1f.tiered_kvstore.v1.UnpinRequest\x1a\x1d.tiered_kvstore.v1.UnpinReplyb\x06proto3')
 
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore.wire.worker_pb2', globals())
 if _descriptor._USE_C_DESCRIPTORS == False:
 
   DESCRIPTOR._options = None
-  _BLOCKSTATE._serialized_start=2761
-  _BLOCKSTATE._serialized_end=2938
+  _BLOCKSTATE._serialized_start=3198
+  _BLOCKSTATE._serialized_end=3375
   _SHARDKEYS._serialized_start=75
   _SHARDKEYS._serialized_end=141
   _GETREQUEST._serialized_start=144
@@ -55,40 +55,48 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _PROBERESULT._serialized_end=1379
   _PROBEREPLY._serialized_start=1381
   _PROBEREPLY._serialized_end=1442
-  _LOCALHELLOREQUEST._serialized_start=1444
-  _LOCALHELLOREQUEST._serialized_end=1545
-  _OPENREQUEST._serialized_start=1548
-  _OPENREQUEST._serialized_end=1718
-  _OPENBLOCK._serialized_start=1721
-  _OPENBLOCK._serialized_end=1915
-  _SEGMENTINFO._serialized_start=1917
-  _SEGMENTINFO._serialized_end=2001
-  _OPENREPLY._serialized_start=2003
-  _OPENREPLY._serialized_end=2124
-  _RELEASEREQUEST._serialized_start=2126
-  _RELEASEREQUEST._serialized_end=2157
-  _RELEASEREPLY._serialized_start=2159
-  _RELEASEREPLY._serialized_end=2173
-  _STAGEREQUEST._serialized_start=2175
-  _STAGEREQUEST._serialized_end=2204
-  _STAGEREPLY._serialized_start=2206
-  _STAGEREPLY._serialized_end=2267
-  _COMMITREQUEST._serialized_start=2269
-  _COMMITREQUEST._serialized_end=2365
-  _PINREQUEST._serialized_start=2368
-  _PINREQUEST._serialized_end=2549
-  _PINREPLY._serialized_start=2551
-  _PINREPLY._serialized_end=2639
-  _RENEWREQUEST._serialized_start=2641
-  _RENEWREQUEST._serialized_end=2685
-  _RENEWREPLY._serialized_start=2687
-  _RENEWREPLY._serialized_end=2714
-  _UNPINREQUEST._serialized_start=2716
-  _UNPINREQUEST._serialized_end=2744
-  _UNPINREPLY._serialized_start=2746
-  _UNPINREPLY._serialized_end=2758
-  _WORKER._serialized_start=2941
-  _WORKER._serialized_end=3667
-  _WORKERLOCAL._serialized_start=3670
-  _WORKERLOCAL._serialized_end=4342
+  _INSPECTREQUEST._serialized_start=1444
+  _INSPECTREQUEST._serialized_end=1488
+  _INSPECTEDCOPY._serialized_start=1491
+  _INSPECTEDCOPY._serialized_end=1653
+  _INSPECTEDBLOCK._serialized_start=1656
+  _INSPECTEDBLOCK._serialized_end=1812
+  _INSPECTREPLY._serialized_start=1814
+  _INSPECTREPLY._serialized_end=1879
+  _LOCALHELLOREQUEST._serialized_start=1881
+  _LOCALHELLOREQUEST._serialized_end=1982
+  _OPENREQUEST._serialized_start=1985
+  _OPENREQUEST._serialized_end=2155
+  _OPENBLOCK._serialized_start=2158
+  _OPENBLOCK._serialized_end=2352
+  _SEGMENTINFO._serialized_start=2354
+  _SEGMENTINFO._serialized_end=2438
+  _OPENREPLY._serialized_start=2440
+  _OPENREPLY._serialized_end=2561
+  _RELEASEREQUEST._serialized_start=2563
+  _RELEASEREQUEST._serialized_end=2594
+  _RELEASEREPLY._serialized_start=2596
+  _RELEASEREPLY._serialized_end=2610
+  _STAGEREQUEST._serialized_start=2612
+  _STAGEREQUEST._serialized_end=2641
+  _STAGEREPLY._serialized_start=2643
+  _STAGEREPLY._serialized_end=2704
+  _COMMITREQUEST._serialized_start=2706
+  _COMMITREQUEST._serialized_end=2802
+  _PINREQUEST._serialized_start=2805
+  _PINREQUEST._serialized_end=2986
+  _PINREPLY._serialized_start=2988
+  _PINREPLY._serialized_end=3076
+  _RENEWREQUEST._serialized_start=3078
+  _RENEWREQUEST._serialized_end=3122
+  _RENEWREPLY._serialized_start=3124
+  _RENEWREPLY._serialized_end=3151
+  _UNPINREQUEST._serialized_start=3153
+  _UNPINREQUEST._serialized_end=3181
+  _UNPINREPLY._serialized_start=3183
+  _UNPINREPLY._serialized_end=3195
+  _WORKER._serialized_start=3378
+  _WORKER._serialized_end=4183
+  _WORKERLOCAL._serialized_start=4186
+  _WORKERLOCAL._serialized_end=4858
 # @@protoc_insertion_point(module_scope)

@@ -79,6 +79,54 @@ class GetRequest(_message.Message):
     root: bytes
     def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ...) -> None: ...
 
+class InspectReply(_message.Message):
+    __slots__ = ["blocks"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[InspectedBlock]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[InspectedBlock, _Mapping]]] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ["key", "redis"]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REDIS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    redis: bool
+    def __init__(self, key: _Optional[bytes] = ..., redis: bool = ...) -> None: ...
+
+class InspectedBlock(_message.Message):
+    __slots__ = ["copies", "moving", "pins", "secondary", "shard"]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    MOVING_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    SECONDARY_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    copies: _containers.RepeatedCompositeFieldContainer[InspectedCopy]
+    moving: bool
+    pins: int
+    secondary: bool
+    shard: _common_pb2.Shard
+    def __init__(self, shard: _Optional[_Union[_common_pb2.Shard, _Mapping]] = ..., copies: _Optional[_Iterable[_Union[InspectedCopy, _Mapping]]] = ..., pins: _Optional[int] = ..., secondary: bool = ..., moving: bool = ...) -> None: ...
+
+class InspectedCopy(_message.Message):
+    __slots__ = ["error", "header", "length", "offset", "raw", "segment", "table", "tier"]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    RAW_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    header: bytes
+    length: int
+    offset: int
+    raw: bool
+    segment: int
+    table: bytes
+    tier: _common_pb2.Tier
+    def __init__(self, tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., raw: bool = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., header: _Optional[bytes] = ..., table: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
+
 class LocalHelloRequest(_message.Message):
     __slots__ = ["hello", "namespace", "token"]
     HELLO_FIELD_NUMBER: _ClassVar[int]
