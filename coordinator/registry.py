@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from coordinator.repair import Repair
 from kvstore.announce import Inbox, Receiver
 from kvstore.config import CoordinatorConfig
 from kvstore.directory import Directory
 from kvstore.errors import BadRequest
-from kvstore.membership import Accepted, Event, Fenced, Freed, Member, Membership, Returned, Unknown
+from kvstore.membership import Accepted, Event, Fenced, Freed, Member, Membership, Returned, State, Unknown
 from kvstore.plan import REDIS_HOLDER, is_redis
+from kvstore.replicas import Copies
 from kvstore.types import CommitToken
 from kvstore.wire import common_pb2
 
@@ -26,16 +28,26 @@ SWEEP_SLOTS = 1 << 18
 class Registry:
     """Members and directories of the namespaces that the policy grants. All methods but the queries mutate.
 
-    `seed`: a number nobody else knows.
+    `seed`: a number nobody else knows. `copies`: of the namespaces that want more than one.
     """
 
-    def __init__(self, config: CoordinatorConfig, namespaces: Sequence[str], now: float, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        namespaces: Sequence[str],
+        now: float,
+        *,
+        seed: int = 0,
+        copies: Mapping[str, Copies] | None = None,
+    ) -> None:
         blocks_max = max(1, config.blocks_max // max(1, len(namespaces)))
         self.inboxes = {name: Inbox(Directory(blocks_max=blocks_max, seed=seed)) for name in namespaces}
         self.membership = Membership(config.lease_s, config.lease_s * STALL_SHARE, workers_max=config.workers_max)
         self.statuses: dict[str, common_pb2.WorkerStatus] = {}
         self.counters: Counter[str] = Counter()
         self._members: dict[str, Member] = {}
+        directories = {name: inbox.directory for name, inbox in self.inboxes.items()}
+        self.repair = Repair(config, copies or {}, directories, self.membership, self._members.get)
         self._whole_at = now + config.lease_s
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {name: {} for name in namespaces}
 
@@ -51,6 +63,8 @@ class Registry:
         if isinstance(outcome, Fenced):
             return outcome
         self._members[member.id] = member
+        self.membership.drain(member.id, member.epoch, member.state == State.DRAINING)
+        self.repair.replaced(member.id)
         for name, inbox in self.inboxes.items():
             if outcome.fresh:
                 inbox.forget(member.id)
@@ -81,6 +95,7 @@ class Registry:
         self.take(self.membership.tick(now))
         for inbox in self.inboxes.values():
             inbox.directory.sweep(SWEEP_SLOTS)
+        self.repair.tick(now)
 
     def take(self, events: Iterable[Event]) -> None:
         """Do to the directories what membership decided."""

@@ -24,11 +24,13 @@ class CoordinatorRuntime:
         self._policy = load_policy(config.server.namespaces_file, config.server.token_file, config.server.bind)
         self.id = f"c-{system.token_hex(8)}"
         self.boot_id = system.token_hex(8)
+        copies = {name: rules.copies for name, rules in self._policy.namespaces.items()}
         self.registry = Registry(
             config.coordinator,
-            list(self._policy.namespaces),
+            list(copies),
             system.clock.monotonic(),
             seed=system.rng.getrandbits(62),
+            copies=copies,
         )
         peers = [common_pb2.CoordinatorInfo(address=address) for address in config.server.coordinators]
         self.service = CoordinatorService(

@@ -75,7 +75,10 @@ class CoordinatorService:
         least = least_from_wire(request.least)
         missing = await self._wait(request, context.namespace)
         now = self._system.clock.monotonic()
-        found = self._registry.inboxes[context.namespace].directory.match(root, keys, shards, least)
+        directory = self._registry.inboxes[context.namespace].directory
+        found = directory.match(root, keys, shards, least)
+        if found.blocks and (spec := directory.spec(root)) is not None:
+            self._registry.repair.asked(context.namespace, keys[: found.blocks], spec.group_blocks)
         reply = match_to_wire(found, lambda holder: self._registry.member(holder, now))
         reply.not_applied.extend(token_to_wire(token) for token in missing)
         reply.complete = self._registry.complete(context.namespace, now)
@@ -122,7 +125,7 @@ class CoordinatorService:
             workers=workers,
             directory_blocks=self._registry.blocks(self._registry.inboxes if whole else [context.namespace]),
             complete=self._registry.complete(context.namespace, now),
-            counters=dict(self._registry.counters) if whole else {},
+            counters={**self._registry.counters, **self._registry.repair.counters} if whole else {},
             pid=os.getpid(),
         )
         reply.self.CopyFrom(self.info)

@@ -10,8 +10,9 @@ from kvstore.catalog import Catalog
 from kvstore.convert import chunk_from_wire, delta_from_wire, entry_from_wire
 from kvstore.directory import Directory
 from kvstore.errors import BadRequest, Unavailable
-from kvstore.membership import Accepted, Fenced, Unknown
-from kvstore.runs import RemovedRun, RunChange
+from kvstore.membership import Accepted, Fenced, State, Unknown
+from kvstore.plan import is_redis
+from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec
 from kvstore.wire import common_pb2, coordinator_pb2
@@ -29,6 +30,7 @@ class Session:
         self._registry, self._clock, self._lease_s, self._welcome = registry, clock, lease_s, welcome
         self._accepted: Accepted | None = None
         self._dictionary = Catalog()  # of this stream: an entry holds for all its namespaces
+        self._view = b""  # digest of the view told last
         self._asked: dict[str, float] = {}  # namespace -> when its snapshot was asked for, or last went on
         self.over = False
 
@@ -86,6 +88,7 @@ class Session:
             return []
         delta = delta_from_wire(message)
         self._learn(receiver.directory, message.dictionary, delta.changes)
+        self._group(message.namespace, delta.changes)
         verdict = receiver.offer(delta)
         self._registry.counters["deltas"] += 1
         return self._after(message.namespace, verdict)
@@ -97,6 +100,7 @@ class Session:
             return []
         part = chunk_from_wire(message)
         self._learn(receiver.directory, message.dictionary, part.runs)
+        self._group(message.namespace, part.runs)
         verdict = receiver.snapshot(part)
         self._asked[message.namespace] = self._clock.monotonic()
         self._registry.counters["snapshot_parts"] += 1
@@ -113,6 +117,7 @@ class Session:
             return self._replaced()
         if message.HasField("status"):
             self._registry.statuses[worker] = message.status
+            self._registry.membership.drain(worker, epoch, message.status.member.state == State.DRAINING)
         replies: list[Reply] = []
         ack = coordinator_pb2.Ack()
         for name in message.heads:
@@ -124,7 +129,23 @@ class Session:
                 verdict = receiver.reset()
             ack.applied[name] = receiver.applied
             replies += self._after(name, verdict)
-        return [*replies, Reply(ack=ack)]
+        return [*replies, Reply(ack=ack), *self._hints(worker)]
+
+    def _hints(self, worker: str) -> list[Reply]:
+        """What a worker should copy or may give up first, after the view that this is good for."""
+        repair = self._registry.repair
+        if is_redis(worker):
+            return []
+        if self._view == repair.digest:
+            return repair.hints(worker)
+        self._view = repair.digest
+        return [repair.view(), *repair.hints(worker)]
+
+    def _group(self, namespace: str, changes: Sequence[RunChange]) -> None:
+        """Groups are workers' business: what lies in Redis is no copy of theirs."""
+        assert self._accepted is not None
+        if not is_redis(self._accepted.worker):
+            self._registry.repair.learn(namespace, [change for change in changes if isinstance(change, Run)])
 
     def _stalled(self, namespace: str) -> bool:
         """Whether a snapshot that was asked for has not gone on for a lease."""

@@ -48,6 +48,9 @@ class ServerActor:
         """A server that is not started yet."""
         raise NotImplementedError
 
+    async def watch(self, runtime: Any) -> None:
+        """Runs beside a started server, until the process ends: what it may want to do by itself."""
+
     def describe(self, runtime: Any) -> dict[str, str]:
         """Id and address of a started server."""
         raise NotImplementedError
@@ -61,6 +64,7 @@ class ServerActor:
                 runtime = self.make(self._config, self._system, server_transport(self._config, self._system))
                 await runtime.start()
                 self._runtime, self._error = runtime, ""
+                self._watching = asyncio.get_running_loop().create_task(self.watch(runtime))
                 return
             except KVStoreError as error:
                 self._error = f"{type(error).__name__}: {error}"

@@ -20,12 +20,15 @@ from typing import Any
 
 from kvstore.config import ClientConfig, ServerConfig
 from kvstore.errors import ConfigError, NotGranted, SetupError, Unauthenticated
+from kvstore.replicas import Copies
 from kvstore.transport.base import CallContext, Credentials, Method
 from kvstore.transport.methods import SERVICES
+from kvstore.values import convert
 
 DEFAULT_NAMESPACE = "default"
 TOKEN_CHARS_MIN = 16
-NODE_METHODS = frozenset({("Coordinator", "Announce"), ("Worker", "Probe")})
+COPIES_MAX = 16
+NODE_METHODS = frozenset({("Coordinator", "Announce"), ("Worker", "Probe"), ("Worker", "Pull"), ("Worker", "Drain")})
 """Calls that only workers and coordinators make."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -37,6 +40,7 @@ class NamespaceRules:
     """`[namespaces.NAME]`. Only what is enforced is a key here; any other is an error."""
 
     redis_secret_file: str = ""  # empty: derived from the cluster token
+    copies: Copies = field(default_factory=Copies)  # keys `copies`, `hot_copies`, `hot_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +225,24 @@ def _known(table: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
 
 def _rules(name: str, table: dict[str, Any], path: str) -> NamespaceRules:
     where = f"{path}: namespaces.{name}"
-    _known(table, tuple(f.name for f in fields(NamespaceRules)), where)
+    _known(table, ("redis_secret_file", *(f.name for f in fields(Copies))), where)
     secret = table.get("redis_secret_file", "")
     if not isinstance(secret, str):
         raise ConfigError(f"{where}.redis_secret_file must be the path of a file")
-    return NamespaceRules(secret)
+    return NamespaceRules(secret, _copies(table, where))
+
+
+def _copies(table: dict[str, Any], where: str) -> Copies:
+    numbers: dict[str, int] = {}
+    for f in fields(Copies):
+        try:
+            numbers[f.name] = int(str(convert(f.name, int, table.get(f.name, f.default))))
+        except ValueError as error:
+            raise ConfigError(f"{where}.{f.name}: {error}") from None
+    copies = Copies(**numbers)
+    if not 1 <= copies.copies <= COPIES_MAX or not 0 <= copies.hot_copies <= COPIES_MAX or copies.hot_bytes < 0:
+        raise ConfigError(f"{where}: copies is 1 to {COPIES_MAX}, hot_copies 0 to {COPIES_MAX}, hot_bytes not negative")
+    return copies
 
 
 def _identity(name: str, table: dict[str, Any], namespaces: Mapping[str, NamespaceRules], path: str) -> Identity:

@@ -46,6 +46,7 @@ def prepare() -> None:
             table.prefix(keys, 1, Fidelity.EXACT)
             slots = table.held(keys, 1, Fidelity.EXACT)[0]
             table.spans(slots, 0, Fidelity.EXACT, 1)
+            table.owners(keys, 1)
         table.status[1] = 4
         table.count_dead(1)
         table.sweep(1)
@@ -97,6 +98,7 @@ class BlockTable:
         state[directory.SEED] = seed
         self._report = np.zeros(3, np.int64)
         self._spans = np.empty((1024, 4), np.int64)
+        self._pairs = np.empty((1024, 2), np.int64)
 
     def apply(self, keys: Array, runs: Array, owner: int, room: int) -> tuple[int, int, int]:
         """An owner's changes in order, as `kernels.directory.apply` has them: copies (new, removed, refused)."""
@@ -159,6 +161,13 @@ class BlockTable:
         count = 0 if slot < 0 else self._lookups.gather(self._arrays, slot, 3, found)
         copies: list[int] = found[:count].tolist()
         return copies
+
+    def owners(self, keys: Array, table: int) -> list[list[int]]:
+        """[index of the key, owner] of all copies of the keys, visible or not."""
+        while (count := self._lookups.owners(self._arrays, keys, table, self._pairs)) < 0:
+            self._pairs = np.empty((2 * len(self._pairs), 2), np.int64)
+        found: list[list[int]] = self._pairs[:count].tolist()
+        return found
 
     def of_owner(self, owner: int) -> Iterator[tuple[int, bytes, int]]:
         """(table, key, copy) of every copy of an owner. O(all slots)."""

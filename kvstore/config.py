@@ -90,6 +90,13 @@ class WorkerConfig:
     put_bytes_max: int = 512 * MIB  # of blocks coming in by Put streams, one each
     redis_lease_s: float = 5.0  # of the worker that announces a namespace's Redis
     redis_poll_s: float = 0.25  # how often it looks for changes
+    pull_queue: int = 4096  # hinted groups that wait to be copied from other workers
+    pulls_max: int = 2  # groups copied at a time
+    pull_bytes_max: int = 64 * MIB  # raw bytes of the blocks on their way from other workers
+    pull_rate_bytes: int = 256 * MIB  # copied a second
+    pull_timeout_s: float = 30.0  # of one group
+    drain_s: float = 60.0  # `kvstore drain` takes at most so long
+    drain_grace_s: float = 5.0  # SIGTERM: blocks are moved to other workers for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,15 @@ class CoordinatorConfig:
     match_keys_max: int = 16_384
     match_wait_max_s: float = 0.1
     workers_max: int = 4096
+    repair_groups: int = 256  # placement groups looked at in one tick, a twelfth of a lease
+    repair_groups_max: int = 1_000_000  # remembered, of namespaces that want more than one copy
+    repair_round_s: float = 60.0  # all of them are looked at so often, and when the members change
+    hints_max: int = 64  # with one heartbeat's answer
+    hints_queue: int = 4096  # that wait for one worker
+    hint_again_s: float = 10.0  # a copy that was hinted and is not there is hinted again
+    hot_hits: int = 32  # lookups of a prefix in hot_half_s that make it hot
+    hot_half_s: float = 60.0  # counts of lookups are halved
+    hot_groups_max: int = 4096  # counted, per namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +180,7 @@ _ZERO_OK = {
     "fleet.workers",
     "client.negative_cache_s",
 }
+_ZERO_OK |= {"worker.drain_grace_s"}
 _ZERO_OK |= {"client.negative_cache_max", "coordinator.match_wait_max_s"}
 
 

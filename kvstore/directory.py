@@ -216,6 +216,20 @@ class Directory:
         ]
         return sorted(found, key=lambda copy: (copy.tier, -copy.fidelity, copy.holder))
 
+    def shares(self, shard: bytes, keys: Sequence[bytes]) -> dict[str, int]:
+        """Holder -> bitmap of the blocks that it has, bit i for key i. Holders that are hidden too. O(len(keys))."""
+        found: dict[int, int] = {}
+        packed = key_array(keys)
+        for table in self._spaces.of_shard(shard):
+            for index, owner in self._blocks.owners(packed, table.number):
+                found[owner] = found.get(owner, 0) | 1 << index
+        named = {owner: self._lives.name(owner) for owner in found}
+        return {name: found[owner] for owner, name in named.items() if self._is_current(name, owner)}
+
+    def _is_current(self, name: str, owner: int) -> bool:
+        life = self._holders.get(name)
+        return life is not None and life.owner == owner
+
     def contents(self, holder: str) -> dict[tuple[bytes, bytes], tuple[Tier, Fidelity]]:
         """(shard digest, key) -> where and how: all that is known of one holder, hidden or not. O(all blocks)."""
         life = self._holders.get(holder)

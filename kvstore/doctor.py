@@ -23,7 +23,7 @@ from kvstore.payload import Payload, replay_spec, tokens_of
 from kvstore.seams import System
 from kvstore.spec import Shard
 from kvstore.types import Tier
-from kvstore.wire import common_pb2
+from kvstore.wire import common_pb2, worker_pb2
 
 PROBE_S = 15.0
 PROBE_BLOCKS = 3
@@ -196,7 +196,7 @@ class Doctor:
         """Drop what was put. What a worker can't drop now, its policy will: nobody asks for it again."""
         for worker in workers:
             with suppress(KVStoreError):
-                await self._observer.purge(worker.member.address, root, PROBE_S)
+                await self._observer.purge(worker.member.address, worker_pb2.PurgeRequest(root=root), PROBE_S)
 
     async def _round_trip(self, config: ClientConfig, prompt: Chain) -> str:
         """What went wrong, empty when nothing did."""

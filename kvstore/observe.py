@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import Incompatible, KVStoreError
 from kvstore.transport.base import Credentials, Method, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
 from kvstore.types import Tier
@@ -65,12 +65,18 @@ class Observer:
         reply: worker_pb2.InspectReply = await self.ask(address, WORKER["Inspect"], request, timeout_s)
         return reply
 
-    async def purge(self, address: str, root: bytes, timeout_s: float) -> int:
-        """Blocks dropped by one worker; `root` empty: the whole namespace."""
-        reply: worker_pb2.PurgeReply = await self.ask(
-            address, WORKER["Purge"], worker_pb2.PurgeRequest(root=root), timeout_s
-        )
+    async def purge(self, address: str, what: worker_pb2.PurgeRequest, timeout_s: float) -> int:
+        """Blocks dropped by one worker. Incompatible where it does not know models by name."""
+        if what.model and "purge.model.v1" not in (await self.worker_hello(address)).capabilities:
+            raise Incompatible("the worker is older than purge by model: update it, or purge by --root")
+        reply: worker_pb2.PurgeReply = await self.ask(address, WORKER["Purge"], what, timeout_s)
         return reply.blocks
+
+    async def drain(self, address: str, timeout_s: float) -> worker_pb2.DrainReply:
+        """Begin a drain that takes at most `timeout_s`, 0: as configured; or how far it is."""
+        request = worker_pb2.DrainRequest(timeout_ms=int(timeout_s * 1000))
+        reply: worker_pb2.DrainReply = await self.ask(address, WORKER["Drain"], request)
+        return reply
 
 
 def hello() -> common_pb2.HelloRequest:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from kvstore.adopting import Adopting
 from kvstore.announce import Outbox
 from kvstore.answers import Match
 from kvstore.budget import Budget
@@ -44,6 +48,14 @@ __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
 ANNOUNCE_QUEUE = 1 << 16
 
 
+@dataclass(frozen=True, slots=True)
+class Keepsake:
+    """A block, and its worth: lesser first. Blocks of faster levels, then those used last, are worth more."""
+
+    header: Header
+    worth: tuple[int, int]
+
+
 class TieredStore:
     """One per worker. `start`, then anything, `tick` at every heartbeat, `close`."""
 
@@ -71,6 +83,7 @@ class TieredStore:
         self.promotion = Promotion(self.stack, self.movement, budget)
         self.putting = Putting(self.stack, self.movement)
         self.opening = Opening(self.stack, self.movement, self.loading, self.promotion)
+        self.adopting = Adopting(self.stack, self.movement, self.putting)
         self.pins = Pins(self.stack)
         self._copies = Copies(self.stack, budget)
         self._started: list[TierStore] = []
@@ -147,6 +160,17 @@ class TieredStore:
         what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
         return await self.putting.put(namespace, spec, shard, header, source)
 
+    async def adopt(
+        self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, data: memoryview
+    ) -> PutOutcome:
+        """Keep a block as another worker has it, verified already: its record, or raw bytes where the header has no
+        chunks. Outcomes as of `put`."""
+        return await self.adopting.adopt(namespace, spec, shard, header, data)
+
+    def holds(self, namespace: str, shard: bytes, key: bytes) -> bool:
+        """Whether any copy of a block is here. Pure."""
+        return self.stack.residency.find(namespace, shard, key) is not None
+
     async def open(
         self,
         namespace: str,
@@ -190,6 +214,14 @@ class TieredStore:
             residency.mark_secondary(row, yes)
         return len(found)
 
+    def unmark(self, blocks: int) -> int:
+        """Take back up to so many marks of `secondary`; how many there were. Mutates. O(all rows), in C."""
+        residency = self.stack.residency
+        rows = np.flatnonzero(np.frombuffer(residency.rows.secondary, np.uint8))[:blocks].tolist()
+        for row in rows:
+            residency.mark_secondary(row, False)
+        return len(rows)
+
     async def purge_shared(self, namespace: str, root: bytes | None = None) -> int:
         """The same in Redis, for all workers; how many. TierDown when it can't be reached."""
         return 0 if self.stack.redis is None else await self.stack.redis.purge(namespace, root)
@@ -198,6 +230,16 @@ class TieredStore:
         """The number that the last change had, and everything held. Pure."""
         blocks = [self.stack.announced(row) for row in self.stack.residency.of(namespace)]
         return self.changes.outbox(namespace).head, blocks
+
+    def keepsakes(self, namespace: str) -> Iterator[Keepsake]:
+        """Blocks of a namespace with what they are worth, in no order, without those that others keep (`secondary`).
+        Blocks may come and go between two steps."""
+        residency = self.stack.residency
+        for row in residency.of(namespace):
+            here = residency.rows.used[row] and not residency.gone(row) and residency.namespace(row) == namespace
+            if here and not residency.secondary(row):
+                top = residency.top(row)
+                yield Keepsake(residency.header(row), (top, -residency.policies[top].order(row)))
 
     def heads(self) -> dict[str, int]:
         """The last change's number of each namespace that ever had one."""

@@ -26,5 +26,10 @@ class WorkerActor(ServerActor):
                 ) from error
         return WorkerRuntime(config, system, transport)
 
+    async def watch(self, runtime: WorkerRuntime) -> None:
+        """A worker that was drained leaves; its process stays, empty, until the fleet ends."""
+        await runtime.drained()
+        await self.stop()
+
     def describe(self, runtime: WorkerRuntime) -> dict[str, str]:
         return {"id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}

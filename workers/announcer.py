@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from kvstore.config import WorkerConfig
 from kvstore.convert import Introduced, chunk_to_wire, delta_to_wire
 from kvstore.errors import DataError, DeadlineExceeded, KVStoreError, ServiceError
 from kvstore.membership import Member
+from kvstore.placement import membership_digest
 from kvstore.runs import Added
 from kvstore.seams import System
 from kvstore.transport.base import Credentials, Transport
@@ -65,12 +66,16 @@ class Announcer:
         credentials: Credentials,
         coordinators: Iterable[str],
         source: Source,
+        hinted: Callable[[coordinator_pb2.Hints], None] | None = None,
     ) -> None:
+        """`hinted`: is called with what a coordinator says of other copies."""
+        self.hinted = hinted
         self.config, self.system, self.transport, self.credentials = config, system, transport, credentials
         self.source = source
         self.counters: Counter[str] = Counter()
         self.stopping = asyncio.Event()
         self._leaving = False
+        self._digest: bytes | None = None
         self._fencing = asyncio.Lock()
         self._streams: dict[str, Stream] = {address: Stream(self, address) for address in dict.fromkeys(coordinators)}
         self._ids: dict[str, str] = {}  # coordinator id -> the address it is known by
@@ -97,6 +102,12 @@ class Announcer:
         for stream in self._streams.values():
             stream.wake.set()
 
+    def beat(self) -> None:
+        """Say at once how the holder is. Mutates."""
+        for stream in self._streams.values():
+            stream.beat = True
+        self.wake()
+
     def learn(self, coordinators: Iterable[common_pb2.CoordinatorInfo]) -> None:
         """Announce to coordinators that a reply named, too. Mutates; bounded."""
         for info in coordinators:
@@ -104,6 +115,23 @@ class Announcer:
             if info.address and not known and len(self._streams) < COORDINATORS_MAX and self._started:
                 stream = self._streams[info.address] = Stream(self, info.address)
                 self._run(stream)
+
+    def view(self) -> dict[str, common_pb2.Member]:
+        """Workers that homes are drawn from, by id: all that any coordinator on a standing stream names. Pure."""
+        found: dict[str, common_pb2.Member] = {}
+        for stream in self._streams.values():
+            found.update(stream.view)
+        return found
+
+    def view_digest(self) -> bytes:
+        """Of `view`. Computed when that has changed."""
+        if self._digest is None:
+            self._digest = membership_digest(self.view())
+        return self._digest
+
+    def viewed(self) -> None:
+        """A coordinator has another view, or its stream has ended. Mutates."""
+        self._digest = None
 
     def claim(self, coordinator: str, address: str) -> bool:
         """Whether this stream is the one to that coordinator: one known by two names is told once. Mutates."""
@@ -157,6 +185,8 @@ class Stream:
         self._epoch = self._announcer.source.member().epoch
         self._introduced = Introduced(self._announcer.source.catalog)
         self._welcome: coordinator_pb2.Welcome | None = None
+        self.view: dict[str, common_pb2.Member] = {}
+        self.beat = False  # a heartbeat is due at once
         self._sent: dict[str, int] = {}  # namespace -> last number said; absent while its snapshot is on its way
         self._parts: dict[str, Iterator[SnapshotChunk]] = {}
 
@@ -173,6 +203,8 @@ class Stream:
                 announcer.counters[f"refused_{type(error).__name__}"] += 1
             finally:
                 announcer.disclaim(self.address)
+                self.view = {}
+                announcer.viewed()
             if self._twin:
                 return
             delay = BACKOFF_FIRST_S if self._welcome is not None else min(2 * delay, BACKOFF_MAX_S)
@@ -217,6 +249,11 @@ class Stream:
             self.acked.update(reply.ack.applied)
         elif kind == "snapshot_request":
             self._snapshot(reply.snapshot_request.namespace)
+        elif kind == "view":
+            self.view = {member.id: member for member in reply.view.members}
+            self._announcer.viewed()
+        elif kind == "hints" and self._announcer.hinted is not None:
+            self._announcer.hinted(reply.hints)
         self._announcer.learn(reply.coordinators)
         self.wake.set()
         return True
@@ -239,7 +276,8 @@ class Stream:
                 if announcer.leaving:
                     yield Request(heartbeat=coordinator_pb2.Heartbeat(leaving=True))
                 return
-            if clock.monotonic() >= beat:
+            if self.beat or clock.monotonic() >= beat:
+                self.beat = False
                 beat = clock.monotonic() + beat_s
                 yield self._heartbeat()
                 continue

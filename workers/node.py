@@ -245,6 +245,10 @@ class Answer:
 
     async def take(self, namespace: str, spec: ModelSpec, blocks: Sequence[Offered]) -> None:
         """Offer blocks to the store, a few at a time; mutates. Their sources may be reused when this returns."""
+        if self._node.draining:
+            self._node.counters["puts_draining"] += len(blocks)
+            self._states += [STATES["dropped"]] * len(blocks)
+            return
         store = self._node.store
         for at in range(0, len(blocks), TOGETHER):
             some = blocks[at : at + TOGETHER]

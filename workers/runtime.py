@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore.announce import Outbox
@@ -20,10 +20,12 @@ from kvstore.seams import System
 from kvstore.store import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
-from kvstore.wire import common_pb2
+from kvstore.wire import common_pb2, coordinator_pb2
 from workers.announcer import Announcer, Source
+from workers.draining import Draining
 from workers.local import LocalService
 from workers.node import Node
+from workers.puller import Puller
 from workers.service import WorkerService
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class WorkerRuntime:
     identity: Identity
     node: Node
     announcer: Announcer
+    puller: Puller
+    draining: Draining
 
     def __init__(self, config: Config, system: System, transport: Transport) -> None:
         self._config, self._system, self._transport = config, system, transport
@@ -125,16 +129,22 @@ class WorkerRuntime:
         await self.store.start()
         self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest)
         auth = Authenticator(self._policy, os.getuid())
-        server = await self._transport.serve(config.server.bind, {"Worker": WorkerService(self.node)}, auth)
+        self.puller = Puller(self.node, self._transport, self._policy.namespaces, lambda: self.announcer.view_digest())
+        self.draining = Draining(
+            self.node, self._transport, lambda: self.announcer.view(), lambda: self.announcer.beat()
+        )
+        service = WorkerService(self.node, self.puller, self.draining)
+        server = await self._transport.serve(config.server.bind, {"Worker": service}, auth)
         self._servers.append(server)
         self.node.address = config.server.advertise or server.address
         path = socket_path(config.worker.socket, self.identity.worker, self.node.boot_id)
         self._servers.append(await self._transport.serve_local(path, LocalService(self.node), auth))
         self.node.socket = path
         self._cleanup.append("node")
-        self.announcer = self._new_announcer(StoreSource(self.node))
+        self.announcer = self._new_announcer(StoreSource(self.node), self.puller.hinted)
         self.store.subscribe(self._changed)
         self.announcer.start()
+        self.puller.start()
         self._cleanup.append("announcer")
         if self._redis is not None:
             self._announce_redis(self._redis)
@@ -147,10 +157,14 @@ class WorkerRuntime:
 
         return RedisTier(self._system, self._config.store, self.catalog, self._policy.redis_secret)
 
-    def _new_announcer(self, source: Source) -> Announcer:
+    def _new_announcer(
+        self, source: Source, hinted: Callable[[coordinator_pb2.Hints], None] | None = None
+    ) -> Announcer:
         config = self._config
         credentials = node_credentials(config.server, next(iter(self._policy.namespaces)))
-        return Announcer(config.worker, self._system, self._transport, credentials, config.server.coordinators, source)
+        return Announcer(
+            config.worker, self._system, self._transport, credentials, config.server.coordinators, source, hinted
+        )
 
     def _announce_redis(self, redis: RedisTier) -> None:
         """Every namespace's Redis is announced by whichever worker is elected."""
@@ -176,6 +190,15 @@ class WorkerRuntime:
         while True:
             await asyncio.sleep(self._config.worker.tick_s)
             await self.store.tick()
+            self.puller.tick()
+
+    async def drained(self) -> None:
+        """Return when it was drained, on whose order ever, and should stop. After `start`."""
+        await self.draining.over.wait()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Move what is held to other workers, and return; at most `timeout_s`. After `start`, before `stop`."""
+        await self.draining.finish(timeout_s)
 
     async def stop(self) -> None:
         """Leave the fleet, end calls within the grace, let the store write down what it has. Idempotent."""
@@ -188,6 +211,8 @@ class WorkerRuntime:
         await asyncio.gather(*(announcer.stop() for announcer in self.redis_announcers))
         self.redis_announcers.clear()
         if "announcer" in started:
+            await self.draining.stop()
+            await self.puller.stop()
             await self.announcer.stop(grace_s, leaving=True)
         for server in reversed(self._servers):
             await server.close(grace_s)

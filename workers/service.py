@@ -10,18 +10,21 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.config import KIB
-from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, TierDown, Unavailable
+from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Overloaded, TierDown, Unavailable
 from kvstore.header import Header
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport import frames
 from kvstore.transport.base import CallContext
+from kvstore.types import pack_keys
 from kvstore.views import visible_status
 from kvstore.wire import common_pb2, worker_pb2
-from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
+from kvstore.wireform import digest_from_wire, keys_from_wire, least_from_wire, shard_from_wire, wanted_from_wire
+from workers.draining import Draining
 from workers.inspecting import inspected_to_wire
 from workers.node import Answer, Node, Offered
 from workers.outgoing import Outgoing
 from workers.pinning import PinCalls
+from workers.puller import Job, Puller, members_of
 
 FRAME_SLACK_BYTES = 256 * KIB
 """Of a message's bound, what its header may take."""
@@ -29,6 +32,10 @@ FRAME_SLACK_BYTES = 256 * KIB
 
 class WorkerService(PinCalls):
     """One coroutine per call of the proto; `context.namespace` is granted already."""
+
+    def __init__(self, node: Node, puller: Puller, draining: Draining) -> None:
+        super().__init__(node)
+        self._puller, self._draining = puller, draining
 
     async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
         return self._node.hello(request)
@@ -40,10 +47,20 @@ class WorkerService(PinCalls):
         return visible_status(self._node.status(), context)
 
     async def purge(self, request: worker_pb2.PurgeRequest, context: CallContext) -> worker_pb2.PurgeReply:
-        """Forget a model's blocks, or all of the caller's namespace; those in Redis too."""
+        """Forget a model's blocks, or all of the caller's namespace; those in Redis too. BadRequest."""
         root = digest_from_wire("root", request.root) if request.root else None
-        blocks = self._node.store.purge(context.namespace, root)
-        return worker_pb2.PurgeReply(blocks=blocks + await self._node.store.purge_shared(context.namespace, root))
+        roots: list[bytes | None] = [root]
+        if request.model or request.revision:
+            if root is not None or not request.model:
+                raise BadRequest("a purge names a root, or a model, or a model and its revision")
+            revision = request.revision
+            specs = [spec for spec in self._node.catalog.specs() if spec.model == request.model]
+            roots = [spec.root for spec in specs if not revision or spec.revision == revision]
+        blocks = 0
+        for one in roots:
+            blocks += self._node.store.purge(context.namespace, one)
+            blocks += await self._node.store.purge_shared(context.namespace, one)
+        return worker_pb2.PurgeReply(blocks=blocks)
 
     async def probe(self, request: worker_pb2.ProbeRequest, context: CallContext) -> worker_pb2.ProbeReply:
         """Write a block through every tier and read it back."""
@@ -67,6 +84,29 @@ class WorkerService(PinCalls):
         except TierDown as error:
             raise Unavailable(str(error)) from None
         return worker_pb2.InspectReply(blocks=map(inspected_to_wire, found))
+
+    async def pull(self, request: worker_pb2.PullRequest, context: CallContext) -> worker_pb2.PullReply:
+        """Copy blocks of one group from another worker. BadRequest; Overloaded where this one leaves too."""
+        if self._node.draining:
+            raise Overloaded("this worker drains: ask another one")
+        spec, shard = ModelSpec.from_json(request.spec_json), shard_from_wire(request.shard)
+        shard.check(spec)
+        keys = keys_from_wire(request.keys, self._node.config.worker.keys_max)
+        group = digest_from_wire("group", request.group)
+        job = Job(context.namespace, spec, shard, group, tuple(keys), members_of([request.source]))
+        tally = await self._puller.pull(job)
+        return worker_pb2.PullReply(
+            committed=tally.committed,
+            held=tally.held,
+            dropped=tally.dropped,
+            missing=tally.missing,
+            left=pack_keys(tally.left),
+        )
+
+    async def drain(self, request: worker_pb2.DrainRequest, context: CallContext) -> worker_pb2.DrainReply:
+        """Begin to leave, or say how far that is."""
+        self._draining.begin(request.timeout_ms / 1000 or self._node.config.worker.drain_s)
+        return self._draining.progress()
 
     # --- get -------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from kvstore.errors import KVStoreError, SetupError, UsageError
 from kvstore.inspection import copies_of, inspect_folder
 from kvstore.observe import Observer, look
 from kvstore.types import KEY_BYTES
+from kvstore.wire import worker_pb2
 
 PURGE_S = 30.0
 INSPECT_S = 30.0
@@ -37,11 +38,14 @@ def add(commands: Any) -> None:
         "drop the blocks of a namespace, or of one model in it, on every worker",
         examples="""
             kvstore purge --namespace default
+            kvstore purge --model my/llama --revision v1
             kvstore purge --root 00112233445566778899aabbccddeeff
         """,
     )
     fleet_flags(purge)
     setting(purge, "--namespace", "client.namespace", "NAME", "the namespace")
+    purge.add_argument("--model", metavar="ID", default="", help="only blocks of this model, all its specs")
+    purge.add_argument("--revision", metavar="NAME", default="", help="of --model: only this revision")
     purge.add_argument("--root", metavar="HEX", default="", help="digest of one ModelSpec, 32 hexadecimal digits")
     json_flag(purge)
     purge.set_defaults(run=run_purge)
@@ -128,7 +132,10 @@ def run_purge(arguments: argparse.Namespace) -> int:
         root = b"?"
     if arguments.root and len(root) != KEY_BYTES:
         raise UsageError(f"--root {arguments.root}: give {2 * KEY_BYTES} hexadecimal digits")
-    report = asyncio.run(purge(configuration(arguments), root))
+    if (arguments.revision and not arguments.model) or (arguments.model and arguments.root):
+        raise UsageError("give --root, or --model, or --model and --revision")
+    what = worker_pb2.PurgeRequest(root=root, model=arguments.model, revision=arguments.revision)
+    report = asyncio.run(purge(configuration(arguments), what))
     if arguments.json:
         print_json(report)
     else:
@@ -138,12 +145,12 @@ def run_purge(arguments: argparse.Namespace) -> int:
     return EXIT_FAULT if report["failed"] else EXIT_OK
 
 
-async def purge(config: Config, root: bytes) -> dict[str, Any]:
+async def purge(config: Config, what: worker_pb2.PurgeRequest) -> dict[str, Any]:
     """Ask every worker; `failed` says who did not do it. SetupError when no coordinator answers."""
     report: dict[str, Any] = {"blocks": 0, "workers": 0, "failed": {}}
     async for observer, id, address in workers(config):
         try:
-            report["blocks"] += await observer.purge(address, root, PURGE_S)
+            report["blocks"] += await observer.purge(address, what, PURGE_S)
             report["workers"] += 1
         except KVStoreError as error:
             report["failed"][id] = str(error)

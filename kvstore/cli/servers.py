@@ -27,6 +27,14 @@ class Runtime(Protocol):
     async def stop(self) -> None: ...
 
 
+class Drainable(Protocol):
+    """A server that moves what it holds to others before it leaves."""
+
+    async def drained(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+
 def add(commands: Any) -> None:
     worker = command(
         commands,
@@ -85,7 +93,7 @@ def run_worker(arguments: argparse.Namespace) -> int:
         return {"role": "worker", "id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}
 
     try:
-        return asyncio.run(_serve(runtime, config, arguments, ready))
+        return asyncio.run(_serve(runtime, config, arguments, ready, runtime))
     finally:
         system.pool.close()
 
@@ -109,28 +117,53 @@ def run_coordinator(arguments: argparse.Namespace) -> int:
 
 
 async def _serve(
-    runtime: Runtime, config: Config, arguments: argparse.Namespace, ready: Callable[[], dict[str, Any]]
+    runtime: Runtime,
+    config: Config,
+    arguments: argparse.Namespace,
+    ready: Callable[[], dict[str, Any]],
+    holder: Drainable | None = None,
 ) -> int:
-    """From start to a signal; also a signal while it starts ends it cleanly."""
-    signalled = asyncio.Event()
+    """From start to a signal, or until it was drained; also a signal while it starts ends it cleanly. SIGTERM drains
+    first, for `worker.drain_grace_s`; another signal cuts that short."""
+    signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled.set)
+        loop.add_signal_handler(number, signals.put_nowait, int(number))
     starting = asyncio.create_task(runtime.start())
-    stopping = asyncio.create_task(signalled.wait())
+    signalled = asyncio.create_task(signals.get())
     try:
-        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([starting, signalled], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting  # raises what went wrong
             _announce(ready() | {"pid": os.getpid()}, arguments)
-            await stopping
+            await _until_over(signalled, signals, config.worker.drain_grace_s, holder)
         else:
             starting.cancel()
             await asyncio.wait([starting])
     finally:
-        stopping.cancel()
+        signalled.cancel()
         stopped = await _stop(runtime, config.server.stop_grace_s)
     return EXIT_OK if stopped else EXIT_FAULT
+
+
+async def _until_over(
+    signalled: asyncio.Task[int], signals: asyncio.Queue[int], grace_s: float, holder: Drainable | None
+) -> None:
+    """Wait for a signal, or for a drain on somebody's order; drain on SIGTERM."""
+    if holder is None:
+        await signalled
+        return
+    drained = asyncio.create_task(holder.drained())
+    waiting: list[asyncio.Task[Any]] = [drained]
+    try:
+        await asyncio.wait([signalled, drained], return_when=asyncio.FIRST_COMPLETED)
+        if not drained.done() and signalled.result() == signal.SIGTERM and grace_s > 0:
+            waiting += [asyncio.create_task(holder.drain(grace_s)), asyncio.create_task(signals.get())]
+            await asyncio.wait(waiting[1:], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
 
 
 async def _stop(runtime: Runtime, grace_s: float) -> bool:

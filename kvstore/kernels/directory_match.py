@@ -129,6 +129,30 @@ def spans(a: Arrays, slots: Array, depth: Int, worst: Int, copies: Int, out: Arr
 
 
 @jit
+def owners(a: Arrays, keys: Array, table: Int, out: Array) -> Int:
+    """(index of the key, owner) of every copy of the keys, visible or not: `out` int64 [m, 2]. How many; -1 where they
+    do not fit."""
+    count = 0
+    for at in range(len(keys)):
+        slot = find(a, keys[at, 0], keys[at, 1], table)
+        if slot < 0:
+            continue
+        copy, link = np.int64(a.words[slot, FIRST]), np.int64(-1)
+        while copy != 0:
+            if count == len(out):
+                return -1
+            out[count, 0], out[count, 1] = at, (copy >> OWNER_SHIFT) & OWNER_MASK
+            count += 1
+            if link < 0:
+                copy, link = np.int64(a.words[slot, SECOND]), np.int64(a.words[slot, NEXT])
+            elif link == 0:
+                copy = np.int64(0)
+            else:
+                copy, link = np.int64(a.nodes[link, 0]), np.int64(a.nodes[link, 1])
+    return count
+
+
+@jit
 def of_owner(a: Arrays, owner: Int, out: Array) -> Int:
     """Every (table, key, copy) of an owner: `out` int64 [m, 4]. How many there are; those that fit are written."""
     count = 0

@@ -6,7 +6,7 @@ from kvstore.transport.base import Method
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1")
+CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1", "purge.model.v1")
 
 COORDINATOR = {
     m.name: m
@@ -33,6 +33,8 @@ WORKER = {
         Method("Worker", "Pin", worker_pb2.PinRequest, worker_pb2.PinReply),
         Method("Worker", "Renew", worker_pb2.RenewRequest, worker_pb2.RenewReply),
         Method("Worker", "Unpin", worker_pb2.UnpinRequest, worker_pb2.UnpinReply),
+        Method("Worker", "Pull", worker_pb2.PullRequest, worker_pb2.PullReply),
+        Method("Worker", "Drain", worker_pb2.DrainRequest, worker_pb2.DrainReply),
     )
 }
 

@@ -20,18 +20,22 @@ class Ack(_message.Message):
     def __init__(self, applied: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class AnnounceReply(_message.Message):
-    __slots__ = ["ack", "coordinators", "fenced", "snapshot_request", "welcome"]
+    __slots__ = ["ack", "coordinators", "fenced", "hints", "snapshot_request", "view", "welcome"]
     ACK_FIELD_NUMBER: _ClassVar[int]
     COORDINATORS_FIELD_NUMBER: _ClassVar[int]
     FENCED_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ack: Ack
     coordinators: _containers.RepeatedCompositeFieldContainer[_common_pb2.CoordinatorInfo]
     fenced: Fenced
+    hints: Hints
     snapshot_request: SnapshotRequest
+    view: View
     welcome: Welcome
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., view: _Optional[_Union[View, _Mapping]] = ..., hints: _Optional[_Union[Hints, _Mapping]] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ...) -> None: ...
 
 class AnnounceRequest(_message.Message):
     __slots__ = ["delta", "heartbeat", "register", "snapshot"]
@@ -113,6 +117,32 @@ class Heartbeat(_message.Message):
     status: _common_pb2.WorkerStatus
     def __init__(self, heads: _Optional[_Mapping[str, int]] = ..., status: _Optional[_Union[_common_pb2.WorkerStatus, _Mapping]] = ..., leaving: bool = ...) -> None: ...
 
+class Hints(_message.Message):
+    __slots__ = ["dictionary", "holders", "marks", "pulls", "view"]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    dictionary: _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryEntry]
+    holders: _containers.RepeatedCompositeFieldContainer[_common_pb2.Member]
+    marks: _containers.RepeatedCompositeFieldContainer[MarkHint]
+    pulls: _containers.RepeatedCompositeFieldContainer[PullHint]
+    view: bytes
+    def __init__(self, view: _Optional[bytes] = ..., dictionary: _Optional[_Iterable[_Union[_common_pb2.DictionaryEntry, _Mapping]]] = ..., holders: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ..., pulls: _Optional[_Iterable[_Union[PullHint, _Mapping]]] = ..., marks: _Optional[_Iterable[_Union[MarkHint, _Mapping]]] = ...) -> None: ...
+
+class MarkHint(_message.Message):
+    __slots__ = ["keys", "namespace", "secondary", "shard"]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SECONDARY_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    namespace: str
+    secondary: bool
+    shard: bytes
+    def __init__(self, namespace: _Optional[str] = ..., shard: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., secondary: bool = ...) -> None: ...
+
 class MembersReply(_message.Message):
     __slots__ = ["boot_id", "coordinators", "members"]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +156,22 @@ class MembersReply(_message.Message):
 class MembersRequest(_message.Message):
     __slots__ = []
     def __init__(self) -> None: ...
+
+class PullHint(_message.Message):
+    __slots__ = ["group", "keys", "namespace", "root", "shard", "sources"]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    group: bytes
+    keys: bytes
+    namespace: str
+    root: bytes
+    shard: bytes
+    sources: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, namespace: _Optional[str] = ..., root: _Optional[bytes] = ..., shard: _Optional[bytes] = ..., group: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., sources: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Register(_message.Message):
     __slots__ = ["heads", "hello", "member"]
@@ -169,6 +215,14 @@ class SnapshotRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     def __init__(self, namespace: _Optional[str] = ...) -> None: ...
+
+class View(_message.Message):
+    __slots__ = ["digest", "members"]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    members: _containers.RepeatedCompositeFieldContainer[_common_pb2.Member]
+    def __init__(self, digest: _Optional[bytes] = ..., members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ["applied", "heartbeat_ms", "lease_ms", "self"]

@@ -45,6 +45,28 @@ class CommitRequest(_message.Message):
     spec_json: str
     def __init__(self, spec_json: _Optional[str] = ..., segment: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[PutBlock, _Mapping]]] = ...) -> None: ...
 
+class DrainReply(_message.Message):
+    __slots__ = ["blocks_held", "blocks_left", "blocks_moved", "done", "groups", "groups_done"]
+    BLOCKS_HELD_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_DONE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    blocks_held: int
+    blocks_left: int
+    blocks_moved: int
+    done: bool
+    groups: int
+    groups_done: int
+    def __init__(self, done: bool = ..., groups: _Optional[int] = ..., groups_done: _Optional[int] = ..., blocks_moved: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_left: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ["timeout_ms"]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    timeout_ms: int
+    def __init__(self, timeout_ms: _Optional[int] = ...) -> None: ...
+
 class GetFrame(_message.Message):
     __slots__ = ["data", "h"]
     DATA_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +255,34 @@ class ProbeResult(_message.Message):
     tier: _common_pb2.Tier
     def __init__(self, tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., ok: bool = ..., detail: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...
 
+class PullReply(_message.Message):
+    __slots__ = ["committed", "dropped", "held", "left", "missing"]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    committed: int
+    dropped: int
+    held: int
+    left: bytes
+    missing: int
+    def __init__(self, committed: _Optional[int] = ..., held: _Optional[int] = ..., dropped: _Optional[int] = ..., missing: _Optional[int] = ..., left: _Optional[bytes] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ["group", "keys", "shard", "source", "spec_json"]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    group: bytes
+    keys: bytes
+    shard: _common_pb2.Shard
+    source: _common_pb2.Member
+    spec_json: str
+    def __init__(self, spec_json: _Optional[str] = ..., shard: _Optional[_Union[_common_pb2.Shard, _Mapping]] = ..., group: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., source: _Optional[_Union[_common_pb2.Member, _Mapping]] = ...) -> None: ...
+
 class PurgeReply(_message.Message):
     __slots__ = ["blocks"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -240,10 +290,14 @@ class PurgeReply(_message.Message):
     def __init__(self, blocks: _Optional[int] = ...) -> None: ...
 
 class PurgeRequest(_message.Message):
-    __slots__ = ["root"]
+    __slots__ = ["model", "revision", "root"]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class PutBlock(_message.Message):
     __slots__ = ["computed_on", "copy_id", "depth", "group", "key", "offset", "parent", "raw_bytes", "shard"]

@@ -1,0 +1,103 @@
+"""Copies of placement groups in a running cluster: repaired after a loss, moved before a worker leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvstore.keys import Chain
+from kvstore.spec import Shard
+from tests.service_cluster import MiniCluster, blocks_of, check, found
+from tests.service_helpers import prompt, until
+from workers.runtime import WorkerRuntime
+
+TWO = "[namespaces.default]\ncopies = 2\n"
+
+
+def held(worker: WorkerRuntime, prefix: Chain) -> int:
+    shard = Shard.whole(prefix.spec).digest
+    return sum(worker.store.holds("default", shard, key) for key in prefix.keys)
+
+
+def rules(folder: Path, text: str = TWO) -> str:
+    path = folder / "namespaces.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path):
+    async with MiniCluster(tmp_path) as made:
+        yield made
+
+
+async def test_a_second_copy_comes_and_is_made_anew_after_a_loss(cluster: MiniCluster, tmp_path: Path) -> None:
+    file = rules(tmp_path)
+    await cluster.coordinator(namespaces_file=file)
+    first = await cluster.worker("one", namespaces_file=file)
+    second = await cluster.worker("two", namespaces_file=file)
+    client = await cluster.client()
+    prefix = prompt(1, 70)
+    put = await client.put(prefix.spec, prefix, blocks_of(prefix))
+    assert put.states == ["committed"] * 70
+    await until(lambda: held(first, prefix) == held(second, prefix) == 70, "both workers hold all blocks")
+    third = await cluster.worker("three", namespaces_file=file)
+    await until(lambda: len(first.announcer.view()) == 3, "the third is known")
+    await second.stop()
+    await until(lambda: held(first, prefix) == held(third, prefix) == 70, "the third has a copy of what was lost")
+    pulled = [worker.node.counters["pulled_blocks"] for worker in (first, second, third)]
+    assert sorted(pulled) == [0, 70, 70], "each block came once for each copy that was missing"
+    plan = await found(client, prefix, 70, holders=2)
+    check(plan, await client.get(plan), 70)
+
+
+async def test_one_copy_is_enough_where_no_more_are_wanted(cluster: MiniCluster, tmp_path: Path) -> None:
+    """The control: without `copies` nothing is pulled."""
+    file = rules(tmp_path, "[namespaces.default]\n")
+    coordinator = await cluster.coordinator(namespaces_file=file)
+    first = await cluster.worker("one", namespaces_file=file)
+    second = await cluster.worker("two", namespaces_file=file)
+    client = await cluster.client()
+    prefix = prompt(1, 40)
+    await client.put(prefix.spec, prefix, blocks_of(prefix))
+    await found(client, prefix, 40)
+    before = coordinator.registry.counters["deltas"]
+    await until(lambda: len(first.announcer.view()) == len(second.announcer.view()) == 2, "all are known")
+    assert coordinator.registry.repair.groups == 0 and before > 0
+    assert sorted([held(first, prefix), held(second, prefix)]) == [0, 40]
+
+
+async def test_a_worker_that_drains_leaves_its_blocks_to_others(cluster: MiniCluster) -> None:
+    await cluster.coordinator()
+    first = await cluster.worker("one")
+    client = await cluster.client()
+    prefix = prompt(2, 70)
+    await client.put(prefix.spec, prefix, blocks_of(prefix))
+    second = await cluster.worker("two")
+    third = await cluster.worker("three")
+    await until(lambda: len(first.announcer.view()) == 3, "all are known")
+    first.draining.begin(20.0)
+    await until(lambda: first.draining.progress().done, "it has drained")
+    progress = first.draining.progress()
+    assert (progress.groups, progress.blocks_moved, progress.blocks_left) == (3, 70, 0)
+    assert held(second, prefix) + held(third, prefix) == 70
+    await first.drained()
+    await first.stop()
+    plan = await found(client, prefix, 70)
+    assert first.identity.worker not in plan.holders
+    check(plan, await client.get(plan), 70)
+
+
+async def test_a_worker_that_drains_takes_no_new_blocks(cluster: MiniCluster) -> None:
+    await cluster.coordinator()
+    only = await cluster.worker("one")
+    client = await cluster.client(far=True)
+    prefix = prompt(3, 4)
+    await client.put(prefix.spec, prefix, blocks_of(prefix))
+    only.draining.begin(20.0)
+    other = prompt(4, 4)
+    put = await client.put(other.spec, other, blocks_of(other))
+    assert put.states == ["dropped"] * 4
+    await until(lambda: only.draining.progress().done, "nobody is there to take anything")
+    assert only.draining.progress().blocks_left == 4

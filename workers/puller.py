@@ -1,0 +1,281 @@
+"""Copies from other workers: what coordinators hint at, and what a worker that drains asks for. Pulled, never pushed.
+
+Bounded: groups that wait (`pull_queue`), groups at a time (`pulls_max`), bytes on their way (`pull_bytes_max`), bytes a
+second (`pull_rate_bytes`). One flight for each group, whoever asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvstore.auth import node_credentials
+from kvstore.budget import Budget
+from kvstore.convert import entry_from_wire
+from kvstore.errors import KVStoreError, Overloaded
+from kvstore.layout import block_bytes
+from kvstore.links import Pooled
+from kvstore.pulling import Pulled, pull_blocks
+from kvstore.spec import ModelSpec, Shard
+from kvstore.transport.base import Channel, Transport
+from kvstore.types import unpack_keys
+from kvstore.wire import common_pb2, coordinator_pb2
+from workers.node import Node
+
+CONNECTIONS_MAX = 64
+"""To other workers, per namespace."""
+
+MARKS_A_TURN = 256
+"""Marks taken back before others have their turn."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Blocks of one pull, by what became of them."""
+
+    committed: int = 0
+    held: int = 0
+    dropped: int = 0
+    missing: int = 0
+    left: list[bytes] = field(default_factory=list)  # keys of those dropped and missing
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Blocks of one placement group, parents first, and who has them: (id, address), the best first."""
+
+    namespace: str
+    spec: ModelSpec
+    shard: Shard
+    group: bytes
+    keys: tuple[bytes, ...]
+    sources: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> tuple[str, bytes, bytes]:
+        return self.namespace, self.shard.digest, self.group
+
+
+class Puller:
+    """One per worker. `start`, then `hinted` and `pull`, then `stop`."""
+
+    def __init__(
+        self,
+        node: Node,
+        transport: Transport,
+        namespaces: Iterable[str],
+        view: Callable[[], bytes],
+    ) -> None:
+        """`namespaces`: those that exist here. `view`: digest of the members as coordinators see them."""
+        self._node, self._transport, self._view = node, transport, view
+        self._namespaces = dict.fromkeys(namespaces)
+        config = node.config.worker
+        self._budget = Budget(config.pull_bytes_max)
+        self._free_at = 0.0  # when the bytes pulled so far are paid for, at the configured rate
+        self._links: dict[str, Pooled[Channel]] = {}
+        self._waiting: dict[tuple[str, bytes, bytes], Job] = {}
+        self._flights: dict[tuple[str, bytes, bytes], asyncio.Task[Tally]] = {}
+        self._wake = asyncio.Event()
+        self._marks: deque[coordinator_pb2.MarkHint | None] = deque()  # None: take back all marks
+        self._marked_under = b""  # the view that marks were made under
+        self._marking = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.counters: Counter[str] = node.counters
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._node.config.worker.pulls_max)]
+        self._tasks.append(asyncio.create_task(self._mark()))
+
+    async def stop(self) -> None:
+        """Idempotent; what is on its way is given up."""
+        tasks = [*self._tasks, *self._flights.values()]
+        self._tasks = []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        links, self._links = list(self._links.values()), {}
+        for pooled in links:
+            await pooled.close()
+
+    # ---- hints
+
+    def hinted(self, hints: coordinator_pb2.Hints) -> None:
+        """Keep what a coordinator says, if it sees the same members as this worker. Mutates. BadRequest."""
+        node = self._node
+        if hints.view != self._view():
+            self.counters["hints_of_another_view"] += 1
+            return
+        if node.draining or not self._learn(hints):
+            return
+        self.tick()
+        for mark in hints.marks:
+            if mark.namespace in self._namespaces and len(self._marks) < self._node.config.worker.pull_queue:
+                self._marks.append(mark)
+                self._marking.set()
+        for pull in hints.pulls:
+            spec, shard = node.catalog.spec(pull.root), node.catalog.shard(pull.shard)
+            sources = members_of(hints.holders[index] for index in pull.sources if index < len(hints.holders))
+            if spec is not None and shard is not None and pull.namespace in self._namespaces:
+                self._keep(Job(pull.namespace, spec, shard, pull.group, tuple(unpack_keys(pull.keys)), sources))
+
+    def tick(self) -> None:
+        """Other members, other ranks: what was marked under another view is void. Mutates."""
+        view = self._view()
+        if view != self._marked_under:
+            self._marked_under = view
+            self._marks.clear()
+            self._marks.append(None)
+            self._marking.set()
+
+    async def _mark(self) -> None:
+        """Marks in the order they came, a few at a time."""
+        store = self._node.store
+        while True:
+            while not self._marks:
+                self._marking.clear()
+                await self._marking.wait()
+            mark = self._marks.popleft()
+            if mark is None:
+                while store.unmark(MARKS_A_TURN) == MARKS_A_TURN:
+                    await asyncio.sleep(0)
+            else:
+                count = store.secondary(mark.namespace, mark.shard, unpack_keys(mark.keys), mark.secondary)
+                self.counters["marked_secondary" if mark.secondary else "marked_primary"] += count
+            await asyncio.sleep(0)
+
+    def _learn(self, hints: coordinator_pb2.Hints) -> bool:
+        catalog = self._node.catalog
+        try:
+            for entry in map(entry_from_wire, hints.dictionary):
+                if isinstance(entry, ModelSpec):
+                    catalog.learn_spec(entry)
+                else:
+                    catalog.learn_shard(entry)
+        except Overloaded:
+            self.counters["hints_of_unknown_models"] += 1
+            return False
+        return True
+
+    def _keep(self, job: Job) -> None:
+        if job.name not in self._waiting and len(self._waiting) >= self._node.config.worker.pull_queue:
+            self.counters["pulls_dropped"] += 1  # hinted again later
+            return
+        self._waiting[job.name] = job
+        self._wake.set()
+
+    async def _work(self) -> None:
+        while True:
+            while not self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            job = self._waiting.pop(next(iter(self._waiting)))
+            await self.pull(job)
+
+    # ---- pulling
+
+    async def pull(self, job: Job) -> Tally:
+        """Copy what is missing here of a group; one flight for all who ask at a time. Never raises for a peer."""
+        flight = self._flights.get(job.name)
+        if flight is not None:
+            await asyncio.wait([flight])  # it may have been asked for fewer blocks: look again
+        flight = self._flights.get(job.name)
+        if flight is None:
+            flight = self._flights[job.name] = asyncio.create_task(self._pull(job))
+            flight.add_done_callback(lambda done: self._flights.pop(job.name, None))
+        return await asyncio.shield(flight)
+
+    async def _pull(self, job: Job) -> Tally:
+        tally = Tally()
+        wanted = [key for key in job.keys if not self._node.store.holds(job.namespace, job.shard.digest, key)]
+        tally.held = len(job.keys) - len(wanted)
+        try:
+            async with asyncio.timeout(self._node.config.worker.pull_timeout_s):
+                for id, address in job.sources:
+                    if wanted and id != self._node.identity.worker:
+                        wanted = await self._from(address, job, wanted, tally)
+        except TimeoutError:
+            self.counters["pulls_timed_out"] += 1
+        tally.left += wanted
+        tally.missing = len(job.keys) - tally.held - tally.committed - tally.dropped
+        self.counters["pulls"] += 1
+        self.counters["pulled_blocks"] += tally.committed
+        return tally
+
+    async def _from(self, address: str, job: Job, wanted: Sequence[bytes], tally: Tally) -> list[bytes]:
+        """Take what one source gives; the keys it did not give."""
+        size = block_bytes(job.spec, job.shard)
+        count = max(
+            1, min(self._node.config.worker.pull_bytes_max, self._node.config.worker.get_bytes_max) // 2 // size
+        )
+        missing: list[bytes] = []
+        waiting = list(wanted)
+        while waiting:
+            batch, waiting = waiting[:count], waiting[count:]
+            await self._budget.take(len(batch) * size)
+            try:
+                found, later = await self._read(address, job, batch)
+                for key, pulled in zip(batch, found, strict=True):
+                    if pulled is None:
+                        missing.append(key)
+                    else:
+                        await self._adopt(job, key, pulled, tally)
+            finally:
+                self._budget.give(len(batch) * size)
+            if later and any(pulled is not None for pulled in found):
+                gone = {key for key, pulled in zip(batch, found, strict=True) if pulled is None}
+                waiting = [key for key in batch if key in gone] + waiting
+                missing = [key for key in missing if key not in gone]
+            elif not any(pulled is not None for pulled in found):
+                return [*missing, *waiting]
+        return missing
+
+    async def _read(self, address: str, job: Job, keys: Sequence[bytes]) -> tuple[list[Pulled | None], int]:
+        """Per key what came, and how many more the source would give when asked again."""
+        node = self._node
+        timeout_s = node.config.worker.pull_timeout_s
+        try:
+            async with self._linked(job.namespace).use(address, timeout_s=timeout_s) as channel:
+                found, landing = await pull_blocks(
+                    channel, node.system.pool, job.namespace, job.spec, job.shard, keys, timeout_s=timeout_s
+                )
+        except KVStoreError as error:
+            self.counters[f"pull_errors_{type(error).__name__}"] += 1
+            return [None] * len(keys), 0
+        self.counters["pulled_bad"] += landing.bad
+        await self._pay(sum(len(pulled.data) for pulled in found if pulled is not None))
+        return found, landing.later
+
+    async def _pay(self, nbytes: int) -> None:
+        """Wait until the rate allows what has come."""
+        now = self._node.system.clock.monotonic()
+        self._free_at = max(self._free_at, now) + nbytes / self._node.config.worker.pull_rate_bytes
+        if self._free_at - now > 0.001:
+            await asyncio.sleep(self._free_at - now)
+
+    async def _adopt(self, job: Job, key: bytes, pulled: Pulled, tally: Tally) -> None:
+        outcome = await self._node.store.adopt(job.namespace, job.spec, job.shard, pulled.header, pulled.data)
+        if outcome.state == "committed":
+            tally.committed += 1
+        elif outcome.state == "held":
+            tally.held += 1
+        else:
+            tally.dropped += 1
+            tally.left.append(key)
+
+    def _linked(self, namespace: str) -> Pooled[Channel]:
+        found = self._links.get(namespace)
+        if found is None:
+            credentials = node_credentials(self._node.config.server, namespace)
+
+            async def connect(address: str) -> Channel:
+                return await self._transport.connect(address, credentials)
+
+            found = self._links[namespace] = Pooled(self._node.system, connect, CONNECTIONS_MAX)
+        return found
+
+
+def members_of(sources: Iterable[common_pb2.Member]) -> tuple[tuple[str, str], ...]:
+    """(id, address) of those that can be read."""
+    return tuple((member.id, member.address) for member in sources if member.address)
