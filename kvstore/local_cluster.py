@@ -51,6 +51,7 @@ class LocalCluster:
         """`redis`: an embedded one, unless the configuration names another. `ssd_folder`: one that is kept; empty for a
         temporary one."""
         self._config, self._worker_count, self._with_redis, self._ssd_folder = config, workers, redis, ssd_folder
+        self._worker_config = config  # with what is known once the others are up
         self._spawner = LocalSpawner()
         self.folder = ""
         self.redis: EmbeddedRedis | None = None
@@ -79,14 +80,20 @@ class LocalCluster:
             config = override(config, {"store": {"redis_url": self.redis.start()}})
         self.coordinator = (await self._spawn([("coordinator", "coordinator", config)]))[0]
         config = override(config, {"server": {"coordinators": [self.coordinator.address]}})
-        planned = []
-        for index in range(self._worker_count):
-            name = f"worker-{index}"
-            ssd = str(Path(self._ssd_folder or self.folder) / name)
-            socket = str(Path(self.folder) / f"{name}.sock")
-            own = {"server": {"node": name}, "store": {"ssd_folder": ssd}, "worker": {"socket": socket}}
-            planned.append(("worker", name, override(config, own)))
-        self.workers = await self._spawn(planned)
+        self._worker_config = config
+        self.workers = await self._spawn([self._planned(index) for index in range(self._worker_count)])
+
+    def _planned(self, index: int) -> tuple[str, str, Config]:
+        name = f"worker-{index}"
+        ssd = str(Path(self._ssd_folder or self.folder) / name)
+        socket = str(Path(self.folder) / f"{name}.sock")
+        own = {"server": {"node": name}, "store": {"ssd_folder": ssd}, "worker": {"socket": socket}}
+        return "worker", name, override(self._worker_config, own)
+
+    async def add_worker(self) -> Server:
+        """One more, ready. SetupError."""
+        [server] = await self._spawn([self._planned(len(self.workers))])
+        return server
 
     def client_config(self, worker: int | None = None) -> ClientConfig:
         """For a client beside worker number `worker`: its socket comes first."""

@@ -143,7 +143,7 @@ def _whole(arriving: _Arriving) -> Pulled:
         expect(Record.parse(arriving.data).header, header)
     elif xxh3(arriving.data) != header.copy_id:
         raise Corrupt("raw bytes from another worker do not have the checksum of their copy")
-    return Pulled(header, arriving.data)
+    return Pulled(header if header.chunk_count else header.unencoded(), arriving.data)
 
 
 async def pull_blocks(

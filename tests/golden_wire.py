@@ -72,6 +72,29 @@ MESSAGES: dict[str, Message] = {
     "announce_heartbeat": coordinator_pb2.AnnounceRequest(
         heartbeat=coordinator_pb2.Heartbeat(heads={"default": 99}, leaving=True)
     ),
+    "announce_view": coordinator_pb2.AnnounceReply(view=coordinator_pb2.View(digest=KEY, members=[MEMBER])),
+    "announce_hints": coordinator_pb2.AnnounceReply(
+        hints=coordinator_pb2.Hints(
+            view=KEY,
+            dictionary=[common_pb2.DictionaryEntry(spec_json='{"model":"m"}')],
+            holders=[MEMBER],
+            pulls=[
+                coordinator_pb2.PullHint(namespace="default", root=ROOT, shard=SHARD, group=KEY, keys=KEY, sources=[0])
+            ],
+            marks=[coordinator_pb2.MarkHint(namespace="default", shard=SHARD, keys=KEY, secondary=True)],
+        )
+    ),
+    "pull_request": worker_pb2.PullRequest(
+        spec_json='{"model":"m"}',
+        shard=common_pb2.Shard(layer_count=32, head_count=8),
+        group=KEY,
+        keys=KEY + ROOT,
+        source=MEMBER,
+    ),
+    "pull_reply": worker_pb2.PullReply(committed=1, held=2, dropped=1, missing=1, left=KEY + ROOT),
+    "drain_reply": worker_pb2.DrainReply(
+        done=True, groups=9, groups_done=9, blocks_moved=8, blocks_held=1, blocks_left=1
+    ),
     "put_header": worker_pb2.PutHeader(
         spec_json='{"model":"m"}',
         blocks=[

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.keys import Chain
+from kvstore.placement import rank
 from kvstore.spec import Shard
 from tests.service_cluster import MiniCluster, blocks_of, check, found
 from tests.service_helpers import prompt, until
@@ -50,6 +51,31 @@ async def test_a_second_copy_comes_and_is_made_anew_after_a_loss(cluster: MiniCl
     assert sorted(pulled) == [0, 70, 70], "each block came once for each copy that was missing"
     plan = await found(client, prefix, 70, holders=2)
     check(plan, await client.get(plan), 70)
+
+
+async def test_copies_beyond_the_wanted_number_are_marked_until_the_members_change(
+    cluster: MiniCluster, tmp_path: Path
+) -> None:
+    file = rules(tmp_path)
+    await cluster.coordinator(namespaces_file=file)
+    workers = [await cluster.worker(name, namespaces_file=file) for name in ("one", "two", "three")]
+    prefix = prompt(1, 20)  # one group
+    for worker in workers:
+        client = await cluster.client(alone=True, workers=(worker.socket,))
+        await client.put(prefix.spec, prefix, blocks_of(prefix))
+
+    def marked(worker: WorkerRuntime) -> int:
+        residency = worker.store.stack.residency
+        shard = Shard.whole(prefix.spec).digest
+        rows = [residency.find("default", shard, key) for key in prefix.keys]
+        return sum(residency.secondary(row) for row in rows if row is not None)
+
+    order = rank(prefix.group(0), [worker.identity.worker for worker in workers])
+    ranked = sorted(workers, key=lambda worker: order.index(worker.identity.worker))
+    await until(lambda: marked(ranked[2]) == 20, "the lowest ranked one's copy is marked")
+    assert [marked(worker) for worker in ranked] == [0, 0, 20]
+    await ranked[0].stop()
+    await until(lambda: marked(ranked[2]) == 0, "it is one of the wanted two now")
 
 
 async def test_one_copy_is_enough_where_no_more_are_wanted(cluster: MiniCluster, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from kvstore.links import Pooled
 from kvstore.pulling import Pulled, pull_blocks
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.base import Channel, Transport
-from kvstore.types import unpack_keys
+from kvstore.types import KEY_BYTES, unpack_keys
 from kvstore.wire import common_pb2, coordinator_pb2
 from workers.node import Node
 
@@ -111,14 +111,17 @@ class Puller:
             return
         self.tick()
         for mark in hints.marks:
-            if mark.namespace in self._namespaces and len(self._marks) < self._node.config.worker.pull_queue:
+            if self._sound(mark) and len(self._marks) < self._node.config.worker.pull_queue:
                 self._marks.append(mark)
                 self._marking.set()
-        for pull in hints.pulls:
+        for pull in filter(self._sound, hints.pulls):
             spec, shard = node.catalog.spec(pull.root), node.catalog.shard(pull.shard)
             sources = members_of(hints.holders[index] for index in pull.sources if index < len(hints.holders))
-            if spec is not None and shard is not None and pull.namespace in self._namespaces:
+            if spec is not None and shard is not None:
                 self._keep(Job(pull.namespace, spec, shard, pull.group, tuple(unpack_keys(pull.keys)), sources))
+
+    def _sound(self, hint: coordinator_pb2.PullHint | coordinator_pb2.MarkHint) -> bool:
+        return hint.namespace in self._namespaces and len(hint.keys) % KEY_BYTES == 0
 
     def tick(self) -> None:
         """Other members, other ranks: what was marked under another view is void. Mutates."""
@@ -138,8 +141,8 @@ class Puller:
                 await self._marking.wait()
             mark = self._marks.popleft()
             if mark is None:
-                while store.unmark(MARKS_A_TURN) == MARKS_A_TURN:
-                    await asyncio.sleep(0)
+                if store.unmark(MARKS_A_TURN) == MARKS_A_TURN:
+                    self._marks.appendleft(None)
             else:
                 count = store.secondary(mark.namespace, mark.shard, unpack_keys(mark.keys), mark.secondary)
                 self.counters["marked_secondary" if mark.secondary else "marked_primary"] += count

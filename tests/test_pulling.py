@@ -1,0 +1,113 @@
+"""Blocks copied from another worker as they are stored: equal to the source's, or not taken at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore import codecs
+from kvstore.errors import DataError
+from kvstore.format import ENTRY_BYTES, HEADER_BYTES, Header, Record, decode_record, encode_raw_parts, encode_record
+from kvstore.keys import Chain
+from kvstore.pulling import Landing, Pulled
+from kvstore.spec import Shard
+from kvstore.transport import frames
+from kvstore.wire import worker_pb2
+from tests.service_helpers import FULL, payload, prompt
+
+SHARD = Shard.whole(FULL)
+PREFIX = prompt(1, 3)
+
+
+def header(prefix: Chain, depth: int, namespace: str = "default") -> Header:
+    return Header.new(
+        namespace,
+        FULL,
+        SHARD,
+        key=prefix.keys[depth],
+        parent=prefix.parent(depth),
+        group=prefix.group(depth),
+        depth=depth,
+    )
+
+
+def stored(depth: int, *, raw: bool, namespace: str = "default") -> tuple[Header, bytes]:
+    """A block as a source holds it: its header, and its record or raw bytes."""
+    data = payload(FULL, SHARD, PREFIX.keys[depth])
+    made, parts = encode_record(header(PREFIX, depth, namespace), data, FULL, SHARD, codecs.SPLIT)
+    return (made.unencoded(), data.tobytes()) if raw else (made, b"".join(map(bytes, parts)))
+
+
+def frames_of(*blocks: tuple[Header, bytes] | None) -> list[bytes]:
+    """What a worker sends for blocks: one frame that names them, then one for each chunk of each."""
+    first = worker_pb2.GetHeader()
+    sent = []
+    for index, block in enumerate(blocks):
+        if block is None:
+            first.blocks.add(state=worker_pb2.BLOCK_MISSING)
+            continue
+        head, data = block
+        first.blocks.add(state=worker_pb2.BLOCK_FOUND, header=head.pack())
+        record = data
+        if not head.chunk_count:
+            made, table = encode_raw_parts(head, data, FULL, SHARD)
+            record = made.pack() + table + data
+        parsed = Record.parse(record)
+        for chunk, row in enumerate(parsed.table.tolist()):
+            part = worker_pb2.GetHeader()
+            at = HEADER_BYTES + chunk * ENTRY_BYTES
+            part.parts.add(block=index, first_chunk=chunk, table=record[at : at + ENTRY_BYTES])
+            sent.append(frames.encode(part.SerializeToString(), [record[row[8] : row[8] + row[9]]]))
+    return [frames.encode(first.SerializeToString(), ()), *sent]
+
+
+def land(sent: list[bytes]) -> list[Pulled | None]:
+    landing = Landing("default", FULL, SHARD, PREFIX.keys)
+    for frame in sent:
+        landing.take(frame)
+    return landing.finish()
+
+
+def test_records_arrive_byte_for_byte_and_raw_blocks_raw() -> None:
+    record, raw = stored(0, raw=False), stored(1, raw=True)
+    first, second, third = land(frames_of(record, raw, None))
+    assert first is not None and (first.header, bytes(first.data)) == record
+    out = bytearray(first.header.raw_length)
+    decode_record(Record.parse(first.data), FULL, SHARD, memoryview(out))
+    assert np.array_equal(np.frombuffer(out, np.uint8), payload(FULL, SHARD, PREFIX.keys[0]))
+    assert second is not None and (second.header, bytes(second.data)) == raw
+    assert third is None
+
+
+def test_a_stream_that_ends_early_gives_what_was_whole() -> None:
+    sent = frames_of(stored(0, raw=False), stored(1, raw=False), None)
+    assert [pulled is not None for pulled in land(sent[:-1])] == [True, False, False]
+
+
+@pytest.mark.parametrize("wrong", ["namespace", "order"])
+def test_a_block_that_is_not_the_one_asked_for_is_not_taken(wrong: str) -> None:
+    blocks = [stored(0, raw=False), stored(1, raw=False)]
+    if wrong == "namespace":
+        blocks = [stored(0, raw=False, namespace="other"), blocks[1]]
+        assert [pulled is not None for pulled in land(frames_of(*blocks, None))] == [False, True, False]
+    else:
+        assert land(frames_of(blocks[1], blocks[0], None)) == [None, None, None]
+
+
+@settings(max_examples=300)
+@given(st.data(), st.booleans())
+def test_a_flipped_bit_never_gives_other_bytes(data: st.DataObject, raw: bool) -> None:
+    block = stored(0, raw=raw)
+    sent = frames_of(block, None, None)
+    frame = data.draw(st.integers(0, len(sent) - 1))
+    flipped = bytearray(sent[frame])
+    flipped[data.draw(st.integers(0, len(flipped) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    sent[frame] = bytes(flipped)
+    try:
+        found = land(sent)
+    except DataError:
+        return
+    for pulled in found:
+        assert pulled is None or (pulled.header, bytes(pulled.data)) == block
