@@ -114,6 +114,13 @@ class DirectoryMachine(RuleBasedStateMachine):
             for holder in HOLDERS:
                 kept = self.model.holders.get(holder, Kept()).blocks
                 assert self.directory.contents(holder) == {at: block[:2] for at, block in kept.items()}
+            for shard in self.shards[:2]:
+                shares = {
+                    holder: sum(1 << i for i, key in enumerate(self.keys) if (shard.digest, key) in kept.blocks)
+                    for holder, kept in self.model.holders.items()
+                }
+                expected = {holder: mask for holder, mask in shares.items() if mask}
+                assert self.directory.shares(shard.digest, self.keys) == expected
             assert self.directory.blocks == sum(len(kept.blocks) for kept in self.model.holders.values())
             self.directory.validate()
 
