@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.repair import Repair
+from coordinator.watch import Watchers
 from kvstore.announce import Inbox, Receiver
 from kvstore.config import CoordinatorConfig
 from kvstore.directory import Directory
@@ -45,6 +46,7 @@ class Registry:
         self.membership = Membership(config.lease_s, config.lease_s * STALL_SHARE, workers_max=config.workers_max)
         self.statuses: dict[str, common_pb2.WorkerStatus] = {}
         self.counters: Counter[str] = Counter()
+        self.watchers = Watchers(config)
         self._members: dict[str, Member] = {}
         directories = {name: inbox.directory for name, inbox in self.inboxes.items()}
         self.repair = Repair(config, copies or {}, directories, self.membership, self._members.get)
@@ -74,6 +76,7 @@ class Registry:
                     receiver.resume()
                     receiver.expect(heads[name])
             inbox.directory.show(member.id)
+        self._tell(member.id, now)
         self._wake_all()
         return outcome
 
@@ -81,23 +84,23 @@ class Registry:
         outcome = self.membership.heartbeat(member, epoch, now)
         if isinstance(outcome, Fenced | Unknown):
             return outcome
-        self.take(outcome)
+        self.take(outcome, now)
         return None
 
     def disconnected(self, accepted: Accepted, now: float) -> None:
         """Its stream has ended: hidden at once, freed after the lease."""
-        self.take(self.membership.disconnected(accepted.worker, accepted.epoch, now, accepted.session))
+        self.take(self.membership.disconnected(accepted.worker, accepted.epoch, now, accepted.session), now)
 
-    def leave(self, member: str, epoch: int) -> None:
-        self.take(self.membership.leave(member, epoch))
+    def leave(self, member: str, epoch: int, now: float) -> None:
+        self.take(self.membership.leave(member, epoch), now)
 
     def tick(self, now: float) -> None:
-        self.take(self.membership.tick(now))
+        self.take(self.membership.tick(now), now)
         for inbox in self.inboxes.values():
             inbox.directory.sweep(SWEEP_SLOTS)
         self.repair.tick(now)
 
-    def take(self, events: Iterable[Event]) -> None:
+    def take(self, events: Iterable[Event], now: float) -> None:
         """Do to the directories what membership decided."""
         for event in events:
             self.counters[type(event).__name__.lower()] += 1
@@ -108,10 +111,18 @@ class Registry:
                     inbox.directory.show(event.worker)
                 else:
                     inbox.directory.hide(event.worker)
+            self._tell(event.worker, now, gone=isinstance(event, Freed))
             if isinstance(event, Freed):
                 self._members.pop(event.worker, None)
                 self.statuses.pop(event.worker, None)
         self._wake_all()
+
+    def _tell(self, id: str, now: float, *, gone: bool = False) -> None:
+        """Watchers of the namespaces that it belongs to."""
+        known = self._members.get(id) if gone else self.member(id, now)
+        for name in self.inboxes if known is not None else ():
+            if known is not None and (not is_redis(id) or id == REDIS_HOLDER + name):
+                self.watchers.member(name, known, gone=gone)
 
     # --- announcements ---------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from coordinator.registry import Registry
 from coordinator.session import Session
 from kvstore.config import CoordinatorConfig
-from kvstore.errors import BadRequest, Incompatible
+from kvstore.errors import BadRequest, Incompatible, Overloaded
 from kvstore.seams import System
 from kvstore.transport.base import CallContext
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
@@ -130,6 +130,41 @@ class CoordinatorService:
         )
         reply.self.CopyFrom(self.info)
         return reply
+
+    async def watch(
+        self, request: coordinator_pb2.WatchRequest, context: CallContext
+    ) -> AsyncGenerator[coordinator_pb2.WatchReply, None]:
+        """What there is, then every change, until the watcher goes, is too slow, or the namespace is too large."""
+        namespace, registry = context.namespace, self._registry
+        inbox = registry.inboxes[namespace]
+        bound = min(self._config.watch_entries_max, request.entries_max or self._config.watch_entries_max)
+        with registry.watchers.one(namespace, inbox.directory) as watcher:
+            for member in registry.members(namespace, self._system.clock.monotonic()):
+                watcher.member(member)
+            for receiver in inbox.receivers():
+                self._bounded(inbox.directory.blocks, bound)
+                if (receiver.holder, receiver.epoch) not in watcher.begun and not receiver.closed:
+                    watcher.snapshot(receiver)
+                for reply in watcher.take():  # one holder at a time is in memory
+                    yield reply
+            registry.counters["watches"] += 1
+            while True:
+                for reply in watcher.take():
+                    yield reply
+                self._bounded(inbox.directory.blocks, bound)
+                yield self._watch_state(namespace)
+                await watcher.woken(self._config.heartbeat_s)
+
+    def _bounded(self, entries: int, bound: int) -> None:
+        if entries > bound:
+            raise Overloaded(f"the namespace has {entries} entries, a watch at most {bound}: use Match")
+
+    def _watch_state(self, namespace: str) -> coordinator_pb2.WatchReply:
+        complete = self._registry.complete(namespace, self._system.clock.monotonic())
+        state = coordinator_pb2.WatchState(
+            complete=complete, boot_id=self.info.boot_id, coordinators=self.coordinators()
+        )
+        return coordinator_pb2.WatchReply(state=state)
 
     async def announce(
         self, requests: AsyncIterator[coordinator_pb2.AnnounceRequest], context: CallContext

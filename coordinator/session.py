@@ -89,7 +89,10 @@ class Session:
         delta = delta_from_wire(message)
         self._learn(receiver.directory, message.dictionary, delta.changes)
         self._group(message.namespace, delta.changes)
+        before = receiver.applied
         verdict = receiver.offer(delta)
+        if verdict == Verdict.APPLY:
+            self._registry.watchers.applied(message.namespace, receiver, before, message, delta.changes)
         self._registry.counters["deltas"] += 1
         return self._after(message.namespace, verdict)
 
@@ -101,7 +104,10 @@ class Session:
         part = chunk_from_wire(message)
         self._learn(receiver.directory, message.dictionary, part.runs)
         self._group(message.namespace, part.runs)
+        before = receiver.applied
         verdict = receiver.snapshot(part)
+        if verdict == Verdict.APPLY or receiver.applied != before:
+            self._registry.watchers.replaced(message.namespace, receiver)
         self._asked[message.namespace] = self._clock.monotonic()
         self._registry.counters["snapshot_parts"] += 1
         return self._after(message.namespace, verdict)
@@ -111,7 +117,7 @@ class Session:
         worker, epoch = self._accepted.worker, self._accepted.epoch
         if message.leaving:
             self.over = True
-            self._registry.leave(worker, epoch)
+            self._registry.leave(worker, epoch, self._clock.monotonic())
             return []
         if isinstance(self._registry.heartbeat(worker, epoch, self._clock.monotonic()), Fenced | Unknown):
             return self._replaced()

@@ -178,6 +178,16 @@ class BlockTable:
         for at, (table, copy) in enumerate(found[:, ::3].tolist()):
             yield table, keys[at * KEY_BYTES : (at + 1) * KEY_BYTES], copy
 
+    def alike(self, owner: int) -> Iterator[tuple[int, int, bytes]]:
+        """(table, copy, packed keys) of all copies of an owner, those that are alike together. O(all slots)."""
+        found = np.empty((int(self.owned[owner]), 4), np.int64)
+        count = self._lookups.of_owner(self._arrays, owner, found)
+        assert count == len(found), f"owner {owner} is counted wrong"
+        found = found[np.lexsort((found[:, 3], found[:, 0]))]
+        edges = np.flatnonzero(np.any(found[1:, ::3] != found[:-1, ::3], axis=1)) + 1
+        for part in np.split(found, edges) if count else ():
+            yield int(part[0, 0]), int(part[0, 3]), np.ascontiguousarray(part[:, 1:3]).tobytes()
+
     def validate(self, owners: int, tables: int) -> None:
         """AssertionError where an invariant is broken; numbers in use are below `owners`, `tables`. O(all slots)."""
         owned, held = np.zeros(owners, np.int64), np.zeros(tables, np.int64)

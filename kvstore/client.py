@@ -8,41 +8,35 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
-
-import numpy as np
 
 from kvstore.auth import client_credentials
 from kvstore.bulk import ready
 from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, Corrupt, Incompatible, KVStoreError, NotGranted, ServiceError, Unauthenticated
 from kvstore.fetch import Failed, Fetch
+from kvstore.getting import Buffers, GetResult, conclude, prepare
 from kvstore.keys import Chain, Tokens, chain
 from kvstore.layer_stream import LayerStream
 from kvstore.layout import block_bytes
 from kvstore.links import Coordinators, Links
 from kvstore.lookup import Lookup
 from kvstore.members import Members
-from kvstore.needs import LayerReady, Need, Progress, delivered_blocks, needed_depths
+from kvstore.needs import LayerReady, Progress, delivered_blocks
 from kvstore.observe import Observer, look, status_object
-from kvstore.pieces import layers_before
 from kvstore.pinning import Pin, Pinner
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult, Putter
-from kvstore.targets import buffer_of, target_of
+from kvstore.targets import buffer_of
 from kvstore.transport.base import Credentials, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
-from kvstore.types import CommitToken, Fidelity, Tier
+from kvstore.types import CommitToken, Fidelity
+from kvstore.watching import Watching
 from kvstore.wire import common_pb2, worker_pb2
-
-Buffers = Sequence[Sequence[Any]]
-"""[needed shard][depth] -> memory for one raw block: a writable contiguous buffer, or a list of buffers that follow
-each other (pages of an engine's cache); None where the group's rule needs none. numpy, torch (CPU), any buffer."""
 
 REFUSALS = (NotGranted, Unauthenticated, Incompatible)
 """What a server says when the configuration is wrong: told at `connect`, later a miss like anything else."""
@@ -52,17 +46,6 @@ PIN_S = 15.0
 
 SETTLE_SHARE = 0.05
 """Of a call's time, kept back so that what has arrived when it ends is still counted."""
-
-
-@dataclass(slots=True)
-class GetResult:
-    """What a get delivered. `buffers[shard][depth]` holds a raw block in canonical order where `tiers` names a tier;
-    others hold anything."""
-
-    blocks: int = 0  # leading blocks that every shard has, by its group's rule
-    buffers: list[list[Any]] = field(default_factory=list)
-    tiers: list[list[Tier | None]] = field(default_factory=list)
-    bytes: int = 0  # delivered, raw
 
 
 class KVClient:
@@ -81,9 +64,12 @@ class KVClient:
         self.coordinators = Coordinators(config.coordinators, system, transport, credentials)
         self.members = Members(config, system, self.coordinators)
         self._failed: Recent[Failed] = Recent(system.clock, config.negative_cache_s, config.negative_cache_max)
-        self._lookup = Lookup(config, system, self._links, self.coordinators, self.members, self._failed, self.counters)
+        self.watching = Watching(config, system, self.coordinators, self.members, self.counters)
+        self._lookup = Lookup(
+            config, system, self._links, self.coordinators, self.members, self._failed, self.counters, self.watching
+        )
         self._pinner = Pinner(system, self._links, self.members, self.counters)
-        self._putter = Putter(config, system, self._links, self.members, self.counters)
+        self._putter = Putter(config, system, self._links, self.members, self.counters, self.watching.committed)
 
     @classmethod
     async def connect(
@@ -108,6 +94,8 @@ class KVClient:
         try:
             await system.pool.run(ready)
             await client._greet()
+            if config.watch and config.coordinators:
+                client.watching.start()
         except BaseException:
             await client.close()
             raise
@@ -143,6 +131,7 @@ class KVClient:
 
     async def close(self) -> None:
         """End all connections. Idempotent."""
+        await self.watching.close()
         await self._links.close()
         await self.coordinators.close()
         if self._owns_system:
@@ -214,7 +203,7 @@ class KVClient:
         buffers after this has returned. UsageError for buffers that do not fit.
         """
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
-        result, needs = self._prepare(plan, into, first, layers)
+        result, needs = prepare(plan, into, first, layers)
         if not needs:
             return result
         fetch = Fetch(
@@ -237,53 +226,13 @@ class KVClient:
                 await fetch.run()
         except TimeoutError:
             self.counters["errors_DeadlineExceeded"] += 1
-        self._conclude(plan, result, needs, first)
+        conclude(plan, result, needs, first, self.counters)
         return result
 
     def layers(self, plan: HitPlan, into: Buffers | None = None, **options: Any) -> LayerStream:
         """`get` with its options, layer by layer: `async with client.layers(plan, into) as coming`, then `async for
         ready in coming`, then `await coming.result()`. Left early, the rest is given up."""
         return LayerStream(lambda on_layer: self.get(plan, into, on_layer=on_layer, **options))
-
-    def _prepare(
-        self, plan: HitPlan, into: Buffers | None, first: int, layers: range | None
-    ) -> tuple[GetResult, list[Need]]:
-        if into is not None and len(into) != len(plan.shards):
-            raise BadRequest(f"buffers for {len(into)} shards were given, the plan has {len(plan.shards)}")
-        if layers is not None and (layers.step != 1 or not layers or layers.start < 0):
-            raise BadRequest("layers are a range of one or more layers of the model, step 1")
-        result = GetResult()
-        needs: list[Need] = []
-        for index, shard in enumerate(plan.shards):
-            row: list[Any] = [None] * plan.blocks
-            result.buffers.append(row)
-            result.tiers.append([None] * plan.blocks)
-            wanted = shard if layers is None else _only_layers(plan.spec, shard, layers)
-            if wanted is None:
-                continue
-            size = block_bytes(plan.spec, wanted)
-            for depth in needed_depths(plan, shard):
-                if depth < first:
-                    continue
-                row[depth] = np.empty(size, np.uint8) if into is None else _given(into[index], depth)
-                needs.append(Need(index, shard, wanted, depth, target_of(row[depth], size)))
-        return result, needs
-
-    def _conclude(self, plan: HitPlan, result: GetResult, needs: list[Need], first: int) -> None:
-        served: Counter[Tier] = Counter()
-        for need in needs:
-            if need.delivered and need.tier is not None:
-                result.tiers[need.index][need.depth] = need.tier
-                result.bytes += need.target.nbytes
-                served[need.tier] += 1
-        for tier, blocks in served.items():
-            self.counters[f"hits_{tier.name.lower()}"] += blocks
-        if len(needs) > served.total():
-            self.counters["misses"] += len(needs) - served.total()
-        mine = dict.fromkeys(need.index for need in needs)  # a shard without one of the layers can't shorten the prefix
-        rows = [row if index in mine else [Tier.HOT] * plan.blocks for index, row in enumerate(result.tiers)]
-        result.blocks = delivered_blocks(plan, rows, first)
-        self.counters["bytes_read"] += result.bytes
 
     # --- pin -------------------------------------------------------------------------------------------------------
 
@@ -357,23 +306,6 @@ class KVClient:
         addresses = self.coordinators.addresses
         observer = Observer(self._transport, self._credentials, self.config.match_timeout_s)
         return status_object(await look(observer, addresses), addresses)
-
-
-def _only_layers(spec: ModelSpec, shard: Shard, layers: range) -> Shard | None:
-    """The part of a shard in some layers of the model, None where there is none."""
-    base = layers_before(spec, shard.group)
-    first, last = max(layers.start - base, 0), layers.stop - base
-    return (
-        shard.overlap(Shard(shard.group, first, last - first, shard.head_first, shard.head_count))
-        if last > first
-        else None
-    )
-
-
-def _given(row: Sequence[Any], depth: int) -> Any:
-    if depth >= len(row) or row[depth] is None:
-        raise BadRequest(f"no buffer was given for block {depth}")
-    return row[depth]
 
 
 def _readable(buffer: Any, size: int) -> memoryview:

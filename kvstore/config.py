@@ -116,6 +116,9 @@ class CoordinatorConfig:
     hot_hits: int = 32  # lookups of a prefix in hot_half_s that make it hot
     hot_half_s: float = 60.0  # counts of lookups are halved
     hot_groups_max: int = 4096  # counted, per namespace
+    watch_entries_max: int = 1 << 20  # a namespace with more is not watched
+    watch_queue_bytes: int = 64 * MIB  # waiting for one slow watcher; beyond it the watch ends
+    watchers_max: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,11 @@ class ClientConfig:
     negative_cache_max: int = 65_536
     members_refresh_s: float = 1.0
     connections_max: int = 64
+    watch: bool = False  # keep a view of the directory here: for the one process of a host that looks up
+    watch_entries_max: int = 1 << 20
+    watch_stale_s: float = 2.0  # without a sign of life the view is not asked
+    watch_retry_s: float = 1.0  # between two attempts; ten times that where the namespace is too large
+    own_commits_max: int = 65_536  # blocks put here that the view does not have yet
     tune_malloc: bool = False  # this process keeps freed memory: loads from other hosts are faster
 
 

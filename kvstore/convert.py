@@ -6,9 +6,9 @@ Lookups, members and shards have their forms in `kvstore.wireform`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from kvstore.announce import Delta, SnapshotChunk
-from kvstore.catalog import Catalog
 from kvstore.errors import BadRequest
 from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.spec import ModelSpec, Shard
@@ -125,10 +125,18 @@ def entry_from_wire(message: common_pb2.DictionaryEntry) -> ModelSpec | Shard:
     raise BadRequest("a dictionary entry that is neither a spec nor a shard: give one of them")
 
 
+class Names(Protocol):
+    """What digests stand for: a catalog, or a directory."""
+
+    def spec(self, root: bytes, /) -> ModelSpec | None: ...
+
+    def shard(self, digest: bytes, /) -> Shard | None: ...
+
+
 class Introduced:
     """What one stream's dictionary has said already. A new stream needs a new one."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Names) -> None:
         self._catalog = catalog
         self._said: dict[bytes, None] = {}
 

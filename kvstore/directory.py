@@ -23,7 +23,7 @@ from kvstore.lives import Life, Lives, Status
 from kvstore.matching import Plan, longest
 from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.spec import ModelSpec, Shard
-from kvstore.types import Fidelity, Keys, Tier, pack_keys
+from kvstore.types import KEY_BYTES, Fidelity, Keys, Tier, pack_keys
 
 __all__ = ["Copy", "Directory", "Match", "MatchRun"]
 
@@ -239,6 +239,19 @@ class Directory:
             (self._spaces.named(number).digest, key): (tier_of(copy), fidelity_of(copy))
             for number, key, copy in self._blocks.of_owner(life.owner)
         }
+
+    def export(self, holder: str, keys_max: int = 4096) -> list[Run]:
+        """All that is known of one holder, for another directory: runs of up to `keys_max` blocks in no order; their
+        places in chains are not kept. O(all blocks)."""
+        life = self._holders.get(holder)
+        runs: list[Run] = []
+        for number, copy, packed in self._blocks.alike(life.owner) if life is not None else ():
+            table = self._spaces.named(number)
+            kind = (tier_of(copy), fidelity_of(copy))
+            for at in range(0, len(packed), keys_max * KEY_BYTES):
+                keys = Keys(packed[at : at + keys_max * KEY_BYTES])
+                runs.append(Run(table.root, table.digest, *kind, table.root, 0, keys, table.root, bytes_of(copy)))
+        return runs
 
     def names(self) -> list[str]:
         """Holders known, hidden ones too, in the order they were first heard of."""

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvstore.client import Buffers, GetResult, KVClient
+from kvstore.client import GetResult, KVClient
 from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, KVStoreError, SetupError
+from kvstore.getting import Buffers
 from kvstore.keys import Chain, Tokens
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard

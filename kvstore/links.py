@@ -227,6 +227,19 @@ class Coordinators:
             return reply
         raise last
 
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[Channel]:
+        """A connection to one that did not fail a moment ago, for a stream. Unavailable when it fails."""
+        order = self._order()
+        if not order:
+            raise Unavailable("no coordinator answers: check --coordinators, or start one")
+        try:
+            async with self._channels.use(order[0]) as channel:
+                yield channel
+        except Unavailable:
+            self._channels.down.add(order[0])
+            raise
+
     def _order(self) -> list[str]:
         live = [address for address in self._addresses if not self._channels.avoided(address)]
         self._system.rng.shuffle(live)  # so that many clients do not all take the first

@@ -18,6 +18,7 @@ from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.methods import COORDINATOR
 from kvstore.types import CommitToken, Fidelity, pack_keys
+from kvstore.watching import Watching
 from kvstore.wire import common_pb2
 from kvstore.wireform import plan_from_wire, shard_to_wire, token_to_wire
 
@@ -41,7 +42,9 @@ class Lookup:
         members: Members,
         failed: Recent[Failed],
         counters: Counter[str],
+        watching: Watching,
     ) -> None:
+        self._watching = watching
         self._config, self._system, self._links, self._coordinators = config, system, links, coordinators
         self._members, self._failed, self._counters = members, failed, counters
 
@@ -57,6 +60,9 @@ class Lookup:
     ) -> HitPlan:
         keys = keys[:KEYS_MAX]
         end = self._system.clock.monotonic() + timeout_s
+        plan = self._watching.match(spec, keys, shards, least, after)
+        if plan is not None:
+            return self._without_failed(plan)
         request = common_pb2.MatchRequest(
             root=spec.root,
             keys=pack_keys(keys),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from kvstore.config import ClientConfig
 from kvstore.errors import DeadlineExceeded, KVStoreError
@@ -17,7 +18,7 @@ from kvstore.seams import System
 from kvstore.spec import Shard
 from kvstore.types import CommitToken, Fidelity
 from kvstore.wireform import AFTER_MAX
-from kvstore.writes import DROPPED, Item, Stored, put_local, put_remote, unanswered
+from kvstore.writes import COMMITTED, DROPPED, HELD, Item, Stored, put_local, put_remote, unanswered
 
 TOKEN_S = 5.0
 """How long a commit is shown to coordinators: after that its worker's lease is over, or it is applied everywhere."""
@@ -75,8 +76,16 @@ class Putter:
     """Stores blocks. Service trouble is counted; what it cost is in the result."""
 
     def __init__(
-        self, config: ClientConfig, system: System, links: Links, members: Members, counters: Counter[str]
+        self,
+        config: ClientConfig,
+        system: System,
+        links: Links,
+        members: Members,
+        counters: Counter[str],
+        committed: Callable[[Stored, CommitToken, list[bytes]], None],
     ) -> None:
+        """`committed` hears of blocks that one worker has now."""
+        self._committed = committed
         self._config, self._system, self._links = config, system, links
         self._members, self._counters = members, counters
         self.tokens = Tokens(system)
@@ -96,8 +105,8 @@ class Putter:
             for depth, raw in enumerate(raws, first)
         ]
         result = PutResult()
+        stored = Stored(chain.spec, shard, computed_on)
         if items:
-            stored = Stored(chain.spec, shard, computed_on)
             end = self._system.clock.monotonic() + timeout_s
             try:
                 async with asyncio.timeout(timeout_s):
@@ -108,6 +117,10 @@ class Putter:
             item.state = item.state or DROPPED
             self._counters[f"put_{item.state}"] += 1
         result.states = [item.state for item in items]
+        for token, mine in groupby(items, key=lambda item: item.token):
+            keys = [item.key for item in mine if item.state in (COMMITTED, HELD)]
+            if token is not None and keys:
+                self._committed(stored, token, keys)
         self.tokens.add(result.tokens)
         return result
 

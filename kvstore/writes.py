@@ -53,6 +53,7 @@ class Item:
     depth: int
     raw: memoryview
     state: str = ""  # once a worker has answered
+    token: CommitToken | None = None  # of that answer
 
     def message(self, shard: Shard, computed_on: Fidelity, offset: int = 0) -> worker_pb2.PutBlock:
         return worker_pb2.PutBlock(
@@ -80,9 +81,10 @@ def note(items: Sequence[Item], reply: worker_pb2.PutReply) -> CommitToken:
     """The states of a reply. Unavailable where it does not fit the request."""
     if len(reply.states) != len(items):
         raise Unavailable(f"{len(items)} blocks were put and {len(reply.states)} answered")
+    token = CommitToken(reply.token.worker, reply.token.epoch, reply.token.seq)
     for item, state in zip(items, reply.states, strict=True):
-        item.state = STATES.get(state, DROPPED)
-    return CommitToken(reply.token.worker, reply.token.epoch, reply.token.seq)
+        item.state, item.token = STATES.get(state, DROPPED), token
+    return token
 
 
 async def put_local(

@@ -38,6 +38,13 @@ MESSAGES: dict[str, Message] = {
         boot_id="b",
         coordinators=[common_pb2.CoordinatorInfo(id="c1", boot_id="b", address="10.0.0.9:7100")],
     ),
+    "watch_reply": coordinator_pb2.WatchReply(
+        worker="w1",
+        epoch=3,
+        snapshot=coordinator_pb2.SnapshotChunk(namespace="default", resume_seq=7, first=True, last=True, snapshot=1),
+        dictionary=[common_pb2.DictionaryEntry(spec_json='{"model":"m"}')],
+    ),
+    "watch_member": coordinator_pb2.WatchReply(member=coordinator_pb2.WatchMember(member=MEMBER, hidden=True)),
     "announce_register": coordinator_pb2.AnnounceRequest(
         register=coordinator_pb2.Register(
             member=MEMBER, heads={"default": 99}, hello=common_pb2.HelloRequest(protocol=1, capabilities=["get.v1"])

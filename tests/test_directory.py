@@ -199,3 +199,22 @@ def test_dropped_holders_leave_nothing_behind() -> None:
         pass
     directory.validate()
     assert directory.blocks == 0 and directory.names() == [] and directory.match(FULL.root, keys, [whole], 1) == Match()
+
+
+def test_what_is_exported_of_a_holder_makes_another_directory_answer_the_same() -> None:
+    directory, whole, keys = directory_for(FULL), Shard.whole(FULL), chain(FULL, 9)
+    left, right = halves(FULL)
+    directory.add("w1", run_of(FULL, whole, keys, 0, 4, Tier.SSD, stored_bytes=100))
+    directory.add("w1", run_of(FULL, left, keys, 2, 7, Tier.HOT, stored_bytes=300))
+    directory.add("w1", run_of(FULL, right, keys, 2, 7, Tier.HOT, stored_bytes=300))
+    directory.add("w2", run_of(FULL, whole, keys, 0, 9))
+    directory.hide("w2")
+    runs = directory.export("w1", keys_max=2)
+    assert max(len(run.keys) for run in runs) == 2 and sum(len(run.keys) for run in runs) == 14
+    other = directory_for(FULL)
+    other.replace("w1", runs)
+    assert other.contents("w1") == directory.contents("w1")
+    assert other.match(FULL.root, keys, [whole], Fidelity.EXACT) == directory.match(
+        FULL.root, keys, [whole], Fidelity.EXACT
+    )
+    assert directory.export("nobody") == []

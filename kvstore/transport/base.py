@@ -29,6 +29,7 @@ class Method:
     reply: type[Message] | None
     client_stream: bool = False
     server_stream: bool = False
+    lasting: bool = False  # a stream without an end: no bound on its time, and places of its own at the server
 
     @property
     def path(self) -> str:

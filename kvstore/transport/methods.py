@@ -6,7 +6,7 @@ from kvstore.transport.base import Method
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1", "purge.model.v1")
+CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1", "purge.model.v1", "watch.v1")
 
 COORDINATOR = {
     m.name: m
@@ -15,7 +15,12 @@ COORDINATOR = {
         Method("Coordinator", "Match", common_pb2.MatchRequest, common_pb2.MatchReply),
         Method("Coordinator", "Members", coordinator_pb2.MembersRequest, coordinator_pb2.MembersReply),
         Method("Coordinator", "Status", common_pb2.StatusRequest, coordinator_pb2.CoordinatorStatus),
-        Method("Coordinator", "Announce", coordinator_pb2.AnnounceRequest, coordinator_pb2.AnnounceReply, True, True),
+        Method(
+            "Coordinator", "Watch", coordinator_pb2.WatchRequest, coordinator_pb2.WatchReply, False, True, lasting=True
+        ),
+        Method(
+            "Coordinator", "Announce", coordinator_pb2.AnnounceRequest, coordinator_pb2.AnnounceReply, True, True, True
+        ),
     )
 }
 

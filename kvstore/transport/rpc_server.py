@@ -168,7 +168,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     @contextlib.asynccontextmanager
     async def _admitted(self, method: Method, context: Any) -> AsyncGenerator[CallContext, None]:
         """Errors of the gate and of the handler both leave as a status."""
-        long = method.client_stream and method.server_stream
+        long = method.lasting
         task = asyncio.current_task()
         assert task is not None
         admitted = False

@@ -224,6 +224,50 @@ class View(_message.Message):
     members: _containers.RepeatedCompositeFieldContainer[_common_pb2.Member]
     def __init__(self, digest: _Optional[bytes] = ..., members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ...) -> None: ...
 
+class WatchMember(_message.Message):
+    __slots__ = ["gone", "hidden", "member"]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    gone: bool
+    hidden: bool
+    member: _common_pb2.Member
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., hidden: bool = ..., gone: bool = ...) -> None: ...
+
+class WatchReply(_message.Message):
+    __slots__ = ["delta", "dictionary", "epoch", "member", "snapshot", "state", "worker"]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    delta: Delta
+    dictionary: _containers.RepeatedCompositeFieldContainer[_common_pb2.DictionaryEntry]
+    epoch: int
+    member: WatchMember
+    snapshot: SnapshotChunk
+    state: WatchState
+    worker: str
+    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., member: _Optional[_Union[WatchMember, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotChunk, _Mapping]] = ..., state: _Optional[_Union[WatchState, _Mapping]] = ..., dictionary: _Optional[_Iterable[_Union[_common_pb2.DictionaryEntry, _Mapping]]] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ["entries_max"]
+    ENTRIES_MAX_FIELD_NUMBER: _ClassVar[int]
+    entries_max: int
+    def __init__(self, entries_max: _Optional[int] = ...) -> None: ...
+
+class WatchState(_message.Message):
+    __slots__ = ["boot_id", "complete", "coordinators"]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    COORDINATORS_FIELD_NUMBER: _ClassVar[int]
+    boot_id: str
+    complete: bool
+    coordinators: _containers.RepeatedCompositeFieldContainer[_common_pb2.CoordinatorInfo]
+    def __init__(self, complete: bool = ..., boot_id: _Optional[str] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ...) -> None: ...
+
 class Welcome(_message.Message):
     __slots__ = ["applied", "heartbeat_ms", "lease_ms", "self"]
     class AppliedEntry(_message.Message):

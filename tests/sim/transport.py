@@ -49,7 +49,7 @@ class MemoryServer:
         if self.network.listeners.get(self.address) is self:
             del self.network.listeners[self.address]
         for task, method in list(self.tasks.items()):
-            if method.client_stream and method.server_stream:
+            if method.lasting:
                 task.cancel()
         if self.tasks:
             await asyncio.wait(list(self.tasks), timeout=grace_s)
