@@ -11,6 +11,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 COUNTERS: Mapping[str, str] = {
     "lookups": "lookups made for requests",
     "lookups_late": "lookups that did not end within lookup_timeout_ms: counted as misses",
+    "lookups_after_own_saves": "lookups put off for a moment, until this engine's own blocks were stored",
+    "seconds_waiting": "seconds the scheduler stood still for lookups, summed",
+    "pins_refused": "matched requests whose blocks were not kept while they waited: too many at a time",
     "tokens_matched": "prompt tokens found in the store and not in the engine's own cache",
     "tokens_loaded": "tokens whose KV was loaded from the store, per rank",
     "tokens_failed": "tokens matched and then not loaded: computed instead, per rank",
@@ -22,13 +25,17 @@ COUNTERS: Mapping[str, str] = {
     "blocks_saved": "blocks the store took, per rank",
     "blocks_held": "blocks the store had already, per rank",
     "blocks_dropped": "blocks not saved: no room, nobody there, or their pages were needed, per rank",
+    "hits_hot": "blocks loaded from the hot tier, per rank",
+    "hits_host": "blocks loaded from host memory, per rank",
+    "hits_ssd": "blocks loaded from SSD, per rank",
+    "hits_redis": "blocks loaded from Redis, per rank",
     "seconds_loading": "seconds that loads took, summed",
     "errors": "faults inside the connector: each is logged, none reaches the engine",
 }
 
 
 class Counters(KVConnectorStats):  # type: ignore[misc]
-    """Sums since the last report. `data` maps the names of COUNTERS (and `hits_TIER`, of the client) to numbers."""
+    """Sums since the last report. `data` maps the names of COUNTERS to numbers."""
 
     data: dict[str, Any]
 

@@ -14,12 +14,13 @@ from typing import Any
 from kvstore.client import KVClient
 from kvstore.integrations.vllm.buffers import Row, Rows
 from kvstore.integrations.vllm.counters import Counters
-from kvstore.integrations.vllm.metadata import Load, Save
+from kvstore.integrations.vllm.metadata import Life, Load, Save
 from kvstore.integrations.vllm.pages import Pages
 from kvstore.keys import Chain
 from kvstore.plan import HitPlan
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec, Shard
+from kvstore.store_blocks import PutResult
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -174,6 +175,7 @@ class SaveJob:
         self.save, self._store = save, store
         self.future: Future[list[str]] | None = None
         self.told = False  # the scheduler knows that the pages are free
+        self.commits: dict[Life, int] = {}  # the last seq of what was stored
         self._copying = threading.Lock()
         self._rows: list[Row] | None = None
         self._copied = 0  # leading blocks
@@ -229,8 +231,14 @@ class SaveJob:
         for group, shard in enumerate(store.shards):
             blocks = [row[group] for row in rows]
             result = await client.put(store.spec, prefix, blocks, save.first + first, shard, timeout_s=PUT_TIMEOUT_S)
+            self._note(result)
             states += await self._again(client, prefix, blocks, save.first + first, shard, result.states)
         return states
+
+    def _note(self, result: PutResult) -> None:
+        for token in result.tokens:
+            life = (token.worker, token.epoch)
+            self.commits[life] = max(token.seq, self.commits.get(life, 0))
 
     async def _again(
         self, client: KVClient, prefix: Chain, blocks: list[Any], first: int, shard: Shard, states: Sequence[str]
@@ -246,6 +254,7 @@ class SaveJob:
             result = await client.put(
                 self._store.spec, prefix, blocks[begin:end], first + begin, shard, timeout_s=PUT_TIMEOUT_S
             )
+            self._note(result)
             for index, state in enumerate(result.states, begin):
                 left[index] = state if left[index] == "dropped" else left[index]
         return left

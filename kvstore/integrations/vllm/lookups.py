@@ -1,10 +1,9 @@
-"""The scheduler's questions to the store: lookups it waits for a few milliseconds, and pins nobody waits for."""
+"""The scheduler's questions to the store: lookups it waits for a few milliseconds. They know what this engine saved."""
 
 from __future__ import annotations
 
 import logging
-from asyncio import wrap_future
-from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -14,12 +13,13 @@ from kvstore.errors import KVStoreError
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity
 from kvstore.integrations.vllm.options import Options
+from kvstore.integrations.vllm.own import OwnSaves
 from kvstore.integrations.vllm.requests import Tracked
 from kvstore.keys import Chain
-from kvstore.pinning import Pin
 from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import Clock
+from kvstore.types import CommitToken
 
 logger = logging.getLogger("vllm.kvstore")
 
@@ -33,53 +33,63 @@ FAILED_MAX = 65_536
 POLL_S = 0.001
 """A scheduler that asks again gives the client's thread so long to run: an idle one asks at once."""
 
-WAITS_KEPT = 4096
-
 
 class Lookups:
     """Plans of requests. Only the scheduler's thread calls in."""
 
     def __init__(
-        self, identity: Identity, options: Options, face: EngineClient, clock: Clock, counters: Counters
+        self, identity: Identity, options: Options, face: EngineClient, clock: Clock, counters: Counters, own: OwnSaves
     ) -> None:
         self._spec, self._needed = identity.spec, identity.needed
         self._options, self._face, self._clock, self._counters = options, face, clock, counters
         self._failed: Recent[bytes] = Recent(clock, FAILED_S, FAILED_MAX)
-        self.waits: deque[float] = deque(maxlen=WAITS_KEPT)  # seconds the scheduler stood still, the last ones
+        self._own = own
 
     def failed(self, key: bytes) -> None:
         """This block could not be loaded: plans end before it for a while. Mutates."""
         self._failed.add(key)
 
+    def waits_for_own(self, tracked: Tracked, keys: Sequence[bytes]) -> bool:
+        """Whether this engine is just storing some of these blocks: asked again in a moment, the store has them.
+        Bounded per request by `own_saves_wait_ms`. Mutates `tracked`."""
+        if not self._own.storing(keys):
+            return False
+        now = self._clock.monotonic()
+        if tracked.own_since is None:
+            tracked.own_since = now
+            self._counters.add("lookups_after_own_saves")
+        return now - tracked.own_since < self._options.own_saves_wait_ms / 1e3
+
     def plan(self, tracked: Tracked, keys: list[bytes]) -> HitPlan | None:
-        """The store's answer for these keys; None while it is still out. Its blocks are pinned. Mutates `tracked`."""
+        """The store's answer for these keys; None while it is still out. Mutates `tracked`."""
         now = self._clock.monotonic()
         if tracked.plan is not None and now - tracked.plan_at < PLAN_S:
             return tracked.plan.shortened(len(keys))
         wait_s = POLL_S
         if tracked.lookup is None:
-            tracked.lookup, tracked.lookup_at = self._face.submit_work(self._asking(keys)), now
+            shown = self._own.shown(keys)
+            tracked.lookup, tracked.lookup_at = self._face.submit_work(self._asking(keys, shown)), now
             if tracked.lookup is None:
                 return HitPlan(self._spec, (), self._needed)  # too much in flight
+            self._own.told(shown)
             self._counters.add("lookups")
             wait_s = self._options.lookup_wait_ms / 1e3
         plan = self._answer(tracked, wait_s)
-        self.waits.append(self._clock.monotonic() - now)
+        self._counters.add("seconds_waiting", self._clock.monotonic() - now)
         if plan is None:
             return None
         known = next((depth for depth, key in enumerate(plan.keys) if key in self._failed), plan.blocks)
         plan = plan.shortened(known)
         tracked.lookup, tracked.plan, tracked.plan_at = None, plan, now
-        self._pin(tracked, plan)
         tracked.saved = max(tracked.saved, plan.blocks)
         return plan
 
-    def _asking(self, keys: list[bytes]) -> Any:
+    def _asking(self, keys: list[bytes], shown: Sequence[CommitToken]) -> Any:
         prefix = Chain(self._spec, list(keys))
         timeout_s = self._options.lookup_timeout_ms / 1e3
 
-        async def ask(client: KVClient) -> HitPlan:
-            return await client.match(self._spec, prefix, self._needed, timeout_s=timeout_s)
+        async def ask(client: KVClient) -> HitPlan:  # the client shows the commits again until they are known
+            return await client.match(self._spec, prefix, self._needed, after=shown, timeout_s=timeout_s)
 
         return ask
 
@@ -98,31 +108,7 @@ class Lookups:
             self._counters.add("lookups_late")
         return HitPlan(self._spec, (), self._needed)
 
-    def _pin(self, tracked: Tracked, plan: HitPlan) -> None:
-        """Have the plan's blocks kept while the request waits and loads. Nobody waits for the pin: a block that goes
-        before it is kept is computed. Mutates."""
-        self.let_go(tracked)
-        if not plan.blocks:
-            return
-
-        async def keep(client: KVClient) -> Pin:
-            return await client.pin(plan)
-
-        tracked.pin = self._face.submit_work(keep)
-
-    def let_go(self, tracked: Tracked) -> None:
-        """End the request's pin, once it is known. Mutates; idempotent."""
-        pin, tracked.pin = tracked.pin, None
-        if pin is None:
-            return
-
-        async def end(client: KVClient) -> None:
-            await client.unpin(await wrap_future(pin))
-
-        self._face.submit_work(end)
-
     def forget(self, tracked: Tracked) -> None:
         """The request is over. Mutates."""
         if tracked.lookup is not None:
             tracked.lookup.cancel()
-        self.let_go(tracked)

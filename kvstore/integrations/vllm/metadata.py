@@ -9,6 +9,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from kvstore.plan import HitPlan
 
+Life = tuple[str, int]
+"""A store's worker and its epoch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -57,25 +60,33 @@ class Report(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     step: int = 0  # the last one that has run
     saved: dict[int, int] = field(default_factory=dict)  # save number -> ranks that need its pages no more
+    ended: dict[int, int] = field(default_factory=dict)  # save number -> ranks that have stored or dropped it
+    commits: dict[Life, int] = field(default_factory=dict)  # the last seq of what was stored
     failed: dict[str, int] = field(default_factory=dict)  # request -> first depth that could not be loaded
     prefill_tokens_s: float | None = None  # the slowest rank's
     load_bytes_s: float | None = None
 
     def aggregate(self, other: Any) -> Report:
         """The report of several ranks as one. Pure."""
-        saved = dict(self.saved)
-        for number, ranks in other.saved.items():
-            saved[number] = saved.get(number, 0) + ranks
+        commits = dict(self.commits)
+        for life, seq in other.commits.items():
+            commits[life] = max(seq, commits.get(life, 0))
         failed = dict(self.failed)
         for request, depth in other.failed.items():
             failed[request] = min(depth, failed.get(request, depth))
         return Report(
             min(self.step, other.step),
-            saved,
+            _sum(self.saved, other.saved),
+            _sum(self.ended, other.ended),
+            commits,
             failed,
             _least(self.prefill_tokens_s, other.prefill_tokens_s),
             _least(self.load_bytes_s, other.load_bytes_s),
         )
+
+
+def _sum(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    return {number: one.get(number, 0) + other.get(number, 0) for number in one | other}
 
 
 def _least(one: float | None, other: float | None) -> float | None:

@@ -24,6 +24,9 @@ class Options:
     min_load_blocks: int = 1  # shorter hits are computed
     lookup_wait_ms: float = 4.0  # the scheduler stands still for a lookup at most so long, then asks again later
     lookup_timeout_ms: float = 250.0  # after which a lookup is a miss
+    own_saves_wait_ms: float = 100.0  # a lookup waits so long for blocks this engine is just storing
+    pin_max_s: float = 120.0  # blocks of a matched request are kept so long, while it waits and loads
+    pins_max: int = 512  # requests whose blocks are kept at a time
     load_timeout_s: float = 5.0  # of one load while the prefill rate is unknown, and at most
     load_patience_ms: float = 0.0  # a load may take so long even where computing is measured to be faster
     save: bool = True
@@ -35,14 +38,15 @@ class Options:
     def __post_init__(self) -> None:
         if self.load not in ("async", "sync"):
             raise ConfigError(f"load = {self.load!r}: use async or sync")
-        for name in ("block_tokens", "min_load_blocks", "save_bytes_max", "load_bytes_max", "requests_max"):
+        for name in ("block_tokens", "min_load_blocks", "save_bytes_max", "load_bytes_max", "requests_max", "pins_max"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("lookup_wait_ms", "lookup_timeout_ms", "load_timeout_s"):
+        for name in ("lookup_wait_ms", "lookup_timeout_ms", "load_timeout_s", "pin_max_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be greater than 0")
-        if self.load_patience_ms < 0:
-            raise ConfigError(f"load_patience_ms = {self.load_patience_ms}: must be at least 0")
+        for name in ("load_patience_ms", "own_saves_wait_ms"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 0")
 
 
 def read_options(extra: Mapping[str, Any]) -> tuple[Options, ClientConfig]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from kvstore.integrations.vllm.identity import folder_digest
 from kvstore.keys import ChainBuilder, Extra
-from kvstore.pinning import Pin
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec
 
@@ -30,7 +29,7 @@ class Tracked:
     lookup_at: float = 0.0  # begun
     plan: HitPlan | None = None
     plan_at: float = 0.0
-    pin: Future[Pin] | None = None  # of the plan's blocks, from the match to the end of the load
+    own_since: float | None = None  # first time its lookup was put off because this engine is storing its blocks
     saving: dict[int, int] = field(default_factory=dict)  # save number -> ranks that still need its pages
 
     def extend(self, tokens: int) -> list[bytes]:

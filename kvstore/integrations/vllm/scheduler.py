@@ -11,9 +11,11 @@ from typing import Any
 from kvstore.engine_face import EngineClient
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity
+from kvstore.integrations.vllm.keeping import Keeper
 from kvstore.integrations.vllm.lookups import Lookups
 from kvstore.integrations.vllm.metadata import Load, Report, Save, Step
 from kvstore.integrations.vllm.options import Options
+from kvstore.integrations.vllm.own import OwnSaves
 from kvstore.integrations.vllm.requests import Tracked, track
 from kvstore.layout import block_bytes
 from kvstore.seams import Clock
@@ -45,7 +47,9 @@ class SchedulerSide:
         self._load_bytes_s: float | None = None
         self.counters = Counters()
         self.totals = Counters()  # of both sides, since the start
-        self._lookups = Lookups(identity, options, face, clock, self.counters)
+        self._own = OwnSaves(clock)
+        self._lookups = Lookups(identity, options, face, clock, self.counters, self._own)
+        self._keeper = Keeper(options, face, clock, self.counters)
 
     # --- matching --------------------------------------------------------------------------------------------------
 
@@ -64,18 +68,19 @@ class SchedulerSide:
             or limit - first < self._options.min_load_blocks
         ):
             return 0, False
-        plan = self._lookups.plan(tracked, tracked.extend(request.num_tokens))
+        keys = tracked.extend(request.num_tokens)
+        if tracked.lookup is None and self._lookups.waits_for_own(tracked, keys[first:limit]):
+            return None, False
+        plan = self._lookups.plan(tracked, keys)
         if plan is None:
             return None, False
         plan = tracked.plan = plan.shortened(limit)
         tokens = plan.blocks * size - computed
-        if plan.blocks - first < self._options.min_load_blocks or tokens <= 0:
-            return 0, False
-        if not self._worth(plan.blocks - first, tokens):
-            self.counters.add("tokens_not_worth", tokens)
-            self._lookups.let_go(tracked)
-            return 0, False
-        return tokens, not self._synchronous
+        if self._pays(plan.blocks - first, tokens):
+            self._keeper.keep(tracked.id, plan)
+            return tokens, not self._synchronous
+        self._keeper.let_go(tracked.id)
+        return 0, False
 
     def _track(self, request: Any) -> Tracked | None:
         tracked = self._requests.get(request.request_id)
@@ -85,12 +90,18 @@ class SchedulerSide:
                 self._requests[tracked.id] = tracked
         return tracked
 
-    def _worth(self, blocks: int, tokens: int) -> bool:
-        """Whether loading is predicted to be faster than computing, by the rates measured so far."""
+    def _pays(self, blocks: int, tokens: int) -> bool:
+        """Whether there is enough to load, and loading is predicted to be faster than computing, by the rates measured
+        so far."""
+        if blocks < self._options.min_load_blocks or tokens <= 0:
+            return False
         if self._prefill_tokens_s is None or self._load_bytes_s is None:
             return True
         bound_s = max(tokens / self._prefill_tokens_s, self._options.load_patience_ms / 1e3)
-        return blocks * self._row_bytes / self._load_bytes_s < bound_s
+        if blocks * self._row_bytes / self._load_bytes_s < bound_s:
+            return True
+        self.counters.add("tokens_not_worth", tokens)
+        return False
 
     # --- loads and saves -------------------------------------------------------------------------------------------
 
@@ -177,6 +188,7 @@ class SchedulerSide:
         save = Save(self._number, tracked.id, first, ready - first, known, tuple(keys[known:ready]), pages)
         tracked.saving[save.number] = self._ranks
         self._saving[save.number] = (tracked.id, tracked.saving)
+        self._own.begin(save, self._ranks)
         return save
 
     # --- what the workers report -----------------------------------------------------------------------------------
@@ -185,6 +197,7 @@ class SchedulerSide:
         """Mutates."""
         for step in [step for step in self._unconfirmed if step <= report.step]:
             self.loaded(self._unconfirmed.pop(step))
+        self._own.ended(report.ended, report.commits)
         self._prefill_tokens_s = report.prefill_tokens_s or self._prefill_tokens_s
         self._load_bytes_s = report.load_bytes_s or self._load_bytes_s
         for number, ranks in report.saved.items():
@@ -206,9 +219,7 @@ class SchedulerSide:
     def loaded(self, requests: Iterable[str]) -> None:
         """Loads of these requests have ended, one way or the other. Mutates."""
         for request_id in requests:
-            tracked = self._requests.get(request_id)
-            if tracked is not None:
-                self._lookups.let_go(tracked)
+            self._keeper.let_go(request_id)
 
     def finished(self, request: Any) -> bool:
         """The request is over. True: its pages are still read from, the workers will say when they are free."""
@@ -216,6 +227,7 @@ class SchedulerSide:
         if tracked is None:
             return False
         self._lookups.forget(tracked)
+        self._keeper.let_go(tracked.id)
         if not tracked.saving:
             return False
         self._ended[tracked.id] = tracked.saving

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from kvstore.engine_face import EngineClient
@@ -23,7 +24,7 @@ from kvstore.seams import Clock
 logger = logging.getLogger("vllm.kvstore")
 
 IDLE_WAIT_S = 0.005
-"""A step without tokens waits so long for a load to end, instead of asking again at once."""
+"""A step without tokens waits so long for a load (without one: a save) to end, instead of asking again at once."""
 
 OVERDUE_S = 1.0
 """After its deadline a load that has not ended is given up."""
@@ -111,8 +112,13 @@ class WorkerSide:
                 job.copy_now(rows_max - self._store.saving_blocks)
             self._store.saving_blocks += save.blocks
             job.future = self._face.submit_work(job.run)
-        if step.tokens == 0 and self._loads:
-            next(iter(self._loads.values())).wait(IDLE_WAIT_S)
+        if step.tokens == 0:  # the engine waits for us
+            wait(self._futures(), IDLE_WAIT_S, FIRST_COMPLETED)
+
+    def _futures(self) -> list[Future[Any]]:
+        """Of the loads; without one of the saves."""
+        jobs: list[LoadJob | SaveJob] = [*self._loads.values()] or [*self._saves.values()]
+        return [job.future for job in jobs if job.future is not None]
 
     def finished(self) -> tuple[set[str], set[str], set[str]]:
         """(requests whose pages are free again, requests whose loads ended, of these: those that failed as a whole)."""
@@ -130,6 +136,9 @@ class WorkerSide:
             if save.pages_free and (save.future is None or save.future.done()):
                 del self._saves[number]
                 self._count_save(save)
+                self._report.ended[number] = self._report.ended.get(number, 0) + 1
+                for life, seq in save.commits.items():
+                    self._report.commits[life] = max(seq, self._report.commits.get(life, 0))
         busy = {job.save.request for job in self._saves.values() if not job.pages_free}
         free = {request for request in self._ending if request not in busy}
         for request in free:
