@@ -16,7 +16,7 @@ from kvstore.arena import UNIT_BYTES
 from kvstore.errors import DataError
 from kvstore.header import HEADER_BYTES, MAGIC, VERSION, short_check
 from kvstore.host_link import Mapped
-from kvstore.pieces import Asked, Piece, Span, bound, layers_before, span_of
+from kvstore.pieces import Asked, Piece, Span, bound, intact, layers_before, span_of
 from kvstore.targets import address_of
 from kvstore.types import KEY_BYTES, Tier
 from kvstore.wire import worker_pb2
@@ -62,6 +62,10 @@ class Raws:
         good = self._good_headers()
         for index in np.flatnonzero(~good).tolist():
             self._refuse(index)
+        for index in np.flatnonzero(~self.refused).tolist():
+            item = self.opened[index]
+            if not intact(self.asked, item.view, item.piece.copy_id):
+                item.piece.problem, self.refused[index] = "Corrupt", True
         by_segment: dict[int, list[int]] = {}
         for index, item in enumerate(self.opened):
             by_segment.setdefault(id(item.mapped), []).append(index)

@@ -143,6 +143,7 @@ class ClientConfig:
     watch_retry_s: float = 1.0  # between two attempts; ten times that where the namespace is too large
     own_commits_max: int = 65_536  # blocks put here that the view does not have yet
     tune_malloc: bool = False  # this process keeps freed memory: loads from other hosts are faster
+    verify_memory: bool = False  # raw blocks in this host's memory are summed before they are copied, too
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,14 @@ class Fetch:
         self._links, self._system, self._config = links, system, config
         self._failed, self._counters, self._end = failed, counters, end
         self._progress = progress
-        self._asked = Asked(namespace, plan.spec, plan.least, layers=layers, layerwise=progress is not None)
+        self._asked = Asked(
+            namespace,
+            plan.spec,
+            plan.least,
+            layers=layers,
+            layerwise=progress is not None,
+            verify=config.verify_memory,
+        )
         self._any = [*(Route(socket, "") for socket in sockets), *(Route("", address) for address in addresses)]
         self._stored = stored_shards(plan)
         self._runs: dict[Shard, list[PlanRun]] = {shard: [] for shard in self._stored}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from kvstore.checksum import xxh3
 from kvstore.errors import Corrupt
 from kvstore.format import Header, check_header, expect
 from kvstore.layout import Chunk, block_bytes, chunks, cut
@@ -95,6 +96,7 @@ class Asked:
     redis: bool = True  # look into Redis for what the worker itself does not hold: it may just have moved there
     layers: range | None = None  # of the model; None: all
     layerwise: bool = False  # the caller waits for layers, in order
+    verify: bool = False  # sum raw blocks in this host's memory, too
     _names: dict[Shard, tuple[bytes, bytes, bytes, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def names(self, shard: Shard) -> tuple[bytes, bytes, bytes, int, int]:
@@ -125,6 +127,11 @@ def shard_keys(pieces: Sequence[Piece]) -> tuple[list[worker_pb2.ShardKeys], lis
         for shard, mine in by_shard.items()
     ]
     return messages, [piece for mine in by_shard.values() for piece in mine]
+
+
+def intact(asked: Asked, raw: memoryview, copy_id: int) -> bool:
+    """Whether a raw block in this host's memory is what was put, where the caller wants to know. Pure."""
+    return not asked.verify or xxh3(raw) == copy_id
 
 
 def bound(asked: Asked, piece: Piece, packed: Buffer) -> Header:

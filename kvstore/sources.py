@@ -13,7 +13,7 @@ from kvstore.bulk import Opened, Raws, raws_of
 from kvstore.errors import BadRequest, Corrupt, DataError
 from kvstore.format import Record, decode_record, expect
 from kvstore.host_link import HostLink
-from kvstore.pieces import LATER, Asked, Piece, bound, shard_keys
+from kvstore.pieces import LATER, Asked, Piece, bound, intact, shard_keys
 from kvstore.seams import Pool
 from kvstore.types import Tier
 from kvstore.wire import worker_pb2
@@ -146,6 +146,8 @@ def _decode(asked: Asked, item: Opened) -> bool:
     if not piece.begin(header.copy_id):
         return False
     if item.block.raw:
+        if not intact(asked, item.view, header.copy_id):
+            raise Corrupt("the block's bytes are not those that were put")
         piece.fill(asked.spec, item.view)
         return True
     record = Record.parse(item.view)

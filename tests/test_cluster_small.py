@@ -283,6 +283,39 @@ async def test_a_rotten_disk_is_a_miss_or_the_next_holder(cluster: MiniCluster, 
     check(plan, await fresh.get(plan), 60)
 
 
+@pytest.mark.parametrize("needed", [Shard.whole(FULL), Shard(0, 0, 2, 1, 2)], ids=["as stored", "cut"])
+async def test_broken_memory_is_a_miss_where_the_reader_verifies_it(cluster: MiniCluster, needed: Shard) -> None:
+    await cluster.coordinator()
+    worker = await cluster.worker("a")
+    writer = await cluster.client()
+    prefix = prompt(31, 40)
+    await writer.put(FULL, prefix, blocks_of(prefix))
+    plan = await found(writer, prefix, 40, [needed])
+    assert plan.tiers() == {Tier.HOT: 40}
+    good = [bytes(block) for block in (await writer.get(plan)).buffers[0]]
+    broken = 17
+    flip_in_memory(worker, bytes(payload(FULL, Shard.whole(FULL), prefix.keys[broken])))
+    served = await writer.get(plan)
+    assert [bytes(block) == raw for block, raw in zip(served.buffers[0], good, strict=True)].count(False) == 1, (
+        "nothing broke: the case shows nothing"
+    )
+    careful = await cluster.client(verify_memory=True)
+    result = await careful.get(await found(careful, prefix, 40, [needed]))
+    assert result.blocks == broken and careful.counters["failed_Corrupt"] == 1
+    assert [bytes(block) for block in result.buffers[0][:broken]] == good[:broken]
+
+
+def flip_in_memory(worker: WorkerRuntime, raw: bytes) -> None:
+    """Change every byte of a raw block that lies in the worker's arena."""
+    for segment in worker.store.arena.segments():
+        view = segment.segment.view
+        at = bytes(view).find(raw)
+        if at >= 0:
+            np.frombuffer(view, np.uint8)[at : at + len(raw)] ^= 0xFF
+            return
+    raise AssertionError("the block does not lie in memory")
+
+
 async def test_namespaces_do_not_share(cluster: MiniCluster, tmp_path: Path) -> None:
     tokens = {name: f"{name}-token-0123456789" for name in ("cluster", "alice", "bob")}
     for name, token in tokens.items():

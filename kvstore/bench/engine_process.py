@@ -62,7 +62,17 @@ def build(job: dict[str, Any]) -> Any:
     }
     settings.update(job.get("settings", {}))
     transfer = job.get("transfer")
-    return LLM(model=job["model"], kv_transfer_config=KVTransferConfig(**transfer) if transfer else None, **settings)
+    made = LLM(model=job["model"], kv_transfer_config=KVTransferConfig(**transfer) if transfer else None, **settings)
+    _kernels_are_registered()
+    return made
+
+
+def _kernels_are_registered() -> None:
+    """Every engine registers vLLM's CPU kernels again, by a scan of all modules that fails on llvmlite's, which our
+    client has loaded by then. Once a process is enough."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def run(llm: Any, prompts: list[list[int]], tokens: int, logprobs: int | None) -> dict[str, Any]:

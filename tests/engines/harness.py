@@ -21,6 +21,7 @@ from kvstore.config import ClientConfig, Config, load_config
 from kvstore.keys import chain
 from kvstore.local_cluster import LocalCluster
 from kvstore.observe import Observer
+from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from kvstore.system import real_system
 from kvstore.transport.base import Credentials
@@ -93,7 +94,7 @@ class Engine:
             raise AssertionError(f"the engine did not answer in {timeout_s} s: {self._tail()}")
         line = out.readline()
         if not line:
-            raise AssertionError(f"the engine ended: {self._tail()}")
+            raise AssertionError(f"the engine ended with {self._process.wait(20)}: {self._tail()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -151,6 +152,20 @@ def stored_under(engine: Engine) -> tuple[ModelSpec, list[Shard]]:
     return ModelSpec.from_json(said["spec"]), [Shard(**shard) for shard in said["shards"]]
 
 
+def looked_up(
+    cluster: LocalCluster, spec: ModelSpec, shards: Sequence[Shard], asked: Sequence[Sequence[int]]
+) -> list[HitPlan]:
+    """What anybody's lookup of these prompts finds."""
+    assert cluster.coordinator is not None
+    config = ClientConfig(coordinators=(cluster.coordinator.address,))
+
+    async def ask() -> list[HitPlan]:
+        async with await KVClient.connect(config) as client:
+            return [await client.match(spec, chain(spec, ids), shards, timeout_s=5.0) for ids in asked]
+
+    return asyncio.run(ask())
+
+
 def found_by_all(
     cluster: LocalCluster,
     spec: ModelSpec,
@@ -160,15 +175,11 @@ def found_by_all(
 ) -> None:
     """Waits until a lookup of anybody finds (this share of) the whole blocks of these prompts. A commit is visible to
     other clients once its announcement has reached the coordinator, and nothing but a lookup says when that is."""
-    assert cluster.coordinator is not None
-    config = ClientConfig(coordinators=(cluster.coordinator.address,))
-
-    async def found() -> bool:
-        async with await KVClient.connect(config) as client:
-            plans = [await client.match(spec, chain(spec, ids), shards, timeout_s=5.0) for ids in asked]
-        return sum(plan.blocks for plan in plans) >= share * sum(len(ids) // 64 for ids in asked)
-
-    wait_until(lambda: asyncio.run(found()), what="finding what was stored")
+    blocks = share * sum(len(ids) // 64 for ids in asked)
+    wait_until(
+        lambda: sum(plan.blocks for plan in looked_up(cluster, spec, shards, asked)) >= blocks,
+        what="finding what was stored",
+    )
 
 
 def directory_blocks(cluster: LocalCluster) -> int:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_client
 
+from kvstore.arena import table_bytes
 from kvstore.bench.engine_models import prompt
 from kvstore.bench.engine_process import transfer_config
 from kvstore.local_cluster import LocalCluster
+from kvstore.types import Tier
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
-from tests.engines.harness import PATIENT, VICTIM, Engine, addresses, service, wait_until
+from tests.engines.harness import (
+    PATIENT,
+    VICTIM,
+    Engine,
+    addresses,
+    looked_up,
+    service,
+    stored_under,
+    wait_until,
+)
 
 ANSWERS_IN_S = 60.0
 """A hang would last longer, on a machine that is busy too."""
@@ -98,6 +110,48 @@ def test_blocks_corrupted_on_ssd(one: Engine, two: Engine, models: dict[str, Pat
         same(answer, reference)
         assert answer["counters"].get("tokens_loaded", 0) < whole_blocks(asked)
         note("blocks corrupted on SSD", asked, answer["counters"])
+
+
+@pytest.mark.parametrize("tier", ["hot", "host"])
+def test_blocks_corrupted_in_memory(one: Engine, two: Engine, models: dict[str, Path], tier: str) -> None:
+    """Raw blocks in the hot tier, encoded ones in host memory: the worker goes on and does not know."""
+    asked = prompts(150 if tier == "hot" else 151)
+    with service(store={"host_bytes": "128MiB", "hot_bytes": "8MiB"}) as cluster:
+        reference = seed_store(one, models["llama"], cluster, asked)
+        under = stored_under(one)
+        wanted = {Tier[tier.upper()]: sum(len(ids) // 64 for ids in asked)}
+        if tier == "host":
+            one.run([prompt(1900, seed) for seed in range(800, 806)], 1)
+
+        def there() -> bool:
+            plans = looked_up(cluster, *under, asked)
+            return wanted == dict(sum((Counter(plan.tiers()) for plan in plans), Counter()))
+
+        wait_until(there, what=f"all blocks lying in {tier}")
+        assert flip_memory(cluster.workers[0].process.pid) > 0, "no memory was found: the case shows nothing"
+        answer = bounded(two.build(models["llama"], addresses(cluster)), asked)
+        same(answer, reference)
+        assert answer["counters"].get("tokens_loaded", 0) < whole_blocks(asked)
+        assert answer["counters"]["tokens_failed"] > 0
+        note(f"blocks corrupted in {tier}", asked, answer["counters"])
+
+
+def flip_memory(pid: int) -> int:
+    """Change a byte in every 4 KiB of a process's block memory, but for the generation tables; returns how many."""
+    changed = 0
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, rights, *_, name = line.split()
+            if "memfd:kvstore" not in name or not rights.startswith("rw"):
+                continue
+            begin, end = (int(part, 16) for part in place.split("-"))
+            for at in range(begin + table_bytes(end - begin) + 777, end, 4096):
+                memory.seek(at)
+                [byte] = memory.read(1)
+                memory.seek(at)
+                memory.write(bytes([byte ^ 0xFF]))
+                changed += 1
+    return changed
 
 
 FILL = 60

@@ -152,6 +152,32 @@ def test_prefix_cached_in_the_engine_is_not_loaded_again(
     note("with the engine's own prefix cache", asked, answer["counters"])
 
 
+def test_the_next_turn_finds_what_the_last_one_stored(
+    one: Engine, models: dict[str, Path], store: LocalCluster
+) -> None:
+    """Nothing waits between the turns: saving ends after the request, announcing after that."""
+    turns = [prompts(70 + conversation, (300, 420, 540)) for conversation in range(3)]
+    one.build(models["llama"])
+    reference = [[one.run([told(turn, upto)]) for upto in (1, 2, 3)] for turn in turns]
+    one.build(models["llama"], addresses(store, own_saves_wait_ms=20_000))
+    expected = loaded = 0
+    for turn, said in zip(turns, reference, strict=True):
+        for upto in (1, 2, 3):
+            answer = one.run([told(turn, upto)])
+            same(answer, said[upto - 1])
+            expected += whole_blocks([told(turn, upto - 1)]) if upto > 1 else 0
+            loaded = answer["counters"].get("tokens_loaded", 0)
+            assert loaded == expected
+    note("every turn finds the last one's blocks", [told(turn, upto) for turn in turns for upto in (1, 2, 3)], {
+        "tokens_loaded": loaded
+    })  # fmt: skip
+
+
+def told(turn: list[list[int]], upto: int) -> list[int]:
+    """The prompt of a conversation's turn: everything said before, and a word more, so that no block ends with it."""
+    return [token for part in turn[:upto] for token in part] + [3]
+
+
 def test_tensor_parallel_two(models: dict[str, Path], store: LocalCluster) -> None:
     asked = prompts(60)
     extra = addresses(store)

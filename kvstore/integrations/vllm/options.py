@@ -54,7 +54,7 @@ def read_options(extra: Mapping[str, Any]) -> tuple[Options, ClientConfig]:
     own_types = typing.get_type_hints(Options)
     client_names = [field.name for field in dataclasses.fields(ClientConfig)]
     own: dict[str, Any] = {}
-    client: dict[str, object] = {}
+    client: dict[str, object] = {"verify_memory": True}  # a pass over bytes is nothing beside computing them
     for name, value in extra.items():
         if name in own_types:
             try:

@@ -26,8 +26,8 @@ logger = logging.getLogger("vllm.kvstore")
 IDLE_WAIT_S = 0.005
 """A step without tokens waits so long for a load (without one: a save) to end, instead of asking again at once."""
 
-OVERDUE_S = 1.0
-"""After its deadline a load that has not ended is given up."""
+OVERDUE_S = 0.1
+"""After its deadline a load ends by itself; so long later it is given up, whatever holds the client's thread."""
 
 
 class WorkerSide:
