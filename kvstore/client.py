@@ -27,6 +27,8 @@ from kvstore.needs import LayerReady, Progress, delivered_blocks
 from kvstore.observe import Observer, look, status_object
 from kvstore.pinning import Pin, Pinner
 from kvstore.plan import HitPlan
+from kvstore.prefetching import Prefetcher
+from kvstore.rates import Rates
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
@@ -64,10 +66,13 @@ class KVClient:
         self.coordinators = Coordinators(config.coordinators, system, transport, credentials)
         self.members = Members(config, system, self.coordinators)
         self._failed: Recent[Failed] = Recent(system.clock, config.negative_cache_s, config.negative_cache_max)
+        self.rates = Rates(self._is_here)
         self.watching = Watching(config, system, self.coordinators, self.members, self.counters)
         self._lookup = Lookup(
-            config, system, self._links, self.coordinators, self.members, self._failed, self.counters, self.watching
-        )
+            config, system, self._links, self.coordinators, self.members, self._failed, self.counters, self.watching,
+            self.rates,
+        )  # fmt: skip
+        self._prefetcher = Prefetcher(self._links, self.members, self.counters)
         self._pinner = Pinner(system, self._links, self.members, self.counters)
         self._putter = Putter(config, system, self._links, self.members, self.counters, self.watching.committed)
 
@@ -147,12 +152,14 @@ class KVClient:
         least: Fidelity = Fidelity.EXACT,
         after: Iterable[CommitToken] = (),
         *,
+        recompute_tokens_per_s: float | None = None,
         timeout_s: float | None = None,
     ) -> HitPlan:
         """The longest held prefix of a chain (or of tokens) in every needed shard; `shards` None: whole groups.
 
         `after`: commits, also other clients', that the answer should know; it waits for them up to 100 ms and names
-        in `not_applied` what it does not know. One round trip. No answer: a plan of 0 blocks.
+        in `not_applied` what it does not know. One round trip, none with a view. No answer: a plan of 0 blocks.
+        `recompute_tokens_per_s`: leave out what would take longer to load than to compute anew at that speed.
         """
         needed = self._shards(spec, shards)
         keys = self._chain(spec, prefix).keys
@@ -163,9 +170,19 @@ class KVClient:
         shown = self._putter.tokens.pending()
         plan = await self._lookup.match(spec, keys, needed, least, after=shown, timeout_s=timeout_s)
         self._putter.tokens.applied(shown, plan.not_applied)
+        if recompute_tokens_per_s is not None:
+            if recompute_tokens_per_s <= 0:
+                raise BadRequest("recompute_tokens_per_s must be greater than 0")
+            held = plan.blocks
+            plan = self.rates.worth(plan, recompute_tokens_per_s)
+            self.counters["blocks_not_worth_loading"] += held - plan.blocks
         self.counters["match_blocks"] += len(keys)
         self.counters["match_hits"] += plan.blocks
         return plan
+
+    def _is_here(self, plan: HitPlan, holder: str) -> bool:
+        member = plan.holders.get(holder)
+        return member is None or self.members.here(member)  # Redis: read through a worker of this host, mostly
 
     def _chain(self, spec: ModelSpec, prefix: Chain | Tokens) -> Chain:
         if not isinstance(prefix, Chain):
@@ -219,6 +236,7 @@ class KVClient:
             counters=self.counters,
             end=self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE),
             layers=layers,
+            rates=self.rates,
             progress=None if on_layer is None else Progress(plan, needs, first, on_layer),
         )
         try:
@@ -233,6 +251,13 @@ class KVClient:
         """`get` with its options, layer by layer: `async with client.layers(plan, into) as coming`, then `async for
         ready in coming`, then `await coming.result()`. Left early, the rest is given up."""
         return LayerStream(lambda on_layer: self.get(plan, into, on_layer=on_layer, **options))
+
+    async def prefetch(self, plan: HitPlan, *, first: int = 0, timeout_s: float | None = None) -> int:
+        """Have the plan's blocks from depth `first` on in the memory of this host's worker: up from its slower tiers,
+        or pulled from the workers that hold them. How many (stored shard, block) pairs are ready; nothing keeps them
+        there (see `pin`)."""
+        timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
+        return await self._prefetcher.prefetch(plan, first=first, timeout_s=timeout_s)
 
     # --- pin -------------------------------------------------------------------------------------------------------
 

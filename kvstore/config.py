@@ -142,6 +142,7 @@ class ClientConfig:
     watch_stale_s: float = 2.0  # without a sign of life the view is not asked
     watch_retry_s: float = 1.0  # between two attempts; ten times that where the namespace is too large
     own_commits_max: int = 65_536  # blocks put here that the view does not have yet
+    pull_through: bool = False  # what another host holds comes through this host's worker, which keeps it
     tune_malloc: bool = False  # this process keeps freed memory: loads from other hosts are faster
     verify_memory: bool = False  # raw blocks in this host's memory are summed before they are copied, too
 

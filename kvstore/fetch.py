@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvstore.config import ClientConfig
 from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
+from kvstore.host_link import HostLink
 from kvstore.layout import block_bytes
 from kvstore.links import Links
 from kvstore.matching import make_plan
@@ -16,12 +17,15 @@ from kvstore.membership import Member
 from kvstore.needs import Need, Progress
 from kvstore.pieces import LATER, Asked, Piece, span_of
 from kvstore.plan import HitPlan, PlanRun, is_redis, stored_shards, ways
+from kvstore.prefetching import request_for, wanted_of
+from kvstore.rates import Rates
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.sources import read_local
 from kvstore.spec import Shard
 from kvstore.stream_source import read_remote
 from kvstore.targets import Target
+from kvstore.transport.methods import WORKER_LOCAL
 from kvstore.types import Tier
 
 Failed = tuple[str, bytes, bytes]
@@ -47,6 +51,7 @@ class Route:
 
     socket: str
     address: str
+    through: str = ""  # a holder elsewhere: the worker of this host is to pull from it first
 
 
 class Fetch:
@@ -66,13 +71,14 @@ class Fetch:
         addresses: Sequence[str],
         counters: Counter[str],
         end: float,
+        rates: Rates,
         layers: range | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._plan, self._needs = plan, needs
         self._links, self._system, self._config = links, system, config
         self._failed, self._counters, self._end = failed, counters, end
-        self._progress = progress
+        self._progress, self._rates = progress, rates
         self._asked = Asked(
             namespace,
             plan.spec,
@@ -231,9 +237,14 @@ class Fetch:
                 return
             if others or index + 1 < len(routes):
                 left *= FIRST_SHARE
+            begun = self._system.clock.monotonic()
             try:
                 await self._resuming(route, pieces, left)
-                return
+                self._measured(holder, pieces, self._system.clock.monotonic() - begun)
+                pieces = [piece for piece in pieces if piece.tier is None]
+                if not route.through or not pieces:
+                    return
+                continue  # what this host's worker did not get is read where it is
             except DeadlineExceeded:
                 self._counters["errors_DeadlineExceeded"] += 1
                 (self._links.local if route.socket else self._links.remote).hung.add(route.socket or route.address)
@@ -243,6 +254,12 @@ class Fetch:
                 self._counters[f"errors_{type(error).__name__}"] += 1
             if any(piece.tier is not None for piece in pieces):
                 return  # it did answer: what is left is tried elsewhere
+
+    def _measured(self, holder: str, pieces: Sequence[Piece], seconds: float) -> None:
+        came = [piece for piece in pieces if piece.tier is not None]
+        if came:
+            slowest = max(piece.tier for piece in came if piece.tier is not None)
+            self._rates.note(holder, slowest, sum(piece.target.nbytes for piece in came), seconds)
 
     async def _resuming(self, route: Route, pieces: list[Piece], timeout_s: float) -> None:
         """Read; a stream that breaks after it brought something goes on where it broke, on a new connection."""
@@ -266,15 +283,28 @@ class Fetch:
         pool, asked, look = self._system.pool, self._asked, self._look
         if route.socket:
             async with self._links.local.use(route.socket, timeout_s=timeout_s) as link:
+                if route.through:
+                    timeout_s = await self._through(link, route.through, pieces, timeout_s)
                 await read_local(link, pool, asked, pieces, timeout_s=timeout_s, arrived=look)
         else:
             async with self._links.remote.use(route.address, timeout_s=timeout_s) as channel:
                 await read_remote(channel, pool, asked, pieces, timeout_s=timeout_s, arrived=look)
+
+    async def _through(self, link: HostLink, holder: str, pieces: Sequence[Piece], timeout_s: float) -> float:
+        """Have the worker of this host pull the pieces, once for all who ask; the time that is left."""
+        begun = self._system.clock.monotonic()
+        wanted = wanted_of(self._plan, ((piece.shard, piece.depth) for piece in pieces), [holder])
+        request = request_for(self._plan, wanted, redis=False, timeout_s=timeout_s)
+        reply = await link.call(WORKER_LOCAL["Prefetch"], request, timeout_s=timeout_s)
+        self._counters["pulled_through"] += reply.pulled
+        return max(0.001, timeout_s - (self._system.clock.monotonic() - begun))
 
     def _routes(self, holder: str) -> list[Route]:
         """Ways to the holder's blocks, the best first. Redis is read through any worker, at most two of them."""
         if not is_redis(holder):
             member = self._plan.holders[holder]
             here = [Route(member.socket, "")] if self._here(member) else []
+            if not here and self._config.pull_through:
+                here = [Route(route.socket, "", holder) for route in self._any[:1] if route.socket]
             return [*here, *([Route("", member.address)] if member.address else [])]
         return self._any[:2]

@@ -13,6 +13,7 @@ from kvstore.links import Coordinators, Links
 from kvstore.matching import longest, make_plan
 from kvstore.members import Members
 from kvstore.plan import HitPlan, stored_shards
+from kvstore.rates import Rates
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
@@ -43,7 +44,9 @@ class Lookup:
         failed: Recent[Failed],
         counters: Counter[str],
         watching: Watching,
+        rates: Rates,
     ) -> None:
+        self._rates = rates
         self._watching = watching
         self._config, self._system, self._links, self._coordinators = config, system, links, coordinators
         self._members, self._failed, self._counters = members, failed, counters
@@ -62,7 +65,7 @@ class Lookup:
         end = self._system.clock.monotonic() + timeout_s
         plan = self._watching.match(spec, keys, shards, least, after)
         if plan is not None:
-            return self._without_failed(plan)
+            return self._rates.predicted(self._without_failed(plan))
         request = common_pb2.MatchRequest(
             root=spec.root,
             keys=pack_keys(keys),
@@ -84,7 +87,7 @@ class Lookup:
                 local = await self._ask_worker(socket, request, plan, keys, left)
                 if local.blocks > plan.blocks:
                     plan = replace(local, complete=plan.complete, not_applied=plan.not_applied)
-        return self._without_failed(plan)
+        return self._rates.predicted(self._without_failed(plan))
 
     async def _ask_coordinator(
         self, request: common_pb2.MatchRequest, empty: HitPlan, keys: Sequence[bytes], timeout_s: float

@@ -48,6 +48,7 @@ class HitPlan:
     holders: dict[str, Member] = field(default_factory=dict)
     not_applied: tuple[CommitToken, ...] = ()
     complete: bool = True
+    load_s: float = 0.0  # predicted, from what this client has seen of the holders
 
     @property
     def blocks(self) -> int:
@@ -91,7 +92,7 @@ class HitPlan:
                 )  # fmt: skip
         return HitPlan(
             self.spec, self.keys[:blocks], self.shards, self.least, tuple(runs), self.holders, self.not_applied,
-            self.complete,
+            self.complete, self.load_s * blocks / self.blocks,
         )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from kvstore.store import Placed
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
-from workers.node import Answer, Offered
+from workers.node import Answer, Node, Offered
 from workers.pinning import PinCalls
+from workers.prefetching import Prefetching
 
 HOLDS_MAX = 4096
 """Of one connection at a time."""
@@ -33,6 +34,10 @@ class Peer:
 
 class LocalService(PinCalls):
     """One coroutine per call of `WorkerLocal`."""
+
+    def __init__(self, node: Node, prefetching: Prefetching) -> None:
+        super().__init__(node)
+        self.prefetch = prefetching.prefetch
 
     def _peer(self, context: CallContext) -> Peer:
         connection = context.connection

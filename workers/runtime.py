@@ -25,6 +25,7 @@ from workers.announcer import Announcer, Source
 from workers.draining import Draining
 from workers.local import LocalService
 from workers.node import Node
+from workers.prefetching import Prefetching
 from workers.puller import Puller
 from workers.service import WorkerService
 
@@ -79,6 +80,7 @@ class WorkerRuntime:
     announcer: Announcer
     puller: Puller
     draining: Draining
+    prefetching: Prefetching
 
     def __init__(self, config: Config, system: System, transport: Transport) -> None:
         self._config, self._system, self._transport = config, system, transport
@@ -133,12 +135,13 @@ class WorkerRuntime:
         self.draining = Draining(
             self.node, self._transport, lambda: self.announcer.view(), lambda: self.announcer.beat()
         )
-        service = WorkerService(self.node, self.puller, self.draining)
+        self.prefetching = Prefetching(self.node, self.puller, lambda: self.announcer.view())
+        service = WorkerService(self.node, self.puller, self.draining, self.prefetching)
         server = await self._transport.serve(config.server.bind, {"Worker": service}, auth)
         self._servers.append(server)
         self.node.address = config.server.advertise or server.address
         path = socket_path(config.worker.socket, self.identity.worker, self.node.boot_id)
-        self._servers.append(await self._transport.serve_local(path, LocalService(self.node), auth))
+        self._servers.append(await self._transport.serve_local(path, LocalService(self.node, self.prefetching), auth))
         self.node.socket = path
         self._cleanup.append("node")
         self.announcer = self._new_announcer(StoreSource(self.node), self.puller.hinted)

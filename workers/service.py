@@ -24,6 +24,7 @@ from workers.inspecting import inspected_to_wire
 from workers.node import Answer, Node, Offered
 from workers.outgoing import Outgoing
 from workers.pinning import PinCalls
+from workers.prefetching import Prefetching
 from workers.puller import Job, Puller, members_of
 
 FRAME_SLACK_BYTES = 256 * KIB
@@ -33,9 +34,10 @@ FRAME_SLACK_BYTES = 256 * KIB
 class WorkerService(PinCalls):
     """One coroutine per call of the proto; `context.namespace` is granted already."""
 
-    def __init__(self, node: Node, puller: Puller, draining: Draining) -> None:
+    def __init__(self, node: Node, puller: Puller, draining: Draining, prefetching: Prefetching) -> None:
         super().__init__(node)
         self._puller, self._draining = puller, draining
+        self.prefetch = prefetching.prefetch
 
     async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
         return self._node.hello(request)

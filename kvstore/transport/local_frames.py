@@ -21,7 +21,18 @@ REQUEST, REPLY, ERROR = 1, 2, 3
 WRITABLE = 1  # flag of a descriptor
 DESCRIPTORS_MAX = 1024  # of one frame
 DESCRIPTORS_AT_ONCE = 253  # SCM_MAX_FD of the kernel
-NUMBERS = {"Hello": 1, "Match": 2, "Open": 3, "Release": 4, "Stage": 5, "Commit": 6, "Pin": 7, "Renew": 8, "Unpin": 9}
+NUMBERS = {
+    "Hello": 1,
+    "Match": 2,
+    "Open": 3,
+    "Release": 4,
+    "Stage": 5,
+    "Commit": 6,
+    "Pin": 7,
+    "Renew": 8,
+    "Unpin": 9,
+    "Prefetch": 10,
+}
 """Method numbers are on the wire: they never change."""
 METHODS = {NUMBERS[method.name]: method for method in WORKER_LOCAL.values()}
 

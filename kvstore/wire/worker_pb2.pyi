@@ -233,6 +233,42 @@ class PinRequest(_message.Message):
     ttl_ms: int
     def __init__(self, pin: _Optional[bytes] = ..., root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., ttl_ms: _Optional[int] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
+class PrefetchPart(_message.Message):
+    __slots__ = ["group", "holders", "keys", "shard"]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    group: bytes
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    keys: bytes
+    shard: _common_pb2.Shard
+    def __init__(self, shard: _Optional[_Union[_common_pb2.Shard, _Mapping]] = ..., group: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PrefetchReply(_message.Message):
+    __slots__ = ["missing", "pulled", "ready"]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    PULLED_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    missing: int
+    pulled: int
+    ready: int
+    def __init__(self, ready: _Optional[int] = ..., pulled: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ["deadline_ms", "least", "parts", "redis", "spec_json"]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    REDIS_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    deadline_ms: int
+    least: _common_pb2.Fidelity
+    parts: _containers.RepeatedCompositeFieldContainer[PrefetchPart]
+    redis: bool
+    spec_json: str
+    def __init__(self, spec_json: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[PrefetchPart, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
 class ProbeReply(_message.Message):
     __slots__ = ["results"]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
