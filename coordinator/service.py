@@ -14,7 +14,7 @@ from kvstore.seams import System
 from kvstore.transport.base import CallContext
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
 from kvstore.types import CommitToken
-from kvstore.views import visible_status
+from kvstore.views import sums, visible_status
 from kvstore.wire import common_pb2, coordinator_pb2
 from kvstore.wireform import (
     AFTER_MAX,
@@ -129,6 +129,7 @@ class CoordinatorService:
             pid=os.getpid(),
         )
         reply.self.CopyFrom(self.info)
+        reply.namespaces.extend(sums(workers))
         return reply
 
     async def watch(

@@ -36,7 +36,9 @@ class Adopting:
             return self._end("dropped", why=str(error))
         place = await self.movement.room.wait(stack.HOST, namespace, len(data), stack.config.put_wait_s)
         if place is None:
-            return self._end("dropped", why="no room in the host tier")
+            if stack.quota.over(namespace, stack.HOST, len(data)) > 0:
+                stack.quota.dropped[namespace] += 1
+            return self._end("dropped", why="no room in the host tier, or within the namespace's quota of it")
         place = await stack.host.fill(namespace, header, place, [data])
         try:
             if self.holds(namespace, header):  # put here meanwhile

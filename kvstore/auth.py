@@ -16,10 +16,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstore.config import ClientConfig, ServerConfig
 from kvstore.errors import ConfigError, NotGranted, SetupError, Unauthenticated
+from kvstore.quotas import Quotas
 from kvstore.replicas import Copies
 from kvstore.transport.base import CallContext, Credentials, Method
 from kvstore.transport.methods import SERVICES
@@ -28,6 +29,7 @@ from kvstore.values import convert
 DEFAULT_NAMESPACE = "default"
 TOKEN_CHARS_MIN = 16
 COPIES_MAX = 16
+N = TypeVar("N")
 NODE_METHODS = frozenset({("Coordinator", "Announce"), ("Worker", "Probe"), ("Worker", "Pull"), ("Worker", "Drain")})
 """Calls that only workers and coordinators make."""
 
@@ -40,6 +42,7 @@ class NamespaceRules:
     """`[namespaces.NAME]`. Only what is enforced is a key here; any other is an error."""
 
     redis_secret_file: str = ""  # empty: derived from the cluster token
+    quotas: Quotas = field(default_factory=Quotas)  # table `quotas`
     copies: Copies = field(default_factory=Copies)  # keys `copies`, `hot_copies`, `hot_bytes`
 
 
@@ -225,23 +228,34 @@ def _known(table: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
 
 def _rules(name: str, table: dict[str, Any], path: str) -> NamespaceRules:
     where = f"{path}: namespaces.{name}"
-    _known(table, ("redis_secret_file", *(f.name for f in fields(Copies))), where)
+    _known(table, ("redis_secret_file", "quotas", *(f.name for f in fields(Copies))), where)
     secret = table.get("redis_secret_file", "")
     if not isinstance(secret, str):
         raise ConfigError(f"{where}.redis_secret_file must be the path of a file")
-    return NamespaceRules(secret, _copies(table, where))
+    quotas = table.get("quotas", {})
+    if not isinstance(quotas, dict):
+        raise ConfigError(f"{where}.quotas must be a table, [namespaces.{name}.quotas]")
+    _known(quotas, tuple(f.name for f in fields(Quotas)), f"{where}.quotas")
+    return NamespaceRules(secret, _numbers(Quotas, quotas, f"{where}.quotas"), _copies(table, where))
 
 
-def _copies(table: dict[str, Any], where: str) -> Copies:
+def _numbers(kind: type[N], table: dict[str, Any], where: str) -> N:
+    """A dataclass of whole numbers, none negative, from a table that may have other keys too. ConfigError."""
     numbers: dict[str, int] = {}
-    for f in fields(Copies):
+    for f in fields(kind):  # type: ignore[arg-type]
         try:
             numbers[f.name] = int(str(convert(f.name, int, table.get(f.name, f.default))))
         except ValueError as error:
             raise ConfigError(f"{where}.{f.name}: {error}") from None
-    copies = Copies(**numbers)
-    if not 1 <= copies.copies <= COPIES_MAX or not 0 <= copies.hot_copies <= COPIES_MAX or copies.hot_bytes < 0:
-        raise ConfigError(f"{where}: copies is 1 to {COPIES_MAX}, hot_copies 0 to {COPIES_MAX}, hot_bytes not negative")
+        if numbers[f.name] < 0:
+            raise ConfigError(f"{where}.{f.name} = {numbers[f.name]}: must be at least 0")
+    return kind(**numbers)
+
+
+def _copies(table: dict[str, Any], where: str) -> Copies:
+    copies = _numbers(Copies, table, where)
+    if not 1 <= copies.copies <= COPIES_MAX or copies.hot_copies > COPIES_MAX:
+        raise ConfigError(f"{where}: copies is 1 to {COPIES_MAX}, hot_copies 0 to {COPIES_MAX}")
     return copies
 
 

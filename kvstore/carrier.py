@@ -134,7 +134,7 @@ class Carrier:
         stack, tier = self.stack, self.stack.arena_tier(destination)
         self.landed(ticket)
         if tier is None:
-            if not self.room.make(destination, moving.nbytes):
+            if not self.room.make(destination, moving.nbytes, namespace=moving.namespace):
                 raise NoRoom("no room below")
             return await stack.tiers[destination].write(moving.namespace, moving.header, moving.parts)
         location = self.room.reserve(destination, moving.namespace, moving.nbytes)

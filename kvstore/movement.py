@@ -26,7 +26,7 @@ class Movement:
         self.stack = stack
         self.outlets = Outlets(stack)
         self.growth = Growth(stack.arena, stack.system.pool, self.nudge)
-        self.room = Room(stack, self.outlets, self.growth, self.press)
+        self.room = Room(stack, self.outlets, self.growth, self.press, self._move_on)
         self._carrier = Carrier(stack, finder, self.room)
         self.moving_bytes = 0  # of the copies on their way down
         self._targets: dict[int, int] = {}  # level -> bytes it is being drained to, since it crossed its watermark
@@ -66,6 +66,8 @@ class Movement:
         self._again = False
         for level in range(len(self.stack.tiers) - 1, -1, -1):
             self._pump_level(level)
+        for namespace, level in self.stack.quota.limited:
+            self.room.give_way(level, namespace, 0)
         if self._again:
             asyncio.get_running_loop().call_soon(self._resume)
 
@@ -112,12 +114,18 @@ class Movement:
     def _start(self, row: int, level: int) -> bool:
         """Begin to move a block down, if a destination and the bounds allow it. Mutates."""
         stack, residency = self.stack, self.stack.residency
-        destinations = self.outlets.open(level)
-        nbytes = stack.length(row, level)
+        namespace, nbytes = residency.namespace(row), stack.length(row, level)
+        below = self.outlets.open(level)
+        destinations = [destination for destination in below if stack.takes(destination, namespace, nbytes)]
+        if below and not destinations:
+            return self._over_quota(row)
         if not destinations or (self._tasks and self.moving_bytes + nbytes > stack.config.spill_queue_bytes):
             return False
-        if destinations[0] < stack.REDIS and not self._may_come(destinations[0], nbytes):
-            return self._evict_instead(row, level, destinations[0], nbytes)
+        if destinations[0] < stack.REDIS:
+            if not self.room.give_way(destinations[0], namespace, nbytes):
+                return self._over_quota(row)
+            if not self._may_come(destinations[0], nbytes):
+                return self._evict_instead(row, level, destinations[0], nbytes)
         ticket = Ticket(row, level, nbytes, destinations[0], stack.slot(row, level))
         if ticket.held is not None:
             stack.arena.hold(ticket.held)
@@ -128,6 +136,25 @@ class Movement:
         task = asyncio.get_running_loop().create_task(self._move(ticket, destinations))
         self._tasks[task] = None
         task.add_done_callback(lambda task: self._ended(task, ticket))
+        return True
+
+    def _move_on(self, row: int, level: int) -> bool:
+        """Begin to move a block down for its namespace's quota; whether that, or the end of a block, has begun."""
+        return level not in self._stuck and not self._closed and self._start(row, level)
+
+    def _over_quota(self, row: int) -> bool:
+        """Its namespace has no room below either, and nothing of it there gives way: a leaf of it goes. Mutates.
+
+        Whether one did; while anything moves it may yet find room.
+        """
+        residency = self.stack.residency
+        leaf = residency.descendant(row)
+        if self._tasks or residency.busy(leaf) or residency.pinned(leaf):
+            return False
+        self.stack.counters["evicted"] += 1
+        self.stack.quota.evicted[residency.namespace(leaf)] += 1
+        self.stack.remove(leaf, evicted=True)
+        self.room.progressed()
         return True
 
     def _may_come(self, level: int, nbytes: int) -> bool:

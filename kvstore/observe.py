@@ -13,6 +13,7 @@ from kvstore.errors import Incompatible, KVStoreError
 from kvstore.transport.base import Credentials, Method, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
 from kvstore.types import Tier
+from kvstore.views import sums
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 
 
@@ -130,6 +131,20 @@ def status_object(view: View, coordinators: Sequence[str]) -> dict[str, Any]:
     return {
         "coordinators": [_coordinator(address, view) for address in coordinators],
         "workers": [_worker(worker) for worker in view.workers().values()],
+        "namespaces": [_namespace(entry) for entry in sums(view.workers().values())],
+    }
+
+
+def _namespace(entry: common_pb2.NamespaceStatus) -> dict[str, Any]:
+    """One namespace over all workers; `quota` null where it has none."""
+    return {
+        "namespace": entry.namespace,
+        "blocks": entry.blocks,
+        "tiers": {Tier(use.tier).name.lower(): {"used": use.used, "quota": use.quota or None} for use in entry.tiers},
+        "pinned": entry.pinned_bytes,
+        "staging": entry.staging_bytes,
+        "puts_over_quota": entry.puts_over_quota,
+        "blocks_over_quota": entry.blocks_over_quota,
     }
 
 

@@ -56,6 +56,7 @@ class Pins:
             raise Overloaded(f"{PINS_MAX} pins in one namespace: release some")
         residency, config = self._stack.residency, self._stack.config
         bound = min(config.pinned_bytes, config.host_bytes // 2)  # pins alone must not fill a worker
+        bound = min(bound, self._stack.quota.of(namespace).pinned_bytes or bound)
         pin = Pin(self._expiry(ttl_s))
         states: list[bool | None] = []
         for shard, key in wanted:

@@ -81,6 +81,11 @@ class Putting:
         self.stack.counters[f"puts_{state}"] += 1
         return PutOutcome(state, seq, why)
 
+    def _over(self, namespace: str, what: str, why: str) -> PutOutcome:
+        self.stack.counters[f"puts_over_{what}"] += 1
+        self.stack.quota.dropped[namespace] += 1
+        return self._end("dropped", why=why)
+
     def _held(self, id: BlockId, header: Header) -> bool:
         """Whether a copy as good is there; then it was used just now."""
         residency = self.stack.residency
@@ -98,8 +103,12 @@ class Putting:
             self.stack.catalog.learn_shard(shard)
         except Overloaded as error:
             return self._end("dropped", why=str(error))
+        if not stack.quota.spend(id.namespace, header.raw_length):
+            return self._over(id.namespace, "rate", "more bytes a second than the namespace's rate_bytes")
         place = await self.movement.room.wait(stack.HOT, id.namespace, header.raw_length, stack.config.put_wait_s)
         if place is None:
+            if stack.quota.over(id.namespace, stack.HOT, header.raw_length) > 0:
+                return self._over(id.namespace, "quota", "over the namespace's quota of the hot tier")
             return self._end("dropped", why="no room in the hot tier")
         kept = False
         try:

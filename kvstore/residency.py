@@ -50,6 +50,8 @@ class Residency:
         self.blocks = [0] * len(levels)
         self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
         self._names: list[tuple[str, bytes]] = []
+        self._held: dict[str, list[int]] = {}  # namespace -> `used` of its copies that are not leaving, by level
+        self._held_by: list[list[int]] = []  # the same lists, by space
         self._expected = 0  # blocks that the next space is made for
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
         self._granules = [level.granule for level in levels]
@@ -162,6 +164,24 @@ class Residency:
         )
         return min(found, key=lambda row: (1 - rows.secondary[row], orders[rows.secondary[row]](row)), default=None)
 
+    def staying_bytes(self, namespace: str, level: int) -> int:
+        """Footprints of a namespace's copies at a level that are not on their way down."""
+        held = self._held.get(namespace)
+        return 0 if held is None else held[level]
+
+    def order(self, row: int, level: int) -> int:
+        """Lesser leaves the level earlier; of a block that is there. Secondary copies before all others."""
+        rank = self.rows.secondary[row]
+        order = self._ranks[rank][level].order(row)
+        return order - (1 << 62) if rank else order
+
+    def rows_of(self, namespace: str, level: int) -> Iterator[int]:
+        """Rows of a namespace with a copy at a level, in no order. O(its blocks)."""
+        present, bit = self.rows.present, 1 << level
+        for (name, _), index in zip(self._names, self._index, strict=True):
+            if name == namespace:
+                yield from (row for row in index.rows() if present[row] & bit)
+
     def namespaces(self) -> list[str]:
         return list(dict.fromkeys(namespace for namespace, _ in self._names))
 
@@ -240,6 +260,7 @@ class Residency:
         granule = self._granules[level]
         footprint = -(-length // granule) * granule
         self.used[level] += footprint
+        self._held_by[rows.space[row]][level] += footprint
         self.raw_bytes[level] += rows.raw[row]
         self.blocks[level] += 1
         if rows.parent[row] != NONE:
@@ -266,6 +287,8 @@ class Residency:
         if leaving & bit:
             self.leaving_bytes[level] -= footprint
             rows.leaving[row] = leaving & ~bit
+        else:
+            self._held_by[rows.space[row]][level] -= footprint
         rows.present[row] = present = present & ~bit
         self.raw_bytes[level] -= rows.raw[row]
         self.blocks[level] -= 1
@@ -275,6 +298,11 @@ class Residency:
         if not present:
             self._remove(row)
         return location
+
+    def count(self, space: int, level: int, footprints: int) -> None:
+        """So many bytes of a space have come to a level: for `kvstore.residency_bulk`. Mutates."""
+        self.used[level] += footprints
+        self._held_by[space][level] += footprints
 
     def replace_header(self, row: int, header: Header) -> None:
         """The same copy, now with the header of its record. Mutates."""
@@ -333,7 +361,9 @@ class Residency:
         before, bit = self.family.stays(row), 1 << level
         assert self.staying(row, level), f"row {row} is not at level {level}, or leaving already"
         self.rows.leaving[row] |= bit
-        self.leaving_bytes[level] += self.levels[level].footprint(self.rows.length[level][row])
+        footprint = self.levels[level].footprint(self.rows.length[level][row])
+        self.leaving_bytes[level] += footprint
+        self._held_by[self.rows.space[row]][level] -= footprint
         self.family.moved(row, before, self.family.stays(row))
 
     def stay(self, row: int, level: int) -> None:
@@ -341,7 +371,9 @@ class Residency:
         before, bit = self.family.stays(row), 1 << level
         assert self.rows.leaving[row] & bit, f"row {row} is not leaving level {level}"
         self.rows.leaving[row] &= ~bit
-        self.leaving_bytes[level] -= self.levels[level].footprint(self.rows.length[level][row])
+        footprint = self.levels[level].footprint(self.rows.length[level][row])
+        self.leaving_bytes[level] -= footprint
+        self._held_by[self.rows.space[row]][level] += footprint
         self.family.moved(row, before, self.family.stays(row))
         self._ready(row)
 
@@ -353,6 +385,7 @@ class Residency:
         if space is None:
             space = self._spaces[namespace, header.shard] = len(self._names)
             self._names.append((namespace, header.shard))
+            self._held_by.append(self._held.setdefault(namespace, [0] * len(self.levels)))
             self._index.append(KeyTable(self.rows, space, self._expected))
             self.rows.describe(header.namespace, header.shard)
             self.family.orphans.append({})

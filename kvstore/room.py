@@ -16,6 +16,9 @@ ORDERLY_DROPS = 16
 
 SEGMENTS_TRIED = 4
 
+GIVES_A_TURN = 256
+"""Blocks of a namespace that give way to one more of it before others have their turn."""
+
 GROWTH_WAIT_S = 5.0
 """Fresh memory is worth waiting for: it is faulted in once, and only while the store is still growing."""
 
@@ -63,11 +66,19 @@ class Outlets:
 class Room:
     """Space for what comes. `reserve` and `make` are synchronous; `wait` waits for moves, within bounds."""
 
-    def __init__(self, stack: Stack, outlets: Outlets, growth: Growth, press: Callable[[int, int], bool]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        outlets: Outlets,
+        growth: Growth,
+        press: Callable[[int, int], bool],
+        move_on: Callable[[int, int], bool],
+    ) -> None:
         self.stack = stack
         self.outlets = outlets
         self.growth = growth
         self._press = press  # (level, bytes): move so much down; whether anything is on its way
+        self._move_on = move_on  # (row, level): begin to move it down; whether that, or its end, has begun
         self._waiting: Counter[int] = Counter()  # bytes waited for, by level
         self._progress = asyncio.Event()
 
@@ -100,11 +111,28 @@ class Room:
         below = self.stack.tiers[level]
         return 0 if below.fits(nbytes) else max(1, below.used + nbytes - below.capacity)
 
-    def make(self, level: int, nbytes: int, *, force: bool = False) -> bool:
-        """Shed victims until `nbytes` fit within the level's bound; whether they do. Mutates.
+    def give_way(self, level: int, namespace: str, nbytes: int, *, clean_only: bool = False) -> bool:
+        """Over its quota with `nbytes` more, a namespace's own blocks leave a level first; whether they do. Mutates."""
+        quota = self.stack.quota
+        for _ in range(GIVES_A_TURN):
+            if quota.over(namespace, level, nbytes) <= 0:
+                return True
+            row = quota.victim(namespace, level)
+            if row is None:
+                return False
+            if self.shed(row, level, clean_only=clean_only):
+                quota.evicted[namespace] += 1
+            elif clean_only or not self._move_on(row, level):
+                return False
+        return quota.over(namespace, level, nbytes) <= 0
+
+    def make(self, level: int, nbytes: int, *, namespace: str = "", force: bool = False) -> bool:
+        """Shed victims until `nbytes` fit within the level's bound, and the namespace's; whether they do. Mutates.
 
         `force`: parents before their children, where nothing else is left.
         """
+        if not self.give_way(level, namespace, nbytes):
+            return False
         tier = self.stack.tiers[level]
         while not tier.fits(nbytes):
             row = self.stack.residency.victim(level, force=force) if nbytes <= tier.capacity else None
@@ -117,7 +145,7 @@ class Room:
         stack = self.stack
         tier = stack.arena_tier(level)
         assert tier is not None, f"level {level} does not lie in the arena"
-        if nbytes > tier.capacity:
+        if nbytes > tier.capacity or not self.give_way(level, namespace, nbytes, clean_only=clean_only):
             return None
         for dropped in range(ORDERLY_DROPS + stack.residency.blocks[level]):
             location = tier.reserve(namespace, nbytes)
@@ -159,6 +187,10 @@ class Room:
                 raise TierFull("all blocks there are held by readers, or can't be moved on")
             await self.progress()
 
+    def _asked(self, level: int, namespace: str, nbytes: int) -> int:
+        """What the others must give way to: nothing, where it is the namespace that is over its quota. Pure."""
+        return 0 if self.stack.quota.over(namespace, level, 1) > 0 else nbytes
+
     async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
         """`reserve`, and if need be wait for room: for moves at most `wait_s`, for a segment that is being made longer;
         within `spill_queue_bytes` of waiting blocks."""
@@ -179,7 +211,7 @@ class Room:
     async def _wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
         begun = asyncio.get_running_loop().time()
         while True:
-            moving = self._press(level, self._waiting[level])
+            moving = self._press(level, self._asked(level, namespace, self._waiting[level]))
             location = self.reserve(level, namespace, nbytes)  # pressing may have made room at once
             if location is not None or not moving:
                 return location

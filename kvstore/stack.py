@@ -7,6 +7,7 @@ A flip is: residency, the tier's space, the announcement. Bytes are moved by oth
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from kvstore.config import StoreConfig
 from kvstore.header import Header
 from kvstore.header_columns import kinds
 from kvstore.policy import make_policy
+from kvstore.quota_gate import QuotaGate
+from kvstore.quotas import Quotas
 from kvstore.residency import Level, Residency
 from kvstore.residency_bulk import take_in
 from kvstore.runs import Added, Removed
@@ -35,6 +38,10 @@ FREE_GROUPS = ("sliding", "state")
 """Kinds of group whose old blocks are as good victims as leaves: nobody needs them to reach the later ones."""
 
 
+REDIS_EXTRA_BYTES = 1024
+"""More than what Redis counts for a block beside its record."""
+
+
 class Stack:
     """Levels, fastest first: hot (cpu pool), one hot pool per device, host, ssd. Redis stands beside them."""
 
@@ -47,6 +54,7 @@ class Stack:
         *,
         ssd: TierStore | None,
         redis: SharedTier | None,
+        quotas: Mapping[str, Quotas] | None = None,
     ) -> None:
         self.system = system
         self.config = config
@@ -71,6 +79,7 @@ class Stack:
         if ssd is not None:
             levels.append(Level(Tier.SSD, ssd.capacity, PAGE_BYTES))
         self.residency = Residency(levels, lambda: make_policy(config.policy))
+        self.quota = QuotaGate(self.residency, system.clock, quotas or {})
 
     # ---- questions
 
@@ -139,6 +148,12 @@ class Stack:
             stats.hits = self.hits[kind]
             stats.errors += self.corrupt[kind]
         return [found[kind] for kind in Tier]
+
+    def takes(self, destination: int, namespace: str, nbytes: int) -> bool:
+        """Whether a block of so many bytes is within the namespace's quota of a destination at all. Pure."""
+        tier = Tier.REDIS if destination == self.REDIS else self.residency.levels[destination].tier
+        bound = self.quota.of(namespace).tier(tier)
+        return not bound or nbytes + REDIS_EXTRA_BYTES * (tier == Tier.REDIS) <= bound
 
     # ---- flips
 

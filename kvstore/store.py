@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from kvstore.pins import Pins
 from kvstore.probe import Probe, ProbeOutcome
 from kvstore.promotion import Promotion
 from kvstore.putting import PutOutcome, Putting
+from kvstore.quotas import Quotas
 from kvstore.residency_check import validate
 from kvstore.runs import Added
 from kvstore.seams import System
@@ -41,11 +42,23 @@ from kvstore.stack import Stack
 from kvstore.staging import Staging
 from kvstore.tiers.base import Recovered, TierStats, TierStore
 from kvstore.tiers.found import RecoveredRecords
-from kvstore.types import Fidelity
+from kvstore.types import Fidelity, Tier
 
 __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
 
 ANNOUNCE_QUEUE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Bytes of one namespace in each local tier, pinned and staged; its puts dropped, and its blocks evicted, over its
+    quotas."""
+
+    tiers: Mapping[Tier, int]
+    pinned: int
+    staging: int
+    dropped: int
+    evicted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +82,19 @@ class TieredStore:
         redis: SharedTier | None,
         holder: str = "",
         announce_queue: int = ANNOUNCE_QUEUE,
+        quotas: Mapping[str, Quotas] | None = None,
     ) -> None:
-        """`holder`: what `match` calls this worker. `announce_queue`: changes kept per namespace."""
+        """`holder`: what `match` calls this worker. `announce_queue`: changes kept per namespace. `quotas`: of those
+        namespaces that have bounds of their own."""
         self.system, self.config, self.catalog, self.holder = system, config, catalog, holder
         self.changes = Changes(announce_queue)
         self._finder = None if redis is None else Finder(redis)
-        self.stack = Stack(system, config, catalog, self.changes, ssd=ssd, redis=redis)
+        self.stack = Stack(system, config, catalog, self.changes, ssd=ssd, redis=redis, quotas=quotas)
         self.arena = self.stack.arena
-        self.staging = Staging(system.memory, config.staging_total_bytes)
+        quota = self.stack.quota
+        self.staging = Staging(
+            system.memory, config.staging_total_bytes, bound=lambda namespace: quota.of(namespace).staging_bytes
+        )
         self.movement = Movement(self.stack, self._finder)
         budget = Budget(config.load_queue_bytes)
         self.loading = Loading(self.stack, self.movement, self._finder, budget)
@@ -256,6 +274,28 @@ class TieredStore:
         """Blocks held of one namespace."""
         residency = self.stack.residency
         return sum(len(residency.keys(namespace, shard)) for shard in residency.shards(namespace))
+
+    def quotas(self, namespace: str) -> Quotas:
+        """What bounds a namespace here, beside the worker's own bounds. Pure."""
+        return self.stack.quota.of(namespace)
+
+    def use(self, namespace: str) -> Use:
+        """What a namespace has here at present. Pure."""
+        residency, quota = self.stack.residency, self.stack.quota
+        tiers: Counter[Tier] = Counter()
+        for level, rule in enumerate(residency.levels):
+            tiers[rule.tier] += residency.staying_bytes(namespace, level)
+        return Use(
+            dict(tiers),
+            self.pins.pinned_bytes(namespace),
+            self.staging.used_by(namespace),
+            quota.dropped[namespace],
+            quota.evicted[namespace],
+        )
+
+    def spend(self, namespace: str, nbytes: int) -> bool:
+        """Whether the namespace's rate lets so many bytes out to another host now. Mutates."""
+        return self.stack.quota.spend(namespace, nbytes)
 
     @property
     def counters(self) -> dict[str, int]:

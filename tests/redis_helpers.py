@@ -28,10 +28,11 @@ def tier_on(
     *,
     catalog: Catalog | None = None,
     secret: Callable[[str], bytes] = secret_of,
+    quota: Callable[[str], int] = lambda namespace: 0,
     **config: Any,
 ) -> RedisTier:
     settings = replace(StoreConfig(), redis_url=url, redis_bytes=nbytes, **config)
-    return RedisTier(system, settings, catalog_of() if catalog is None else catalog, secret)
+    return RedisTier(system, settings, catalog_of() if catalog is None else catalog, secret, quota=quota)
 
 
 class Raw:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.arena import generation_at
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
 from kvstore.format import Record, decode_record
+from kvstore.quotas import Quotas
 from kvstore.runs import Added, Change, Removed
 from kvstore.seams import System
 from kvstore.shared import SharedTier
@@ -47,9 +48,10 @@ class Rig:
         system: System | None = None,
         spec: ModelSpec | None = None,
         catalog: Catalog | None = None,
+        quotas: Mapping[str, Quotas] | None = None,
     ) -> Rig:
         system, catalog = system or fake_system(), catalog or Catalog()
-        store = TieredStore(system, config, catalog, ssd=ssd, redis=redis, holder="me")
+        store = TieredStore(system, config, catalog, ssd=ssd, redis=redis, holder="me", quotas=quotas)
         rig = cls(store, system, catalog, spec or small_spec())
         store.subscribe(lambda namespace, seq, change: rig.told.setdefault(namespace, []).append((seq, change)))
         return rig

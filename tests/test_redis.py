@@ -47,6 +47,25 @@ class TestRedisContract(TierContract):
 # Bound
 
 
+async def test_a_namespace_has_a_bound_of_its_own(server: EmbeddedRedis, raw: Raw, system: System) -> None:
+    """The script keeps it: a quota takes from nobody else, and a block larger than it is refused at once."""
+    room = 3 * (BLOCK_BYTES + 1000)
+    quotas = {NAMESPACE: room, "tiny": BLOCK_BYTES}
+    tier = tier_on(system, server.url, 100 * room, quota=lambda namespace: quotas.get(namespace, 0))
+    await tier.start()
+    others = [sample(depth, namespace="other") for depth in range(8)]
+    for found in others:
+        await put(tier, found)
+    for depth in range(8):
+        await put(tier, sample(depth))
+    spaces = tier.index.spaces
+    assert spaces[NAMESPACE].used <= room and spaces[NAMESPACE].blocks == 3
+    assert [await get(tier, found) for found in others] == [found.record for found in others]
+    with pytest.raises(TierFull):
+        await put(tier, sample(0, namespace="tiny"))
+    await tier.close()
+
+
 async def test_the_least_recently_used_goes_first(server: EmbeddedRedis, raw: Raw, system: System) -> None:
     tier = tier_on(system, server.url, 10 * (BLOCK_BYTES + 1000))
     await tier.start()

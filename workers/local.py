@@ -137,7 +137,8 @@ class LocalService(PinCalls):
         peer.asked_for_staging = True
         try:
             nbytes = min(request.bytes, node.config.store.staging_bytes)
-            staging = await node.store.staging.open_apart(node.system.pool, nbytes)
+            nbytes = min(nbytes, node.store.quotas(context.namespace).staging_bytes or nbytes)
+            staging = await node.store.staging.open_apart(node.system.pool, nbytes, context.namespace)
         except BaseException:
             peer.asked_for_staging = False
             raise

@@ -196,6 +196,22 @@ class Node:
         """Seconds until a deadline of the monotonic clock."""
         return None if deadline is None else max(0.0, deadline - self.system.clock.monotonic())
 
+    def _namespace(self, name: str, seq: int) -> common_pb2.NamespaceStatus:
+        use, quotas = self.store.use(name), self.store.quotas(name)
+        return common_pb2.NamespaceStatus(
+            namespace=name,
+            seq=seq,
+            blocks=self.store.blocks(name),
+            tiers=[
+                common_pb2.TierUse(tier=int(tier), used=used, quota=quotas.tier(tier))  # type: ignore[arg-type]
+                for tier, used in use.tiers.items()
+            ],
+            pinned_bytes=use.pinned,
+            staging_bytes=use.staging,
+            puts_over_quota=use.dropped,
+            blocks_over_quota=use.evicted,
+        )
+
     def status(self) -> common_pb2.WorkerStatus:
         """Everything; `kvstore.views` cuts it to what a caller may see."""
         tiers = [
@@ -213,10 +229,7 @@ class Node:
             )
             for stats in self.store.stats()
         ]
-        namespaces = [
-            common_pb2.NamespaceStatus(namespace=name, seq=seq, blocks=self.store.blocks(name))
-            for name, seq in self.store.heads().items()
-        ]
+        namespaces = [self._namespace(name, seq) for name, seq in self.store.heads().items()]
         return common_pb2.WorkerStatus(
             member=member_to_wire(self.member()),
             tiers=tiers,

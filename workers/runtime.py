@@ -15,6 +15,7 @@ from kvstore.config import Config
 from kvstore.errors import SetupError
 from kvstore.identity import Identity, claim
 from kvstore.membership import Member
+from kvstore.quotas import NONE, Quotas
 from kvstore.runs import Added, Change
 from kvstore.seams import System
 from kvstore.store import TieredStore
@@ -126,6 +127,7 @@ class WorkerRuntime:
             redis=self._redis,
             holder=self.identity.worker,
             announce_queue=config.worker.announce_queue,
+            quotas=self._quotas(),
         )
         self._cleanup.append("store")
         await self.store.start()
@@ -158,7 +160,17 @@ class WorkerRuntime:
             return None
         from kvstore.tiers.redis import RedisTier
 
-        return RedisTier(self._system, self._config.store, self.catalog, self._policy.redis_secret)
+        quotas = self._quotas()
+        return RedisTier(
+            self._system,
+            self._config.store,
+            self.catalog,
+            self._policy.redis_secret,
+            quota=lambda namespace: quotas.get(namespace, NONE).redis_bytes,
+        )
+
+    def _quotas(self) -> dict[str, Quotas]:
+        return {name: rules.quotas for name, rules in self._policy.namespaces.items()}
 
     def _new_announcer(
         self, source: Source, hinted: Callable[[coordinator_pb2.Hints], None] | None = None

@@ -122,7 +122,10 @@ class WorkerService(PinCalls):
             raise BadRequest("layer_first without layer_count: give both, or neither for all layers")
         if len(request.resume) > len(wanted):
             raise BadRequest(f"{len(request.resume)} blocks to go on with, and {len(wanted)} asked for")
-        with node.sending.take(node.asked_bytes(root, shards)):
+        asked = node.asked_bytes(root, shards)
+        if not node.store.spend(context.namespace, asked):
+            raise Overloaded("more bytes a second than the namespace's rate_bytes: later, or less")
+        with node.sending.take(asked):
             timeout_s = node.left(context.deadline)
             now = node.now(root, shards)
             hold = await node.open(

@@ -55,6 +55,20 @@ def print_status(status: dict[str, Any], title: str = "") -> None:
             head = ["", "", "", ""]
         workers.add_section()
     out.print(workers)
+    if any(use["quota"] for entry in status["namespaces"] for use in entry["tiers"].values()):
+        print_namespaces(status["namespaces"])
+
+
+def print_namespaces(namespaces: list[dict[str, Any]]) -> None:
+    """Sums over the workers, of bytes that stay in a tier."""
+    rows = table("namespace", "tier", "used", "quota", "puts dropped", "evicted", right="used quota puts evicted")
+    for entry in namespaces:
+        head = [entry["namespace"]]
+        counts = [str(entry["puts_over_quota"]), str(entry["blocks_over_quota"])]
+        for tier, use in entry["tiers"].items():
+            rows.add_row(*head, tier, size(use["used"]), size(use["quota"]) if use["quota"] else "", *counts)
+            head, counts = [""], ["", ""]
+    console().print(rows)
 
 
 def print_checks(report: dict[str, Any]) -> None:

@@ -48,8 +48,11 @@ class RedisTier:
         catalog: Catalog,
         secret: Callable[[str], bytes],
         connect: Connect = connect,
+        quota: Callable[[str], int] = lambda namespace: 0,
     ) -> None:
-        """`secret` gives a namespace's MAC key; `connect` makes the link."""
+        """`secret` gives a namespace's MAC key; `connect` makes the link; `quota`: bytes of a namespace below
+        `redis_bytes`, 0: these."""
+        self._quota = quota
         self.system = system
         self.config = config
         self._secret = secret
@@ -66,13 +69,16 @@ class RedisTier:
 
     @property
     def capacity(self) -> int:
-        """`redis_bytes` for each namespace used."""
-        return self.config.redis_bytes * max(1, len(self.index.spaces))
+        """`redis_bytes`, or its quota, for each namespace used."""
+        return sum(map(self._bound, self.index.spaces)) or self.config.redis_bytes
 
     @property
     def used(self) -> int:
         """As Redis said last, all workers' blocks together, and what is being written here."""
         return min(self._pending_bytes + sum(space.used for space in self.index.spaces.values()), self.capacity)
+
+    def _bound(self, namespace: str) -> int:
+        return min(self._quota(namespace) or self.config.redis_bytes, self.config.redis_bytes)
 
     def fits(self, nbytes: int) -> bool:
         return _cost(nbytes) <= self.config.redis_bytes
@@ -111,8 +117,8 @@ class RedisTier:
 
     async def write(self, namespace: str, header: Header, parts: Sequence[Buffer]) -> Location:
         nbytes = sum(memoryview(part).nbytes for part in parts)
-        if not self.fits(nbytes):
-            raise TierFull(f"{nbytes} bytes are more than redis_bytes, {self.config.redis_bytes}")
+        if _cost(nbytes) > self._bound(namespace):
+            raise TierFull(f"{nbytes} bytes are more than redis_bytes, {self._bound(namespace)}")
         if nbytes != header.stored_length:
             raise BadRequest(f"a record of {nbytes} bytes under a header that says {header.stored_length}")
         if self._stats.state == "full":
@@ -139,7 +145,7 @@ class RedisTier:
             if words:
                 before.insert(0, ["HSET", space.key("words"), *words])
             entry = header.pack()
-            arguments = [space.incarnation, id, entry, self.config.redis_bytes, ttl_ms, STREAM_MAX, space.values]
+            arguments = [space.incarnation, id, entry, self._bound(space.name), ttl_ms, STREAM_MAX, space.values]
             word, *totals = await self.index.run(PUT, [*space.keys, sent], arguments, before)
             space.count(totals)
             if word == b"enter":  # the index was emptied since: its words are gone too

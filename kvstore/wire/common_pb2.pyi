@@ -150,14 +150,24 @@ class Member(_message.Message):
     def __init__(self, id: _Optional[str] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., socket: _Optional[str] = ..., host: _Optional[str] = ..., node: _Optional[str] = ..., state: _Optional[str] = ..., slow_start: bool = ...) -> None: ...
 
 class NamespaceStatus(_message.Message):
-    __slots__ = ["blocks", "namespace", "seq"]
+    __slots__ = ["blocks", "blocks_over_quota", "namespace", "pinned_bytes", "puts_over_quota", "seq", "staging_bytes", "tiers"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUTS_OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     blocks: int
+    blocks_over_quota: int
     namespace: str
+    pinned_bytes: int
+    puts_over_quota: int
     seq: int
-    def __init__(self, namespace: _Optional[str] = ..., seq: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+    staging_bytes: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
+    def __init__(self, namespace: _Optional[str] = ..., seq: _Optional[int] = ..., blocks: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ..., pinned_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., puts_over_quota: _Optional[int] = ..., blocks_over_quota: _Optional[int] = ...) -> None: ...
 
 class RemovedRun(_message.Message):
     __slots__ = ["keys", "shard"]
@@ -230,6 +240,16 @@ class TierStatus(_message.Message):
     used: int
     writes: int
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., used: _Optional[int] = ..., capacity: _Optional[int] = ..., blocks: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., writes: _Optional[int] = ..., errors: _Optional[int] = ...) -> None: ...
+
+class TierUse(_message.Message):
+    __slots__ = ["quota", "tier", "used"]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    quota: int
+    tier: Tier
+    used: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used: _Optional[int] = ..., quota: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ["counters", "member", "namespaces", "pid", "tiers"]
