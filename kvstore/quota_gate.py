@@ -17,6 +17,7 @@ from kvstore.seams import Clock
 
 BATCH_SHARE = 16  # of a namespace's blocks in a tier, put in order at a time
 BATCH_MIN = 256
+SECONDARY_FIRST = 1 << 62
 
 
 class QuotaGate:
@@ -46,11 +47,14 @@ class QuotaGate:
             return 0
         tier = residency.levels[level].tier
         staying = sum(
-            residency.staying_bytes(namespace, other)
-            for other, rule in enumerate(residency.levels)
-            if rule.tier == tier
+            self.staying(namespace, other) for other, rule in enumerate(residency.levels) if rule.tier == tier
         )
         return staying + residency.levels[level].footprint(nbytes) - bound
+
+    def staying(self, namespace: str, level: int) -> int:
+        """Footprints of a namespace's copies at a level that are not on their way down. Pure."""
+        held = self._residency.held.get(namespace)
+        return 0 if held is None else held[level]
 
     def spend(self, namespace: str, nbytes: int) -> bool:
         """Whether the namespace's rate lets so many bytes pass. Mutates."""
@@ -68,7 +72,7 @@ class QuotaGate:
             while line:
                 row, order = line[-1]
                 here = residency.present(row, level) and not residency.gone(row)
-                mine = here and residency.namespace(row) == namespace and residency.order(row, level) == order
+                mine = here and residency.namespace(row) == namespace and self._order(row, level) == order
                 if mine and residency.may_leave(row, level):
                     return row
                 line.pop()
@@ -77,11 +81,26 @@ class QuotaGate:
     def _line(self, namespace: str, level: int) -> list[tuple[int, int]]:
         """The namespace's blocks that may leave the level, a share of them, the next one last."""
         residency = self._residency
-        rows = [row for row in residency.rows_of(namespace, level) if residency.may_leave(row, level)]
+        rows = [row for row in self._rows(namespace, level) if residency.may_leave(row, level)]
         if not rows:
             return []
-        orders = np.fromiter((residency.order(row, level) for row in rows), np.int64, len(rows))
+        orders = np.fromiter((self._order(row, level) for row in rows), np.int64, len(rows))
         keep = min(len(rows), max(BATCH_MIN, len(rows) // BATCH_SHARE))
         oldest = np.argpartition(orders, keep - 1)[:keep]
         oldest = oldest[np.argsort(orders[oldest], kind="stable")][::-1]
         return [(rows[at], int(orders[at])) for at in oldest.tolist()]
+
+    def _rows(self, namespace: str, level: int) -> list[int]:
+        """Rows of a namespace with a copy at a level. O(all rows), in C."""
+        rows = self._residency.rows
+        here = np.frombuffer(rows.present, np.uint8) >> level & 1 == 1
+        mine = np.isin(np.frombuffer(rows.space, np.int32), self._residency.spaces(namespace))
+        found: list[int] = np.flatnonzero(here & mine).tolist()
+        return found
+
+    def _order(self, row: int, level: int) -> int:
+        """Lesser leaves the level earlier; of a block that is there. Secondary copies before all others."""
+        residency = self._residency
+        if residency.secondary(row):
+            return residency.secondaries[level].order(row) - SECONDARY_FIRST
+        return residency.policies[level].order(row)

@@ -50,7 +50,7 @@ class Residency:
         self.blocks = [0] * len(levels)
         self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
         self._names: list[tuple[str, bytes]] = []
-        self._held: dict[str, list[int]] = {}  # namespace -> `used` of its copies that are not leaving, by level
+        self.held: dict[str, list[int]] = {}  # namespace -> footprints of its copies that are not leaving, by level
         self._held_by: list[list[int]] = []  # the same lists, by space
         self._expected = 0  # blocks that the next space is made for
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
@@ -164,23 +164,9 @@ class Residency:
         )
         return min(found, key=lambda row: (1 - rows.secondary[row], orders[rows.secondary[row]](row)), default=None)
 
-    def staying_bytes(self, namespace: str, level: int) -> int:
-        """Footprints of a namespace's copies at a level that are not on their way down."""
-        held = self._held.get(namespace)
-        return 0 if held is None else held[level]
-
-    def order(self, row: int, level: int) -> int:
-        """Lesser leaves the level earlier; of a block that is there. Secondary copies before all others."""
-        rank = self.rows.secondary[row]
-        order = self._ranks[rank][level].order(row)
-        return order - (1 << 62) if rank else order
-
-    def rows_of(self, namespace: str, level: int) -> Iterator[int]:
-        """Rows of a namespace with a copy at a level, in no order. O(its blocks)."""
-        present, bit = self.rows.present, 1 << level
-        for (name, _), index in zip(self._names, self._index, strict=True):
-            if name == namespace:
-                yield from (row for row in index.rows() if present[row] & bit)
+    def spaces(self, namespace: str) -> list[int]:
+        """Numbers of a namespace's shards, as the rows have them."""
+        return [number for number, (name, _) in enumerate(self._names) if name == namespace]
 
     def namespaces(self) -> list[str]:
         return list(dict.fromkeys(namespace for namespace, _ in self._names))
@@ -270,10 +256,8 @@ class Residency:
             self._ready(row)
 
     def drop(self, row: int, level: int, *, evicted: bool = True, force: bool = False) -> Location:
-        """A copy is given up; where it lay. With the last copy the block is gone and its subtree next in line. Mutates.
-
-        Pinned blocks keep their copies unless `force` (purge, corruption: the bytes stay until their holds end).
-        """
+        """A copy is given up; where it lay. With the last copy the block is gone and its subtree next in line. Pinned
+        blocks keep theirs unless `force` (purge, corruption: the bytes stay until their holds end). Mutates."""
         rows, bit = self.rows, 1 << level
         present, leaving = rows.present[row], rows.leaving[row]
         assert present & bit, f"row {row} is not at level {level}"
@@ -298,11 +282,6 @@ class Residency:
         if not present:
             self._remove(row)
         return location
-
-    def count(self, space: int, level: int, footprints: int) -> None:
-        """So many bytes of a space have come to a level: for `kvstore.residency_bulk`. Mutates."""
-        self.used[level] += footprints
-        self._held_by[space][level] += footprints
 
     def replace_header(self, row: int, header: Header) -> None:
         """The same copy, now with the header of its record. Mutates."""
@@ -385,7 +364,7 @@ class Residency:
         if space is None:
             space = self._spaces[namespace, header.shard] = len(self._names)
             self._names.append((namespace, header.shard))
-            self._held_by.append(self._held.setdefault(namespace, [0] * len(self.levels)))
+            self._held_by.append(self.held.setdefault(namespace, [0] * len(self.levels)))
             self._index.append(KeyTable(self.rows, space, self._expected))
             self.rows.describe(header.namespace, header.shard)
             self.family.orphans.append({})

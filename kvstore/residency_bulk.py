@@ -58,6 +58,7 @@ def take_in(
     _place(residency, rows, headers, level, places)
     _join(residency, rows, headers, level, keys, leaf_first)
     footprints = _footprints(residency, level, places[2])
+    residency.held[namespace][level] += int(footprints.sum())
     admit = residency.policies[level].admit
     idents = (headers["key"][:, 0] ^ np.uint64(space)).tolist()
     for row, ident, nbytes in zip(rows.tolist(), idents, footprints.tolist(), strict=True):
@@ -91,7 +92,7 @@ def _place(
     column(rows.present)[at] = 1 << level
     for kept, numbers in zip((rows.segment[level], rows.offset[level], rows.length[level]), places, strict=True):
         column(kept)[at] = numbers
-    residency.count(rows.space[int(at[0])], level, int(_footprints(residency, level, places[2]).sum()))
+    residency.used[level] += int(_footprints(residency, level, places[2]).sum())
     residency.raw_bytes[level] += int(headers["raw_length"].astype(np.int64).sum())
     residency.blocks[level] += len(at)
 

@@ -81,8 +81,8 @@ def _check_bytes(residency: Residency, live: list[int]) -> None:
         assert residency.raw_bytes[number] == sum(rows.raw[row] for row in here), f"raw bytes at level {number} are off"
         assert residency.blocks[number] == len(here), f"blocks at level {number} are off"
         assert residency.used[number] <= level.capacity, f"level {number} is over its capacity"
-    for namespace in residency.namespaces():
+    for namespace, held in residency.held.items():
         for number, level in enumerate(residency.levels):
-            mine = [row for row in residency.rows_of(namespace, number) if residency.staying(row, number)]
-            held = sum(level.footprint(rows.length[number][row]) for row in mine)
-            assert residency.staying_bytes(namespace, number) == held, f"{namespace}: bytes at level {number} are off"
+            mine = [row for row in live if residency.namespace(row) == namespace and residency.staying(row, number)]
+            counted = sum(level.footprint(rows.length[number][row]) for row in mine)
+            assert held[number] == counted, f"{namespace}: bytes at level {number} are off"

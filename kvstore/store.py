@@ -284,7 +284,7 @@ class TieredStore:
         residency, quota = self.stack.residency, self.stack.quota
         tiers: Counter[Tier] = Counter()
         for level, rule in enumerate(residency.levels):
-            tiers[rule.tier] += residency.staying_bytes(namespace, level)
+            tiers[rule.tier] += quota.staying(namespace, level)
         return Use(
             dict(tiers),
             self.pins.pinned_bytes(namespace),
