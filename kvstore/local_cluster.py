@@ -25,7 +25,7 @@ from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import SetupError
 from kvstore.spawn import LocalProcess, LocalSpawner
 
-START_S = 30.0
+START_S = 120.0  # a first start after an installation compiles
 STOP_EXTRA_S = 3.0
 POLL_S = 0.02
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from kvstore.auth import client_credentials
@@ -19,8 +20,9 @@ from kvstore.cli.common import (
     print_json,
 )  # fmt: skip
 from kvstore.config import Config
-from kvstore.doctor import Doctor, Expected
+from kvstore.doctor import Doctor, Engine, Expected
 from kvstore.errors import SetupError
+from kvstore.integrations.vllm.examine import examine_transfer, read_transfer
 from kvstore.observe import Observer
 from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
@@ -34,18 +36,25 @@ def add(commands: Any) -> None:
         examples="""
             kvstore doctor
             kvstore doctor --coordinators 127.0.0.1:7700 --workers 2 --json
+            kvstore doctor --vllm-config kv-transfer.json
         """,
     )
     fleet_flags(made)
     made.add_argument(
         "--workers", type=int, default=1, metavar="N", help="how many must be alive, where no fleet says so"
     )
+    made.add_argument(
+        "--vllm-config", metavar="FILE|JSON", help="what vLLM gets as --kv-transfer-config: examine that, too"
+    )
     json_flag(made)
     made.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report = asyncio.run(examine(configuration(arguments), arguments.workers))
+    engine = None
+    if arguments.vllm_config is not None:
+        engine = Engine(*examine_transfer(read_transfer(arguments.vllm_config)))
+    report = asyncio.run(examine(configuration(arguments), arguments.workers, engine))
     if arguments.json:
         print_json(report)
     else:
@@ -53,8 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_OK if report["ok"] else EXIT_FAULT
 
 
-async def examine(config: Config, workers: int) -> dict[str, Any]:
-    """The report. SetupError where there is nothing to examine."""
+async def examine(config: Config, workers: int, engine: Engine | None = None) -> dict[str, Any]:
+    """The report. The service is that of the engine's settings where nothing else names one. SetupError where there is
+    nothing to examine."""
+    if engine is not None and engine.client is not None and not config.client.coordinators:
+        config = replace(config, client=engine.client)
     client, state = client_config(config)
     if not client.coordinators:
         raise SetupError("no coordinator is known: pass --coordinators HOST:PORT")
@@ -62,6 +74,6 @@ async def examine(config: Config, workers: int) -> dict[str, Any]:
     try:
         transport = GrpcTransport(system.clock, connect_timeout_s=client.connect_timeout_s)
         observer = Observer(transport, client_credentials(client), client.connect_timeout_s)
-        return await Doctor(observer, client, system, Expected.of(state, config, workers)).examine()
+        return await Doctor(observer, client, system, Expected.of(state, config, workers), engine).examine()
     finally:
         system.pool.close()

@@ -141,8 +141,8 @@ def flip_memory(pid: int) -> int:
     changed = 0
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            place, rights, *_, name = line.split()
-            if "memfd:kvstore" not in name or not rights.startswith("rw"):
+            place, rights, *_ = line.split()
+            if "/memfd:" not in line or not rights.startswith("rw"):
                 continue
             begin, end = (int(part, 16) for part in place.split("-"))
             for at in range(begin + table_bytes(end - begin) + 777, end, 4096):
