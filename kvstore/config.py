@@ -46,7 +46,7 @@ class StoreConfig:
     redis_timeout_s: float = 2.0
     segment_bytes: int = 64 * MIB  # of one memfd
     block_bytes_max: int = 64 * MIB  # raw bytes of one block
-    codec: str = "lossless"  # on leaving hot: lossless | lz4 | raw
+    codec: str = "lossless"  # on leaving hot: lossless | dense | lz4 | zstd | raw
     high_watermark: float = 0.90  # per tier, of its own capacity: spilling starts
     low_watermark: float = 0.80  # and stops
     policy: str = "lru"
@@ -180,7 +180,7 @@ ENV_FILE = "KVSTORE_CONFIG"  # path of the file where none is given
 Sections = Mapping[str, Mapping[str, object]]
 """section -> field -> value: the shape of the TOML file and of overrides."""
 
-CODECS = ("lossless", "lz4", "raw")
+CODECS = ("lossless", "dense", "lz4", "zstd", "raw")
 POLICIES = ("lru", "s3fifo")
 _ZERO_OK = {
     "store.ssd_write_bytes_day",

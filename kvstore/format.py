@@ -5,14 +5,17 @@ Encoding and decoding run in worker threads: they touch nothing but their argume
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64
 
 from kvstore import codecs
 from kvstore.checksum import copy_and_checksum, xxh3
+from kvstore.codecs.batch import Coded, Plane
+from kvstore.codecs.batch import decode as decode_coded
+from kvstore.codecs.batch import encode as encode_planes
 from kvstore.errors import BadRequest, Corrupt, UnknownFormat
 from kvstore.header import (
     ENTRY_BYTES,
@@ -26,7 +29,7 @@ from kvstore.header import (
 )
 from kvstore.layout import Chunk, chunks
 from kvstore.spec import ModelSpec, Shard
-from kvstore.types import Buffer
+from kvstore.types import Buffer, Fidelity
 
 __all__ = [
     "ENTRY_BYTES",
@@ -43,6 +46,8 @@ __all__ = [
     "encode_raw_parts",
     "encode_record",
     "expect",
+    "grouped",
+    "trim_record",
 ]
 
 ENTRY_DTYPE = np.dtype(
@@ -105,7 +110,8 @@ def _check_table(header: Header, table: NDArray[np.void]) -> None:
     ends = offset + stored
     if int(ends.max()) > header.stored_length or bool(np.any(offset[1:] < ends[:-1])):
         raise Corrupt("chunks overlap or lie outside their record")
-    if bool(np.any(table["reserved"])) or bool(np.any(table["plane"])):
+    planes, nested = table["plane"], table["codec"] == codecs.NESTED
+    if bool(np.any(table["reserved"])) or bool(np.any(planes[~nested])) or int(planes.max()) >= codecs.PLANES_MAX:
         raise UnknownFormat("a chunk table with reserved fields in use is unknown to this build")
     if int(table["codec"].max()) > max(codecs.KNOWN):
         raise UnknownFormat(f"chunk codec {int(table['codec'].max())} is unknown to this build")
@@ -121,37 +127,63 @@ def chunk_data(record: Record, index: int) -> memoryview:
 
 
 def encode_record(
-    header: Header, raw: Buffer, spec: ModelSpec, shard: Shard, codec: int
+    header: Header, raw: Buffer, spec: ModelSpec, shard: Shard, codec: int | Sequence[int]
 ) -> tuple[Header, list[Buffer]]:
     """(header of the record, parts to write back to back) of a block's raw bytes.
 
-    Parts may be views of `raw`: keep it until they are written. `codec` is tried per chunk, raw where it does not gain.
+    `codec`: of every chunk, or one for each; its fallbacks are tried where it does not take a chunk, raw last. Parts
+    may be views of `raw`: keep it until they are written. The header's `stored` is the least fidelity of the chunks.
     Corrupt when `raw` no longer has the header's copy_id (0: computed here); BadRequest for a wrong length.
     """
     view = _raw_view(header, raw, spec, shard)
     pieces = chunks(spec, shard)
-    table = np.zeros(len(pieces), ENTRY_DTYPE)
+    wanted = [codec] * len(pieces) if isinstance(codec, int) else list(codec)
+    made = encode_planes(view, pieces, wanted)
+    count = sum(map(len, made))
+    table = np.zeros(count, ENTRY_DTYPE)
     parts: list[Buffer] = []
-    whole = xxh3_64()
-    offset = HEADER_BYTES + len(pieces) * ENTRY_BYTES
-    raw_from: int | None = None  # raw chunks in a row become one part
-    for index, piece in enumerate(pieces):
-        data = view[piece.offset : piece.offset + piece.nbytes]
-        whole.update(data)
-        used, stored = codecs.encode(codec, data, piece.itemsize)
-        if used != codecs.RAW:
-            if raw_from is not None:
-                parts.append(view[raw_from : piece.offset])
-            parts.append(stored)
-            raw_from = None
-        elif raw_from is None:
-            raw_from = piece.offset
-        table[index] = _entry(piece, used, offset, stored)
-        offset += len(stored)
-    if raw_from is not None:
-        parts.append(view[raw_from:])
-    made, head = _sealed(header, whole.intdigest(), table, offset)
-    return made, [head, *parts]
+    offset, at = HEADER_BYTES + count * ENTRY_BYTES, 0
+    for plane in range(max(map(len, made))):
+        raw_from: int | None = None  # raw chunks in a row become one part
+        for piece, planes in zip(pieces, made, strict=True):
+            if len(planes) <= plane:
+                continue
+            part = planes[plane]
+            if part.codec == codecs.RAW:
+                raw_from = piece.offset if raw_from is None else raw_from
+            else:
+                if raw_from is not None:
+                    parts.append(view[raw_from : piece.offset])
+                parts.append(part.data)
+                raw_from = None
+            table[at] = _entry(piece, plane, part, offset)
+            at, offset = at + 1, offset + len(part.data)
+        if raw_from is not None:
+            parts.append(view[raw_from:])
+    stored = min(codecs.fidelity_of(planes[0].codec, len(planes)) for planes in made)
+    sealed, head = _sealed(replace(header, stored=stored), xxh3(view), table, offset)
+    return sealed, [head, *parts]
+
+
+def trim_record(record: Record, planes: int) -> tuple[Header, list[Buffer]]:
+    """The same copy with at most `planes` leading planes of each chunk: (its header, parts to write). Pure.
+
+    Parts are views of the record. Nothing is verified: whoever reads them will.
+    """
+    kept = record.table[record.table["plane"] < planes].copy()
+    end = int(kept["offset"][-1]) + int(kept["stored"][-1])
+    start = int(kept["offset"][0])
+    shift = (len(record.table) - len(kept)) * ENTRY_BYTES
+    kept["offset"] -= np.uint64(shift)
+    by_chunk: dict[tuple[int, int, int], int] = {}
+    stored = Fidelity.EXACT
+    for row in kept.tolist():
+        by_chunk[row[0], row[1], row[3]] = max(row[2], by_chunk.get((row[0], row[1], row[3]), 0))
+    for row in kept.tolist():
+        stored = min(stored, codecs.fidelity_of(row[5], by_chunk[row[0], row[1], row[3]] + 1))
+    header = replace(record.header, stored=stored)
+    sealed, head = _sealed(header, header.copy_id, kept, end - shift)
+    return sealed, [head, record.view[start:end]]
 
 
 def encode_raw_parts(header: Header, raw: Buffer, spec: ModelSpec, shard: Shard) -> tuple[Header, bytes]:
@@ -168,11 +200,10 @@ def _raw_view(header: Header, raw: Buffer, spec: ModelSpec, shard: Shard) -> mem
     return view
 
 
-def _entry(piece: Chunk, codec: int, offset: int, stored: Buffer) -> Entry:
-    params = piece.itemsize if codec == codecs.SPLIT else 0
+def _entry(piece: Chunk, plane: int, part: Plane, offset: int) -> Entry:
     return (
-        piece.layer, piece.component, 0, piece.head_first, piece.head_count,
-        codec, 0, params, offset, len(stored), piece.nbytes, xxh3(stored),
+        piece.layer, piece.component, plane, piece.head_first, piece.head_count, part.codec, 0, part.params,
+        offset, len(part.data), 0 if plane else piece.nbytes, xxh3(part.data),
     )  # fmt: skip
 
 
@@ -186,56 +217,93 @@ def _sealed(header: Header, copy_id: int, table: NDArray[np.void], stored_length
     return made, made.pack() + rows
 
 
+def grouped(rows: Sequence[Entry], pieces: Sequence[Chunk]) -> list[list[Entry]]:
+    """The rows of a record's table by chunk, planes in order. Corrupt unless they are those of the chunks' places."""
+    if len(rows) < len(pieces):
+        raise Corrupt(f"the record has {len(rows)} entries, its shard {len(pieces)} chunks")
+    found = []
+    for row, piece in zip(rows, pieces, strict=False):
+        _check_entry(row, piece, 0)
+        found.append([row])
+    if len(rows) > len(pieces):
+        places = {(p.layer, p.component, p.head_first): index for index, p in enumerate(pieces)}
+        last = (0, len(pieces))
+        for row in rows[len(pieces) :]:
+            index = places.get((row[0], row[1], row[3]), -1)
+            if index < 0 or (row[2], index) <= last:
+                raise Corrupt("a chunk table's planes are out of order")
+            last = (row[2], index)
+            _check_entry(row, pieces[index], len(found[index]))
+            _check_same(row, found[index][0])
+            found[index].append(row)
+    return found
+
+
 def decode_record(record: Record, spec: ModelSpec, shard: Shard, target: memoryview) -> None:
-    """Fill `target` (block_bytes long) with the raw bytes. Corrupt unless every checksum and copy_id hold.
+    """Fill `target` (block_bytes long) with the raw bytes. Corrupt unless every checksum, the fidelity and, of an exact
+    record, the copy_id hold.
 
     On an error `target` holds anything. The copy_id is of what arrived in `target`, so that a source reused while it
-    was read can't pass.
+    was read can't pass. What a lossy record decodes to has no checksum of its own: its chunks have.
     """
     header = record.header
     check_header(header, spec, shard)
     target = _writable(target, header.raw_length)
     rows: list[Entry] = record.table.tolist()
     pieces = chunks(spec, shard)
-    if len(rows) != len(pieces):
-        raise Corrupt(f"the record has {len(rows)} chunks, its shard {len(pieces)}")
+    by_chunk = grouped(rows, pieces)
     in_memory_form = header.stored_length - header.data_start == header.raw_length
     if in_memory_form and not np.any(record.table["codec"]):
-        for row, piece in zip(rows, pieces, strict=True):
-            _check_entry(row, piece)
         copy_id = copy_and_checksum(record.view[header.data_start :], target)
     else:
-        for row, piece in zip(rows, pieces, strict=True):
-            _decode_chunk(row, piece, record.view[row[8] : row[8] + row[9]], target)
-        copy_id = xxh3(target)
+        spans = [[(row[8], row[9]) for row in mine] for mine in by_chunk]
+        _decode(record.view, by_chunk, spans, pieces, header.stored, target)
+        copy_id = xxh3(target) if header.stored == Fidelity.EXACT else header.copy_id
     if copy_id != header.copy_id:
         raise Corrupt("the decoded block does not have the checksum of its copy")
 
 
 def decode_chunks(
-    table: Buffer, data: Buffer, spec: ModelSpec, shard: Shard, target: memoryview, first_chunk: int = 0
+    table: Buffer,
+    data: Buffer,
+    spec: ModelSpec,
+    shard: Shard,
+    target: memoryview,
+    first_chunk: int = 0,
+    stored: Fidelity = Fidelity.EXACT,
 ) -> int:
     """Decode consecutive chunks from a wire into their places in `target` (block_bytes long); returns their number.
 
-    `table` holds the entries of chunks first_chunk.. (40 bytes each), `data` their stored bytes back to back; offsets
-    in the entries are not read. Corrupt or UnknownFormat for whatever does not hold. The caller checks the block's
-    copy_id when all chunks have arrived.
+    `table` holds the entries of chunks first_chunk.. (40 bytes each; the planes of a chunk follow each other), `data`
+    their stored bytes back to back; offsets in the entries are not read. Corrupt or UnknownFormat for whatever does
+    not hold, a fidelity below `stored` too. The caller checks an exact block's copy_id when all chunks have arrived.
     """
     rows_view, view = memoryview(table).cast("B"), memoryview(data).cast("B")
     pieces = chunks(spec, shard)
     target = _writable(target, pieces[-1].offset + pieces[-1].nbytes)
-    count, rest = divmod(len(rows_view), ENTRY_BYTES)
-    if rest or not 0 <= first_chunk <= len(pieces) - count:
+    entries, rest = divmod(len(rows_view), ENTRY_BYTES)
+    rows: list[Entry] = np.frombuffer(rows_view, ENTRY_DTYPE, entries).tolist()
+    count = sum(row[2] == 0 for row in rows)
+    if rest or not 0 <= first_chunk <= len(pieces) - count or (rows and rows[0][2]):
         raise Corrupt(f"a table part of {len(rows_view)} bytes from chunk {first_chunk} on, of {len(pieces)} chunks")
-    rows: list[Entry] = np.frombuffer(rows_view, ENTRY_DTYPE, count).tolist()
+    mine = pieces[first_chunk : first_chunk + count]
+    by_chunk: list[list[Entry]] = []
+    spans: list[list[tuple[int, int]]] = []
     start = 0
-    for row, piece in zip(rows, pieces[first_chunk : first_chunk + count], strict=True):
-        if row[2] or row[6]:
+    for row in rows:
+        if row[6] or (row[2] and row[5] != codecs.NESTED) or row[2] >= codecs.PLANES_MAX:
             raise UnknownFormat("a chunk table with reserved fields in use is unknown to this build")
-        _decode_chunk(row, piece, view[start : start + row[9]], target)
+        if not row[2]:
+            by_chunk.append([])
+            spans.append([])
+        _check_entry(row, mine[len(by_chunk) - 1], len(by_chunk[-1]))
+        by_chunk[-1].append(row)
+        _check_same(row, by_chunk[-1][0])
+        spans[-1].append((start, row[9]))
         start += row[9]
     if start != len(view):
         raise Corrupt(f"{len(view)} bytes came for chunks of {start}")
+    _decode(view, by_chunk, spans, mine, stored, target)
     return count
 
 
@@ -245,11 +313,16 @@ def _writable(target: memoryview, nbytes: int) -> memoryview:
     return target.cast("B")
 
 
-def _check_entry(row: Entry, piece: Chunk) -> None:
-    if (row[0], row[1], row[3], row[4], row[10]) != (
-        piece.layer, piece.component, piece.head_first, piece.head_count, piece.nbytes,
+def _check_entry(row: Entry, piece: Chunk, plane: int) -> None:
+    if (row[0], row[1], row[2], row[3], row[4], row[10]) != (
+        piece.layer, piece.component, plane, piece.head_first, piece.head_count, 0 if plane else piece.nbytes,
     ):  # fmt: skip
         raise Corrupt(f"chunk table entry of layer {row[0]}, component {row[1]} is not the one of its place")
+
+
+def _check_same(row: Entry, first: Entry) -> None:
+    if (row[5], row[7]) != (first[5], first[7]):
+        raise Corrupt(f"the planes of layer {row[0]}, component {row[1]} are of two codecs")
 
 
 def _checked(stored: memoryview, row: Entry) -> memoryview:
@@ -258,11 +331,26 @@ def _checked(stored: memoryview, row: Entry) -> memoryview:
     return stored
 
 
-def _decode_chunk(row: Entry, piece: Chunk, stored: memoryview, target: memoryview) -> None:
-    _check_entry(row, piece)
-    place = target[piece.offset : piece.offset + piece.nbytes]
-    if row[5] == codecs.RAW and len(stored) == len(place):
-        if copy_and_checksum(stored, place) != row[11]:
-            raise Corrupt(f"chunk of layer {row[0]}, component {row[1]} fails its checksum")
-        return
-    codecs.decode(row[5], _checked(stored, row), place, row[7])
+def _decode(
+    view: memoryview,
+    by_chunk: Sequence[Sequence[Entry]],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    pieces: Sequence[Chunk],
+    stored: Fidelity,
+    target: memoryview,
+) -> None:
+    """Verify and decode chunks, all of one codec at once; raw ones are summed as they are copied."""
+    coded = []
+    for rows, places, piece in zip(by_chunk, spans, pieces, strict=True):
+        row = rows[0]
+        if row[5] in codecs.KNOWN and codecs.fidelity_of(row[5], len(rows)) < stored:
+            raise Corrupt(f"chunk of layer {row[0]}, component {row[1]} has less fidelity than its block claims")
+        if row[5] == codecs.RAW and row[9] == piece.nbytes:
+            (start, length), place = places[0], target[piece.offset : piece.offset + piece.nbytes]
+            if copy_and_checksum(view[start : start + length], place) != row[11]:
+                raise Corrupt(f"chunk of layer {row[0]}, component {row[1]} fails its checksum")
+            continue
+        for entry, (start, length) in zip(rows, places, strict=True):
+            _checked(view[start : start + length], entry)
+        coded.append(Coded(piece, row[5], row[7], tuple(places)))
+    decode_coded(view, coded, target)

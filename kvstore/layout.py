@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from kvstore.types import Buffer
 
 K, V, LATENT, STATE, OPAQUE = range(5)
 """Components, as stored in chunk tables."""
+
+FLAT_ROWS = 64
+"""Rows that codecs cut a page or state into, where it has so many factors of two."""
 
 _BITS: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name if name in ("float64", "float32", "float16", "int8") else f"uint{size * 8}")
@@ -34,6 +37,18 @@ class Chunk:
     nbytes: int
     shape: tuple[int, ...]  # [token, head, dim] of elements; state [head, byte]; opaque [byte]
     itemsize: int  # bytes of one element as codecs see it; 1 where unknown
+    dtype: str  # of its elements; empty where unknown
+
+    @property
+    def rows(self) -> int:
+        """Of the chunk as codecs see it, [row, column] of elements: tokens; of a page or state, up to 64."""
+        if self.component in (STATE, OPAQUE):
+            return gcd(self.nbytes // self.itemsize, FLAT_ROWS)
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.nbytes // self.itemsize // self.rows
 
 
 def dtype_of(spec: ModelSpec) -> np.dtype[np.generic]:
@@ -50,17 +65,19 @@ def chunks(spec: ModelSpec, shard: Shard) -> tuple[Chunk, ...]:
     made: list[Chunk] = []
     offset = 0
     for layer in range(shard.layer_first, shard.layer_first + shard.layer_count):
-        for component, head_first, shape, width, itemsize in pieces:
+        for component, head_first, shape, width, dtype in pieces:
             nbytes = prod(shape) * width
-            made.append(Chunk(layer, component, head_first, shard.head_count, offset, nbytes, shape, itemsize))
+            known = dtype if nbytes % DTYPES.get(dtype, 1) == 0 else ""
+            itemsize = DTYPES.get(dtype, 1)
+            made.append(Chunk(layer, component, head_first, shard.head_count, offset, nbytes, shape, itemsize, known))
             offset += nbytes
     return tuple(made)
 
 
-def _layer(spec: ModelSpec, shard: Shard, group: Group) -> list[tuple[int, int, tuple[int, ...], int, int]]:
-    """(component, head_first, shape, bytes of one element of shape, itemsize) of each chunk of one layer."""
+def _layer(spec: ModelSpec, shard: Shard, group: Group) -> list[tuple[int, int, tuple[int, ...], int, str]]:
+    """(component, head_first, shape, bytes of one element of shape, element type) of each chunk of one layer."""
     heads, head_first = shard.head_count, shard.head_first
-    of_page = DTYPES.get(group.page_dtype, 1)
+    of_page = group.page_dtype
     per_head = group.page_bytes // group.kv_heads
     if group.kind == "state":
         return [(STATE, head_first, (heads, per_head), 1, of_page)]
@@ -69,10 +86,10 @@ def _layer(spec: ModelSpec, shard: Shard, group: Group) -> list[tuple[int, int, 
         return [(OPAQUE, page, (heads * per_head,), 1, of_page) for page in range(pages)]
     width = DTYPES[spec.dtype]
     if group.kind == "latent":
-        return [(LATENT, head_first, (spec.block_tokens, heads, group.k_dim), width, width)]
+        return [(LATENT, head_first, (spec.block_tokens, heads, group.k_dim), width, spec.dtype)]
     return [
-        (K, head_first, (spec.block_tokens, heads, group.k_dim), width, width),
-        (V, head_first, (spec.block_tokens, heads, group.v_dim), width, width),
+        (K, head_first, (spec.block_tokens, heads, group.k_dim), width, spec.dtype),
+        (V, head_first, (spec.block_tokens, heads, group.v_dim), width, spec.dtype),
     ]
 
 

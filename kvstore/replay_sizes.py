@@ -15,7 +15,7 @@ from kvstore.trace import Footprint, Request
 from kvstore.values import parse_size
 
 PAGE_BYTES = 4096
-LOSSLESS_SHARE = 0.72  # of the raw bytes of `kvstore.payload`, with the codec's own tables
+LOSSLESS_SHARE = 0.77  # of the raw bytes of `kvstore.payload`, with the codec's own tables
 REDIS_SPARE = 1.3
 SSD_SEGMENTS = 16
 LEAST_BYTES = (256 * KIB, 256 * KIB, 512 * KIB, 1024 * KIB)  # of one worker

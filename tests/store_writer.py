@@ -45,9 +45,9 @@ async def main(folder: str, first: int) -> None:
         await asyncio.gather(*(rig.put(n % CHAIN, n // CHAIN, namespace=NAMESPACE) for n in some))
         number += 8
         if number % 64 == 0:
-            await rig.store.tick()
             assert rig.store.stack.SSD is not None
-            durable = rig.store.stack.tiers[rig.store.stack.SSD].stats().blocks
+            durable = rig.store.stack.tiers[rig.store.stack.SSD].stats().blocks  # what comes while it syncs is not
+            await rig.store.tick()
         said = "durable" if durable else "none"
         print(number - 1, "moving", rig.store.movement.moving_bytes, said, durable, flush=True)
 

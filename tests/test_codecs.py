@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from kvstore import codecs
 from kvstore.checksum import STEP_BYTES, copy_and_checksum, xxh3
-from kvstore.codecs import LZ4, RAW, SPLIT, codec_for, decode, encode
+from kvstore.codecs import FAST, INT4, INT8, LZ4, NESTED, RAW, SPLIT, ZSTD, codec_for, decode, encode
 from kvstore.errors import BadRequest, Corrupt, UnknownFormat
 
 SPECIALS = {
@@ -39,7 +39,7 @@ def round_trip(codec: int, raw: bytes, itemsize: int) -> int:
     return used
 
 
-@given(st.binary(min_size=1, max_size=600), st.sampled_from([RAW, LZ4, SPLIT]), st.sampled_from([1, 2, 4, 8]))
+@given(st.binary(min_size=1, max_size=600), st.sampled_from([RAW, LZ4, SPLIT, ZSTD]), st.sampled_from([1, 2, 4, 8]))
 def test_any_bytes_round_trip(raw: bytes, codec: int, itemsize: int) -> None:
     round_trip(codec, raw, itemsize)
 
@@ -49,7 +49,7 @@ def test_any_bytes_round_trip(raw: bytes, codec: int, itemsize: int) -> None:
     st.integers(1, 2000),
     st.integers(0, 7),
     st.sampled_from([2, 4]),
-    st.sampled_from([RAW, LZ4, SPLIT]),
+    st.sampled_from([RAW, LZ4, SPLIT, ZSTD]),
 )
 @settings(deadline=None)
 def test_special_values_round_trip_bit_exactly(
@@ -68,7 +68,7 @@ def test_split_gains_on_activations(kind: str, least: float) -> None:
 
 def test_noise_falls_back_to_raw_without_a_copy() -> None:
     raw = memoryview(np.random.default_rng(0).bytes(100_000))
-    for codec in (LZ4, SPLIT):
+    for codec in (LZ4, SPLIT, ZSTD):
         used, stored = encode(codec, raw, 2)
         assert used == RAW and stored is raw
 
@@ -91,12 +91,20 @@ def test_unknown_codecs_and_names() -> None:
         decode(SPLIT, bytes(100), memoryview(bytearray(1)), 3)
     with pytest.raises(BadRequest):
         codec_for("gzip", "bfloat16")
-    assert [codec_for(n, "bfloat16") for n in ("raw", "lz4", "lossless")] == [RAW, LZ4, SPLIT]
+    assert [codec_for(n, "bfloat16") for n in ("raw", "lz4", "lossless", "dense")] == [RAW, LZ4, FAST, SPLIT]
+    assert [codec_for(n, "bfloat16") for n in ("near", "compact", "nested", "zstd")] == [INT8, INT4, NESTED, ZSTD]
+    assert [codec_for(n, "float16") for n in ("near", "compact", "nested")] == [FAST] * 3
     assert codec_for("lossless", "") == codec_for("lossless", "float64") == LZ4
-    assert codec_for("lossless", "float32") == codec_for("lossless", "float8_e4m3fn") == SPLIT
+    assert codec_for("lossless", "float32") == codec_for("lossless", "float8_e5m2") == FAST
+    assert codec_for("lossless", "int8") == codec_for("lossless", "float8_e4m3fn") == SPLIT
 
 
-@given(st.binary(max_size=300), st.sampled_from([RAW, LZ4, SPLIT]), st.sampled_from([1, 2, 4, 5]), st.integers(1, 400))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([RAW, LZ4, SPLIT, ZSTD]),
+    st.sampled_from([1, 2, 4, 5]),
+    st.integers(1, 400),
+)
 def test_garbage_never_decodes_to_another_error(stored: bytes, codec: int, itemsize: int, length: int) -> None:
     target = bytearray(length)
     try:

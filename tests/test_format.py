@@ -34,7 +34,8 @@ from tests.core_blocks import HYBRID, NAMESPACE, SHARDS, SPEC, header_of, payloa
 WHOLE = Shard.whole(SPEC)
 HEADER = header_of(SPEC, WHOLE)
 RAW = payload(SPEC, WHOLE)
-RECORDS = {codec: b"".join(encode_record(HEADER, RAW, SPEC, WHOLE, codec)[1]) for codec in codecs.KNOWN}
+LOSSLESS = (codecs.RAW, codecs.LZ4, codecs.SPLIT, codecs.FAST, codecs.ZSTD)
+RECORDS = {codec: b"".join(encode_record(HEADER, RAW, SPEC, WHOLE, codec)[1]) for codec in LOSSLESS}
 
 
 def loaded(data: bytes | bytearray, spec: ModelSpec = SPEC, shard: Shard = WHOLE) -> bytes:
@@ -66,7 +67,7 @@ def resealed(data: bytes, **changes: int) -> bytes:
 
 
 @pytest.mark.parametrize(("spec", "shard"), SHARDS)
-@pytest.mark.parametrize("codec", codecs.KNOWN)
+@pytest.mark.parametrize("codec", LOSSLESS)
 def test_round_trip(spec: ModelSpec, shard: Shard, codec: int) -> None:
     header, raw = header_of(spec, shard), payload(spec, shard)
     made, parts = encode_record(header, raw, spec, shard, codec)
@@ -185,7 +186,7 @@ def test_a_record_of_another_model_or_shard_does_not_decode() -> None:
             check_header(changed, SPEC, WHOLE)
 
 
-@pytest.mark.parametrize("codec", codecs.KNOWN)
+@pytest.mark.parametrize("codec", LOSSLESS)
 def test_no_single_bit_flip_passes(codec: int) -> None:
     good = RECORDS[codec]
     bits = [
@@ -200,7 +201,7 @@ def test_no_single_bit_flip_passes(codec: int) -> None:
             loaded(data)
 
 
-@pytest.mark.parametrize("codec", codecs.KNOWN)
+@pytest.mark.parametrize("codec", LOSSLESS)
 def test_no_truncation_passes(codec: int) -> None:
     for length in [*range(HEADER_BYTES + 6 * ENTRY_BYTES + 2), len(RECORDS[codec]) // 2, len(RECORDS[codec]) - 1]:
         with pytest.raises(Corrupt):
@@ -232,7 +233,7 @@ FIELDS = {
 def test_hostile_records_with_good_checksums_never_give_wrong_bytes(names: list[str], data: st.DataObject) -> None:
     changes = {name.removeprefix("huge_"): data.draw(FIELDS[name]) for name in names}
     try:
-        got = loaded(resealed(RECORDS[data.draw(st.sampled_from(codecs.KNOWN))], **changes))
+        got = loaded(resealed(RECORDS[data.draw(st.sampled_from(LOSSLESS))], **changes))
     except DataError:
         return
     except BadRequest as error:
@@ -250,7 +251,7 @@ def test_hostile_records_with_good_checksums_never_give_wrong_bytes(names: list[
         ({"validity": 8}, UnknownFormat),
         ({"computed_on": 0}, UnknownFormat),
         ({"stored": 4}, UnknownFormat),
-        ({"codec_0": 3}, UnknownFormat),
+        ({"codec_0": 99}, UnknownFormat),
         ({"plane_1": 1}, UnknownFormat),
         ({"reserved_0": 1}, UnknownFormat),
         ({"chunk_count": 1 << 30}, Corrupt),
@@ -273,12 +274,12 @@ def test_what_this_build_does_not_know_is_named_so(changes: dict[str, int], kind
 
 
 def test_copy_id_is_checked_after_decoding() -> None:
-    for codec in codecs.KNOWN:
+    for codec in LOSSLESS:
         with pytest.raises(Corrupt, match="checksum of its copy"):
             loaded(resealed(RECORDS[codec], copy_id=5))
 
 
-@pytest.mark.parametrize("codec", codecs.KNOWN)
+@pytest.mark.parametrize("codec", LOSSLESS)
 @given(sizes=st.lists(st.integers(1, 4), max_size=6))
 @settings(deadline=None)
 def test_chunks_streamed_in_any_portions(codec: int, sizes: list[int]) -> None:

@@ -89,7 +89,7 @@ class TestSsd:
         assert len(rig.store.opening.holds) == 0 and not any(rig.store.stack.residency.rows.pins)
 
     async def test_loads_stay_within_their_bytes(self, ssd: FaultyTier) -> None:
-        rig = Rig.make(config=replace(SMALL, load_queue_bytes=13 * KIB), ssd=ssd)
+        rig = Rig.make(config=replace(SMALL, load_queue_bytes=15 * KIB), ssd=ssd)
         await rig.store.start()
         below = await filled(rig)
         ssd.gate, before = asyncio.Event(), ssd.reads

@@ -1,8 +1,6 @@
-"""Lossless codecs of one chunk, by the id stored in the chunk table. docs/FORMAT.md, "Codecs".
+"""Codecs of bytes: lz4, zstd, and the dense codec, which compresses the byte planes of elements. docs/FORMAT.md.
 
-0 raw. 1 lz4, one block. 2 split: byte planes of the elements, zstd where a plane gains. All of them fall back to raw
-where they do not gain. `encode` and `decode` hold no shared state (compressors are per thread) and release the GIL
-where the libraries do.
+`encode` and `decode` hold no shared state (compressors are per thread) and release the GIL where the libraries do.
 """
 
 from __future__ import annotations
@@ -15,46 +13,35 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from kvstore.codecs.registry import LZ4, RAW, SPLIT, SPLIT_ITEMSIZES, ZSTD
 from kvstore.errors import BadRequest, Corrupt, UnknownFormat
-from kvstore.spec import DTYPES
 from kvstore.types import Buffer
-
-RAW, LZ4, SPLIT = 0, 1, 2
-KNOWN = (RAW, LZ4, SPLIT)
 
 PLANE_RAW, PLANE_ZSTD = 0, 1
 _PLANE = struct.Struct("<BI")
-SPLIT_ITEMSIZES = (1, 2, 4)
 
 SAMPLES = 4
 SAMPLE_BYTES = 2048
 LEAST_GAIN = 0.03
 """A plane is compressed only where a sample shrinks by more than this: zstd on noise costs more than it saves."""
 
+GENERAL = (RAW, LZ4, SPLIT, ZSTD)
+"""The codecs of this module."""
+
 _local = threading.local()
-
-
-def codec_for(name: str, dtype: str) -> int:
-    """Codec id of a configured name (`raw`, `lz4`, `lossless`) for elements of `dtype` ("" where unknown).
-
-    `lossless` splits known element types of 1, 2 or 4 bytes and uses lz4 for the rest.
-    """
-    if name == "lossless":
-        return SPLIT if DTYPES.get(dtype) in SPLIT_ITEMSIZES else LZ4
-    if name not in ("raw", "lz4"):
-        raise BadRequest(f"codec is {name!r}: give lossless, lz4 or raw")
-    return LZ4 if name == "lz4" else RAW
 
 
 def encode(codec: int, raw: memoryview, itemsize: int) -> tuple[int, Buffer]:
     """(codec used, stored bytes) of contiguous raw bytes. Where nothing is gained: (RAW, raw itself). Pure."""
-    if codec not in KNOWN:
-        raise BadRequest(f"codec {codec} is unknown: give one of {', '.join(map(str, KNOWN))}")
+    if codec not in GENERAL:
+        raise BadRequest(f"codec {codec} is unknown here: give one of {', '.join(map(str, GENERAL))}")
     stored: Buffer = raw
     if codec == LZ4:
         stored = lz4.block.compress(raw, store_size=False)
+    elif codec == ZSTD:
+        stored = _compressor().compress(raw)
     elif codec == SPLIT and itemsize in SPLIT_ITEMSIZES and len(raw) >= itemsize:
-        stored = _encode_split(raw, itemsize)
+        stored = encode_split(raw, itemsize)
     return (codec, stored) if len(stored) < len(raw) else (RAW, raw)
 
 
@@ -66,8 +53,10 @@ def decode(codec: int, stored: Buffer, target: memoryview, itemsize: int) -> Non
         target[:] = stored
     elif codec == LZ4:
         target[:] = _exactly(_decode_lz4(stored, len(target)), len(target), "lz4 chunk")
+    elif codec == ZSTD:
+        target[:] = _unzstd(memoryview(stored), len(target), "chunk")
     elif codec == SPLIT:
-        _decode_split(memoryview(stored), target, itemsize)
+        decode_split(memoryview(stored), target, itemsize)
     else:
         raise UnknownFormat(f"chunk codec {codec} is unknown to this build")
 
@@ -133,21 +122,23 @@ def _join(planes: list[NDArray[np.uint8]], target: memoryview) -> None:
         elements[:, index] = plane
 
 
-def _encode_split(raw: memoryview, itemsize: int) -> bytes:
+def encode_split(raw: memoryview, itemsize: int) -> bytes:
+    """The dense codec's bytes, however many they are. Every compressed plane is read back and compared."""
     head: list[bytes] = []
     planes: list[Buffer] = []
     for plane in _split(raw, itemsize):
         method, stored = PLANE_RAW, plane.data
         if _gains(plane):
             packed = memoryview(_compressor().compress(plane.data))
-            if len(packed) < plane.size:
+            if len(packed) < plane.size and _unzstd(packed, plane.size, "plane") == plane.data:  # verified: it is cheap
                 method, stored = PLANE_ZSTD, packed
         head.append(_PLANE.pack(method, len(stored)))
         planes.append(stored)
     return b"".join((*head, *planes, raw[len(raw) // itemsize * itemsize :]))
 
 
-def _decode_split(stored: memoryview, target: memoryview, itemsize: int) -> None:
+def decode_split(stored: memoryview, target: memoryview, itemsize: int) -> None:
+    """Inverse of `encode_split`; mutates `target`. Corrupt or UnknownFormat for anything else."""
     if itemsize not in SPLIT_ITEMSIZES:
         raise UnknownFormat(f"split chunk of {itemsize}-byte elements is unknown to this build")
     count, rest = divmod(len(target), itemsize)
@@ -176,10 +167,14 @@ def _plane(method: int, plane: memoryview, count: int) -> Buffer:
         return plane
     if method != PLANE_ZSTD:
         raise UnknownFormat(f"plane method {method} is unknown to this build")
+    return _unzstd(plane, count, "plane")
+
+
+def _unzstd(frame: memoryview, count: int, what: str) -> bytes:
     try:
-        if zstandard.get_frame_parameters(plane).content_size != count:
-            raise Corrupt("a plane's frame has another length than its chunk")
-        data = _decompressor().decompress(plane, max_output_size=count, allow_extra_data=False)
+        if zstandard.get_frame_parameters(frame).content_size != count:
+            raise Corrupt(f"a frame has another length than its {what}")
+        data = _decompressor().decompress(frame, max_output_size=count, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise Corrupt(f"a plane does not decode: {error}") from None
-    return _exactly(data, count, "plane")
+        raise Corrupt(f"a {what} does not decode: {error}") from None
+    return _exactly(data, count, what)

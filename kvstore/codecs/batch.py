@@ -1,0 +1,273 @@
+"""The chunks of a block, encoded and decoded together: one kernel call for all that share a codec.
+
+Kernels are imported where first needed (numba, over half a second): who meets no such chunk does not pay. Where numba
+is missing the same loops run in torch. Everything here may run in worker threads: it touches nothing but its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.codecs import general
+from kvstore.codecs.registry import BY_FORM_ID, FAST, FORM_IDS, INT4, INT8, NESTED, QUANTISED, RAW, SPLIT, fallbacks
+from kvstore.errors import Corrupt, UnknownFormat
+from kvstore.layout import Chunk, V
+from kvstore.types import Buffer
+
+Bytes = NDArray[np.uint8]
+Jobs = NDArray[np.int64]
+
+BY_COLUMN, BY_ROW = 0, 1
+"""Variants of the quantising codecs: where the scales stand."""
+
+_VARIANT_BITS = 4
+
+
+class Plane(NamedTuple):
+    """One entry of the chunk table in the making."""
+
+    codec: int
+    params: int
+    data: Buffer
+
+
+class Coded(NamedTuple):
+    """A stored chunk: its codec and parameters, and where its leading planes lie in a buffer (start, length)."""
+
+    chunk: Chunk
+    codec: int
+    params: int
+    planes: tuple[tuple[int, int], ...]
+
+
+class Backend(Protocol):
+    """The loops, as numba or torch has them. `jobs` as in `kvstore.kernels.fast16`; results as there."""
+
+    def fast_encode(self, form: int, src: Bytes, dst: Bytes, jobs: Jobs) -> Jobs: ...
+    def fast_decode(self, form: int, src: Bytes, dst: Bytes, jobs: Jobs) -> Jobs: ...
+    def quant_encode(self, bits: int, src: Bytes, dst: Bytes, jobs: Jobs, by_row: Bytes) -> Jobs: ...
+    def quant_decode(
+        self, bits: int, src: Bytes, dst: Bytes, jobs: Jobs, by_row: Bytes, factor: float, shift: float
+    ) -> Jobs: ...
+    def nested_encode(self, src: Bytes, dst: Bytes, rest: Bytes, jobs: Jobs, by_row: Bytes) -> Jobs: ...
+    def nested_decode(self, src: Bytes, dst: Bytes, rest: Bytes, jobs: Jobs, by_row: Bytes) -> Jobs: ...
+
+
+@cache
+def backend() -> Backend:
+    """numba's, or torch's where numba is not installed. UnknownFormat where neither is."""
+    if find_spec("numba") is not None:
+        from kvstore.codecs.by_numba import Numba
+
+        return Numba()
+    if find_spec("torch") is not None:
+        from kvstore.codecs.by_torch import Torch
+
+        return Torch()
+    raise UnknownFormat("this chunk's codec needs numba or torch: install one of them")
+
+
+# ---- sizes
+
+
+def quant_bytes(bits: int, rows: int, columns: int, by_row: bool) -> int:
+    """Stored length of an int8 or int4 chunk, and of plane 0 of a nested one (4)."""
+    total = 0
+    for first in range(0, rows, 64):
+        n = min(64, rows - first)
+        if bits == 8:
+            total += 2 * (n if by_row else columns) + n * columns
+        else:
+            total += 4 * (n * -(-columns // 64) if by_row else columns) + (n + 1) // 2 * columns
+    return total
+
+
+def low_bytes(rows: int, columns: int) -> int:
+    """Stored length of plane 1 of a nested chunk."""
+    return sum((min(64, rows - first) + 1) // 2 * columns for first in range(0, rows, 64))
+
+
+# ---- encoding
+
+
+def encode(
+    raw: memoryview, pieces: Sequence[Chunk], wanted: Sequence[int], use: Backend | None = None
+) -> list[list[Plane]]:
+    """Planes of each chunk of a block's raw bytes, by the codec wanted for it or the first of its fallbacks that gains.
+
+    Buffers may be views of `raw`. Pure.
+    """
+    made: list[list[Plane]] = [[] for _ in pieces]
+    open_: dict[int, tuple[int, ...]] = {
+        index: (codec, *fallbacks(codec, piece.dtype))
+        for index, (codec, piece) in enumerate(zip(wanted, pieces, strict=True))
+    }
+    out: Bytes | None = None
+    while open_:
+        turn: dict[tuple[int, str], list[int]] = {}
+        for index, left in open_.items():
+            turn.setdefault((left[0] if left else RAW, pieces[index].dtype), []).append(index)
+        for (codec, dtype), mine in turn.items():
+            group = [pieces[index] for index in mine]
+            if codec in general.GENERAL:
+                found = [_general(codec, raw, piece) for piece in group]
+            else:
+                out = np.empty(len(raw), np.uint8) if out is None else out
+                found = _by_kernel(codec, dtype, raw, out, group, use or backend())
+            for index, planes in zip(mine, found, strict=True):
+                if planes:
+                    made[index] = planes
+                    del open_[index]
+                else:
+                    open_[index] = open_[index][1:]
+    return made
+
+
+def _general(codec: int, raw: memoryview, piece: Chunk) -> list[Plane]:
+    data = raw[piece.offset : piece.offset + piece.nbytes]
+    used, stored = general.encode(codec, data, piece.itemsize)
+    if used != codec:
+        return []
+    return [Plane(codec, piece.itemsize if codec == SPLIT else 0, stored)]
+
+
+def _by_kernel(
+    codec: int, dtype: str, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend
+) -> list[list[Plane]]:
+    """Empty where a chunk is not taken."""
+    if codec == FAST:
+        return _fast(dtype, raw, out, group, use) if dtype in FORM_IDS else [[] for _ in group]
+    if dtype != QUANTISED:
+        return [[] for _ in group]
+    return _nested(raw, out, group, use) if codec == NESTED else _quant(codec, raw, out, group, use)
+
+
+def _fast(dtype: str, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> list[list[Plane]]:
+    form = FORM_IDS[dtype]
+    jobs = np.array([(p.offset, p.nbytes, p.rows, p.columns, p.offset, p.nbytes - 1) for p in group], np.int64)
+    sizes = use.fast_encode(form, _source(raw), out, jobs).tolist()
+    return [_one(FAST, form, piece, out, size) for piece, size in zip(group, sizes, strict=True)]
+
+
+def _quant(codec: int, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> list[list[Plane]]:
+    by_row = _by_row(group)
+    jobs = np.array([(p.offset, p.nbytes, p.rows, p.columns, p.offset, p.nbytes - 1) for p in group], np.int64)
+    sizes = use.quant_encode(8 if codec == INT8 else 4, _source(raw), out, jobs, by_row).tolist()
+    variants = by_row.tolist()
+    return [_one(codec, v, piece, out, size) for v, piece, size in zip(variants, group, sizes, strict=True)]
+
+
+def _one(codec: int, variant: int, piece: Chunk, out: Bytes, size: int) -> list[Plane]:
+    if size < 0:
+        return []
+    return [Plane(codec, piece.rows << _VARIANT_BITS | variant, out[piece.offset : piece.offset + size].data)]
+
+
+def _nested(raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> list[list[Plane]]:
+    by_row = _by_row(group)
+    fits, jobs = [], []
+    for piece, variant in zip(group, by_row.tolist(), strict=True):
+        first, second = quant_bytes(4, piece.rows, piece.columns, bool(variant)), low_bytes(piece.rows, piece.columns)
+        fits.append(first + second < piece.nbytes)
+        at = piece.offset
+        jobs.append((at, piece.nbytes, piece.rows, piece.columns, at, first, at + first, second, at))
+    table = np.array(jobs, np.int64)
+    if not all(fits):
+        return [[] if not fit else _nested(raw, out, [p], use)[0] for fit, p in zip(fits, group, strict=True)]
+    rest, back = np.empty(len(raw), np.uint8), np.empty(len(raw), np.uint8)
+    taken = use.nested_encode(_source(raw), out, rest, table, by_row)
+    again = np.stack([table[:, i] for i in (4, 5, 2, 3, 0, 1, 6, 7, 8)], 1)
+    use.nested_decode(_source(out.data), back, rest, again, by_row)
+    made: list[list[Plane]] = []
+    for piece, variant, job, done in zip(group, by_row.tolist(), jobs, taken.tolist(), strict=True):
+        span = slice(piece.offset, piece.offset + piece.nbytes)
+        exact = done == 0 and back[span].tobytes() == raw[span]  # verified before it is trusted
+        plane2 = general.encode_split(rest[span].data, 2) if exact else b""
+        params = piece.rows << _VARIANT_BITS | variant
+        first, room, second, more = job[4:8]
+        if not exact or room + more + len(plane2) >= piece.nbytes:
+            made.append([])
+            continue
+        parts: tuple[Buffer, ...] = (out[first : first + room].data, out[second : second + more].data, plane2)
+        made.append([Plane(NESTED, params, part) for part in parts])
+    return made
+
+
+def _by_row(group: list[Chunk]) -> Bytes:
+    return np.array([BY_ROW if piece.component == V else BY_COLUMN for piece in group], np.uint8)
+
+
+def _source(view: Buffer) -> Bytes:
+    """Read-only, whatever it is: kernels are compiled once for that."""
+    found = np.frombuffer(view, np.uint8)
+    found.flags.writeable = False
+    return found
+
+
+# ---- decoding
+
+
+def decode(src: memoryview, coded: Iterable[Coded], target: memoryview, use: Backend | None = None) -> None:
+    """Fill the chunks' places in `target` from the planes that are there. Mutates `target`.
+
+    Corrupt where the bytes are no such chunk, UnknownFormat for an unknown codec. What is then in `target` is anything.
+    """
+    by_kernel: dict[tuple[int, int, int], list[Coded]] = {}
+    for item in coded:
+        if item.codec in general.GENERAL:
+            (start, length), chunk = item.planes[0], item.chunk
+            place = target[chunk.offset : chunk.offset + chunk.nbytes]
+            general.decode(item.codec, src[start : start + length], place, item.params)
+        else:
+            form = item.params & 15 if item.codec == FAST else 0
+            by_kernel.setdefault((item.codec, form, len(item.planes)), []).append(item)
+    for (codec, form, planes), mine in by_kernel.items():
+        _decode_group(codec, form, planes, src, mine, target, use)
+
+
+def _decode_group(
+    codec: int, form: int, planes: int, src: memoryview, mine: list[Coded], target: memoryview, use: Backend | None
+) -> None:
+    if codec not in (FAST, INT8, INT4, NESTED) or (codec == FAST and form not in BY_FORM_ID):
+        raise UnknownFormat(f"chunk codec {codec} is unknown to this build")
+    use, source, into = use or backend(), _source(src), np.frombuffer(target, np.uint8)
+    jobs = np.array([_job(item, BY_FORM_ID[form][0] if form else 2) for item in mine], np.int64)
+    by_row = np.array([item.params & 1 for item in mine], np.uint8)
+    if codec == FAST:
+        results = use.fast_decode(form, source, into, jobs)
+    elif codec != NESTED or planes == 1:
+        factor, shift = (16.0, 7.5) if codec == NESTED else (1.0, 0.0)
+        results = use.quant_decode(8 if codec == INT8 else 4, source, into, jobs, by_row, factor, shift)
+    else:
+        results = _decode_nested(source, into, jobs, mine, by_row, use)
+    if results.any():
+        raise Corrupt(f"a chunk of codec {codec} does not decode")
+
+
+def _job(item: Coded, itemsize: int) -> tuple[int, int, int, int, int, int]:
+    rows, chunk = item.params >> _VARIANT_BITS, item.chunk
+    count = chunk.nbytes // itemsize
+    if rows < 1 or count % rows or chunk.nbytes % itemsize or (item.codec != FAST and item.params & 14):
+        raise Corrupt(f"a chunk of {chunk.nbytes} bytes has no {rows} rows")
+    (start, length) = item.planes[0]
+    return start, length, rows, count // rows, chunk.offset, chunk.nbytes
+
+
+def _decode_nested(source: Bytes, into: Bytes, jobs: Jobs, mine: list[Coded], by_row: Bytes, use: Backend) -> Jobs:
+    more = np.array([(*item.planes[1], 0) for item in mine], np.int64)
+    rest = np.empty(0, np.uint8)
+    if len(mine[0].planes) == 3:
+        rest = np.empty(int(jobs[:, 5].sum()), np.uint8)
+        at = 0
+        for index, item in enumerate(mine):
+            (start, length), nbytes = item.planes[2], item.chunk.nbytes
+            general.decode_split(source[start : start + length].data, rest[at : at + nbytes].data, 2)
+            more[index, 2] = at
+            at += nbytes
+    return use.nested_decode(source, into, rest, np.concatenate([jobs, more], 1), by_row)

@@ -1,0 +1,230 @@
+"""The codecs made for KV: exact where they say so, near where they say so, the same bits from numba and from torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from kvstore.codecs import FAST, INT4, INT8, NESTED, RAW, SPLIT, fidelity_of
+from kvstore.codecs.batch import Backend, Coded, Plane, decode, encode
+from kvstore.codecs.by_numba import Numba
+from kvstore.codecs.by_torch import Torch
+from kvstore.codecs.registry import CODECS, FORMS
+from kvstore.errors import DataError
+from kvstore.layout import Chunk, K, V
+from kvstore.spec import DTYPES
+from kvstore.types import Fidelity
+
+NUMBA, TORCH = Numba(), Torch()
+BACKENDS = (NUMBA, TORCH)
+KV_CODECS = (FAST, INT8, INT4, NESTED)
+NEAR_ERROR = {INT8: 0.012, INT4: 0.12, NESTED: 0.0}
+SPECIALS = np.array([0x7FC0, 0xFFC1, 0x7F80, 0xFF80, 0x8000, 0x0000, 0x0001, 0x8001, 0x3F80, 0x7F7F], np.uint16)
+
+
+def piece(rows: int, columns: int, component: int = K, dtype: str = "bfloat16") -> Chunk:
+    nbytes = rows * columns * DTYPES[dtype]
+    return Chunk(0, component, 0, 1, 0, nbytes, (rows, 1, columns), DTYPES[dtype], dtype)
+
+
+def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits: NDArray[np.uint16] = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return bits
+
+
+def kv(rows: int, columns: int, seed: int = 0, component: int = K) -> bytes:
+    """Normal values; of keys, some columns are far larger."""
+    rng = np.random.default_rng(seed)
+    scale = np.where(rng.random(columns) < 0.05, 20.0, 1.0) if component == K else 1.0
+    return bf16(rng.standard_normal((rows, columns)) * scale).tobytes()
+
+
+def floats(raw: bytes | bytearray) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+def stored(codec: int, raw: bytes, chunk: Chunk, use: Backend = NUMBA) -> list[Plane]:
+    [planes] = encode(memoryview(raw), [chunk], [codec], use)
+    return planes
+
+
+def restored(planes: list[Plane], chunk: Chunk, use: Backend = NUMBA) -> bytes:
+    data = b"".join(bytes(plane.data) for plane in planes)
+    spans, at = [], 0
+    for plane in planes:
+        spans.append((at, len(plane.data)))
+        at += len(plane.data)
+    target = bytearray(b"\xaa" * chunk.nbytes)
+    decode(memoryview(data), [Coded(chunk, planes[0].codec, planes[0].params, tuple(spans))], memoryview(target), use)
+    return bytes(target)
+
+
+def exact(planes: list[Plane]) -> bool:
+    return fidelity_of(planes[0].codec, len(planes)) == Fidelity.EXACT
+
+
+def same_bytes(left: list[Plane], right: list[Plane]) -> bool:
+    return [(p.codec, p.params, bytes(p.data)) for p in left] == [(p.codec, p.params, bytes(p.data)) for p in right]
+
+
+SHAPES = [(64, 128), (64, 100), (63, 64), (1, 64), (2, 3), (65, 70), (200, 33), (256, 64), (127, 1)]
+
+
+@pytest.mark.parametrize("codec", KV_CODECS)
+@pytest.mark.parametrize("component", [K, V])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_kv_comes_back(codec: int, component: int, rows: int, columns: int) -> None:
+    raw, chunk = kv(rows, columns, 0, component), piece(rows, columns, component)
+    planes = stored(codec, raw, chunk)
+    assert sum(len(plane.data) for plane in planes) <= chunk.nbytes
+    back = restored(planes, chunk)
+    if exact(planes):
+        assert back == raw
+    else:
+        error = np.linalg.norm(floats(back) - floats(raw)) / np.linalg.norm(floats(raw))
+        assert error <= NEAR_ERROR[planes[0].codec]
+
+
+@pytest.mark.parametrize("codec", KV_CODECS)
+@pytest.mark.parametrize("component", [K, V])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_torch_makes_the_same_bytes(codec: int, component: int, rows: int, columns: int) -> None:
+    raw, chunk = kv(rows, columns, rows, component), piece(rows, columns, component)
+    planes = stored(codec, raw, chunk)
+    assert same_bytes(planes, stored(codec, raw, chunk, TORCH))
+    for count in range(1, len(planes) + 1):
+        assert restored(planes[:count], chunk) == restored(planes[:count], chunk, TORCH)
+
+
+words = st.one_of(
+    st.integers(0, 0xFFFF), st.sampled_from([int(word) for word in SPECIALS]), st.integers(0x3E00, 0x3FFF)
+)
+
+
+@given(st.integers(1, 70), st.integers(1, 9), st.lists(words, min_size=1, max_size=40), st.sampled_from([K, V]))
+@settings(deadline=None, max_examples=150)
+def test_any_bits_are_exact_or_within_what_was_promised(
+    rows: int, columns: int, some: list[int], component: int
+) -> None:
+    """NaN, infinities, -0, denormals, random bits, any shape: by both backends, alike."""
+    raw = np.resize(np.array(some, np.uint16), rows * columns).tobytes()
+    chunk = piece(rows, columns, component)
+    for codec in KV_CODECS:
+        planes = stored(codec, raw, chunk)
+        assert same_bytes(planes, stored(codec, raw, chunk, TORCH))
+        back = restored(planes, chunk)
+        assert back == restored(planes, chunk, TORCH)
+        if exact(planes):
+            assert back == raw
+        else:
+            assert np.isfinite(floats(raw)).all() and np.isfinite(floats(back)).all()
+
+
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (65, 33), (7, 200), (300, 250)])
+def test_every_form_of_the_fast_codec(dtype: str, rows: int, columns: int) -> None:
+    import torch
+
+    values = torch.from_numpy(np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32))
+    raw = values.to(getattr(torch, dtype)).contiguous().view(torch.uint8).numpy().tobytes()
+    chunk = piece(rows, columns, K, dtype)
+    planes = stored(FAST, raw, chunk)
+    assert restored(planes, chunk) == raw == restored(planes, chunk, TORCH)
+    assert same_bytes(planes, stored(FAST, raw, chunk, TORCH))
+    assert rows < 64 or planes[0].codec == FAST
+
+
+def test_escapes_are_listed_and_too_many_are_refused() -> None:
+    values = np.random.default_rng(1).standard_normal((64, 2048)).astype(np.float32)  # more than one span
+    values[::9, ::50] = 1e-30
+    raw, chunk = bf16(values).tobytes(), piece(64, 2048)
+    [plane] = planes = stored(FAST, raw, chunk)
+    assert plane.codec == FAST and len(plane.data) >= 2048 + 64 * 2048 * 3 // 2 + 8 + 4 * 8 * 41
+    assert restored(planes, chunk) == raw
+    values[::2, ::2] = 1e-30
+    assert stored(FAST, bf16(values).tobytes(), chunk)[0].codec == SPLIT  # its first fallback
+
+
+def test_random_bits_stay_raw() -> None:
+    raw = np.random.default_rng(2).integers(0, 256, 64 * 128 * 2, np.uint8).tobytes()
+    for codec in KV_CODECS:
+        [plane] = stored(codec, raw, piece(64, 128))
+        assert plane.codec == RAW and bytes(plane.data) == raw
+
+
+@pytest.mark.parametrize("word", [0x7F80, 0xFF80, 0x7FC1, 0x7E80, 0xFE80])
+@pytest.mark.parametrize("codec", [INT8, INT4, NESTED])
+@pytest.mark.parametrize("component", [K, V])
+def test_what_has_no_range_is_kept_exactly(word: int, codec: int, component: int) -> None:
+    bits = np.frombuffer(kv(64, 64, 0, component), np.uint16).copy()
+    assert stored(codec, bits.tobytes(), piece(64, 64, component))[0].codec == codec
+    bits[77] = word
+    planes = stored(codec, bits.tobytes(), piece(64, 64, component))
+    assert planes[0].codec == FAST and restored(planes, piece(64, 64, component)) == bits.tobytes()
+
+
+def test_planes_of_a_nested_chunk_are_worth_more_and_more() -> None:
+    for component in (K, V):
+        raw, chunk = kv(64, 128, 0, component), piece(64, 128, component)
+        planes = stored(NESTED, raw, chunk)
+        assert [plane.codec for plane in planes] == [NESTED] * 3
+        errors = [
+            np.linalg.norm(floats(restored(planes[:count], chunk)) - floats(raw)) / np.linalg.norm(floats(raw))
+            for count in (1, 2, 3)
+        ]
+        assert 0.03 < errors[0] < 0.12 and 0.001 < errors[1] < 0.008 and errors[2] == 0
+        assert len(planes[0].data) * 3.5 < chunk.nbytes
+        assert sum(len(plane.data) for plane in planes) * 1.2 < chunk.nbytes
+
+
+def test_other_element_types_are_never_made_lossy() -> None:
+    raw = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16).tobytes()
+    for codec in (INT8, INT4, NESTED):
+        planes = stored(codec, raw, piece(64, 64, K, "float16"))
+        assert exact(planes) and restored(planes, piece(64, 64, K, "float16")) == raw
+
+
+def test_many_chunks_of_many_codecs_in_one_call() -> None:
+    shapes, wanted = [(64, 128), (64, 64), (64, 128), (1, 64), (64, 96)], [FAST, INT8, NESTED, INT4, RAW]
+    pieces, raws, at = [], [], 0
+    for rows, columns in shapes:
+        part = kv(rows, columns, columns)
+        pieces.append(Chunk(0, V, 0, 1, at, len(part), (rows, 1, columns), 2, "bfloat16"))
+        raws.append(part)
+        at += len(part)
+    raw = b"".join(raws)
+    made = encode(memoryview(raw), pieces, wanted)
+    data, coded = bytearray(), []
+    for chunk, planes in zip(pieces, made, strict=True):
+        spans = []
+        for plane in planes:
+            spans.append((len(data), len(plane.data)))
+            data += plane.data
+        coded.append(Coded(chunk, planes[0].codec, planes[0].params, tuple(spans)))
+    target = bytearray(len(raw))
+    decode(memoryview(bytes(data)), coded, memoryview(target))
+    for chunk, planes in zip(pieces, made, strict=True):
+        mine = slice(chunk.offset, chunk.offset + chunk.nbytes)
+        alone = Chunk(0, V, 0, 1, 0, chunk.nbytes, chunk.shape, 2, "bfloat16")
+        assert target[mine] == restored(planes, alone)
+
+
+@given(st.binary(max_size=400), st.sampled_from(KV_CODECS), st.integers(0, 2**16), st.integers(1, 3), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_garbage_is_a_data_error_and_never_written_beyond_its_place(
+    data: bytes, codec: int, params: int, count: int, by_torch: bool
+) -> None:
+    chunk = Chunk(0, K, 0, 1, 8, 128, (8, 1, 8), 2, "bfloat16")
+    guard = bytearray(b"\x55" * 144)
+    count = min(count, CODECS[codec].planes)
+    step = len(data) // count
+    spans = tuple((index * step, step) for index in range(count))
+    try:
+        decode(memoryview(data), [Coded(chunk, codec, params, spans)], memoryview(guard), BACKENDS[by_torch])
+    except DataError:
+        pass
+    assert guard[:8] == guard[136:] == b"\x55" * 8
