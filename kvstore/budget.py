@@ -30,7 +30,8 @@ class Budget:
             if place.done() and not place.cancelled():
                 self.give(nbytes)
             else:
-                self._line.remove((place, nbytes))
+                if (place, nbytes) in self._line:
+                    self._line.remove((place, nbytes))
                 self._serve()
             raise
 
@@ -41,6 +42,9 @@ class Budget:
     def _serve(self) -> None:
         while self._line:
             place, nbytes = self._line[0]
+            if place.cancelled():  # its waiter is about to say so
+                self._line.popleft()
+                continue
             if self.used and self.used + nbytes > self.capacity:
                 return
             self._line.popleft()

@@ -47,6 +47,13 @@ class _Entry(Generic[C]):
     def __init__(self, opening: asyncio.Task[C]) -> None:
         self.opening = opening
         self.users = 0
+        opening.add_done_callback(_seen)
+
+
+def _seen(opening: asyncio.Task[Any]) -> None:
+    """Whoever waited for it may have given up by the time it fails."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 class Pooled(Generic[C]):

@@ -72,6 +72,19 @@ class TestBudget:
         await asyncio.gather(waiting, return_exceptions=True)
         assert budget.used == 0
 
+    async def test_room_that_comes_as_a_waiter_is_cancelled_goes_to_the_next(self) -> None:
+        budget = Budget(10)
+        await budget.take(10)
+        first, second = (asyncio.create_task(budget.take(10)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        budget.give(10)  # before the cancelled one had its turn
+        await asyncio.wait([first])
+        await second
+        assert first.cancelled() and budget.used == 10
+        budget.give(10)
+        assert budget.used == 0
+
 
 class TestFinder:
     async def test_questions_of_one_turn_are_one(self) -> None:
