@@ -87,12 +87,14 @@ class Session:
         if receiver is None:
             return []
         delta = delta_from_wire(message)
-        self._learn(receiver.directory, message.dictionary, delta.changes)
-        self._group(message.namespace, delta.changes)
-        before = receiver.applied
-        verdict = receiver.offer(delta)
-        if verdict == Verdict.APPLY:
-            self._registry.watchers.applied(message.namespace, receiver, before, message, delta.changes)
+        if self._learn(receiver.directory, message.dictionary, delta.changes):
+            self._group(message.namespace, delta.changes)
+            before = receiver.applied
+            verdict = receiver.offer(delta)
+            if verdict == Verdict.APPLY:
+                self._registry.watchers.applied(message.namespace, receiver, before, message, delta.changes)
+        else:  # the message that introduced them was lost: a snapshot brings its own dictionary
+            verdict = receiver.heard(delta.last_seq)
         self._registry.counters["deltas"] += 1
         return self._after(message.namespace, verdict)
 
@@ -172,14 +174,16 @@ class Session:
         directory: Directory,
         entries: Iterable[common_pb2.DictionaryEntry],
         changes: Sequence[RunChange],
-    ) -> None:
-        """Take in new entries, and tell the directory those it needs. Mutates. BadRequest, Overloaded."""
+    ) -> bool:
+        """Take in new entries, and tell the directory those it needs; whether it knows all of them now. Mutates.
+        BadRequest, Overloaded."""
         for message in entries:
             entry = entry_from_wire(message)
             if isinstance(entry, ModelSpec):
                 self._dictionary.learn_spec(entry)
             else:
                 self._dictionary.learn_shard(entry)
+        known = True
         for change in changes:
             if isinstance(change, RemovedRun):
                 continue
@@ -188,3 +192,5 @@ class Session:
                 directory.learn_spec(spec)
             if shard is not None and directory.shard(change.shard) is None:
                 directory.learn_shard(shard)
+            known = known and directory.spec(change.root) is not None and directory.shard(change.shard) is not None
+        return known

@@ -188,7 +188,7 @@ class Stream:
         self.view: dict[str, common_pb2.Member] = {}
         self.beat = False  # a heartbeat is due at once
         self._sent: dict[str, int] = {}  # namespace -> last number said; absent while its snapshot is on its way
-        self._parts: dict[str, Iterator[SnapshotChunk]] = {}
+        self._parts: dict[str, tuple[Iterator[SnapshotChunk], Introduced]] = {}
 
     async def run(self) -> None:
         announcer = self._announcer
@@ -320,11 +320,12 @@ class Stream:
                     self._sent[name] = delta.last_seq
                     self._turn = turn + 1  # the others first, next time
                     return Request(delta=delta_to_wire(name, delta, self._introduced.entries(delta.changes)))
-            part = next(self._parts[name])
+            parts, introduced = self._parts[name]
+            part = next(parts)
             if part.last:
                 del self._parts[name]
                 self._sent[name] = part.resume_seq
-            return Request(snapshot=chunk_to_wire(name, part, self._introduced.entries(part.runs)))
+            return Request(snapshot=chunk_to_wire(name, part, introduced.entries(part.runs)))
         return None
 
     def _told_all(self) -> bool:
@@ -333,11 +334,16 @@ class Stream:
         return all(self._sent.get(name, -1) >= head for name, head in heads.items())
 
     def _snapshot(self, namespace: str) -> None:
-        """Begin one, void an earlier one. Nothing for a namespace this holder does not have."""
+        """Begin one, void an earlier one. Nothing for a namespace this holder does not have.
+
+        It brings its own dictionary, and deltas begin theirs anew: what was lost on the way may have introduced words.
+        """
         if namespace not in self._announcer.source.namespaces():
             return
         self._snapshots += 1
         self._announcer.counters["snapshots"] += 1
         seq, blocks = self._announcer.source.snapshot(namespace)
-        self._parts[namespace] = snapshot_chunks(self._snapshots, seq, blocks, self._announcer.config.announce_batch)
+        parts = snapshot_chunks(self._snapshots, seq, blocks, self._announcer.config.announce_batch)
+        self._introduced = Introduced(self._announcer.source.catalog)
+        self._parts[namespace] = parts, Introduced(self._announcer.source.catalog)
         self._sent.pop(namespace, None)
