@@ -118,6 +118,17 @@ class MemoryDisk:
             inode.content, inode.durable, inode.unsynced = content, bytearray(content), []
         self.kill()
 
+    def rot(self, rng: Random, spared: Sequence[str] = ()) -> None:
+        """One bit of some file is not what was written any more, and stays so."""
+        names = [name for name, inode in self.inodes.items() if name not in spared and inode.content]
+        if names:
+            inode = self.inodes[rng.choice(names)]
+            place, bit = rng.randrange(len(inode.content)), 1 << rng.randrange(8)
+            inode.content[place] ^= bit
+            if place < len(inode.durable):
+                inode.durable[place] ^= bit
+            self._land("rot")
+
 
 class MemoryFile:
     """An open file; EBADF after a crash or a close."""

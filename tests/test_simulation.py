@@ -1,9 +1,16 @@
-"""Twenty histories of a small fleet: the real client, worker, store and coordinator under virtual time (tests/sim)."""
+"""Histories of a small fleet: the real client, worker, store and coordinator under virtual time (tests/sim).
+
+`make sim SEEDS=300` plays many more, `make sim` plays on for ever; here are a few, and the proof that they prove.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -11,14 +18,14 @@ from tests.memdisk import MemoryFile
 from tests.sim.oracle import Violation
 from tests.sim.scenario import run_seed
 
-SEEDS = range(20)
+SEEDS = range(12)
 SEEN: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_invariants_hold(seed: int) -> None:
     outcome = run_seed(seed)
-    assert outcome.seen["gets"] > 50 and outcome.seen["put_committed"] > 50
+    assert outcome.seen["gets"] > 30 and outcome.seen["put_committed"] > 50
     SEEN.update(outcome.seen)
 
 
@@ -26,15 +33,33 @@ def test_the_histories_held_what_they_should() -> None:
     """The faults landed, and hits went on under them: a quiet history would prove nothing."""
     if not SEEN:
         pytest.fail("runs after the seeds: run the whole file")
-    for fault in ("worker_crashes", "coordinator_crashes", "client_crashes", "cuts", "pauses"):
-        assert SEEN[fault] >= 10, f"{fault}: {SEEN}"
-    assert SEEN["requests_cut_short"] >= 1, SEEN
-    for tier in ("hot", "host", "ssd"):
-        assert SEEN[f"blocks_{tier}"] >= 50, f"{tier}: {SEEN}"
+    for fault in (
+        "worker_crashes", "power_losses", "coordinator_crashes", "client_crashes", "cuts", "pauses", "slow_machines",
+        "slow_readers", "clock_steps", "disk_rot", "disk_full", "redis_flushes", "redis_hangs", "requests_cut_short",
+    ):  # fmt: skip
+        assert SEEN[fault] >= 2, f"{fault}: {SEEN}"
+    for tier in ("hot", "host", "ssd", "redis"):
+        assert SEEN[f"blocks_{tier}"] >= 10, f"{tier}: {SEEN}"
+    for work in ("assembled", "pinned", "lonely_hits"):
+        assert SEEN[work] >= 10, f"{work}: {SEEN}"
 
 
 def test_the_same_seed_is_the_same_history() -> None:
-    assert run_seed(3, turns=10).seen == run_seed(3, turns=10).seen
+    """Also in another process, whose sets are in another order."""
+    digests = {run_seed(3, turns=6).digest}
+    assert digests != {run_seed(4, turns=6).digest}, "a negative control: the seed matters"
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", "from tests.sim.scenario import run_seed; print(run_seed(3, turns=6).digest)"],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        digests.add(done.stdout.strip())
+    assert len(digests) == 1
 
 
 class _NoSum:

@@ -15,8 +15,8 @@ from tests.contracts.transport_suite import TransportSuite
 from tests.contracts.transport_world import TOKEN, Case
 from tests.net_service import Clock
 from tests.sim.loop import run
+from tests.sim.memory import SimMemory
 from tests.sim.network import MemoryNetwork
-from tests.sim.system import SimMemory
 
 
 class RealWorld:

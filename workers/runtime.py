@@ -32,6 +32,7 @@ from workers.service import WorkerService
 
 if TYPE_CHECKING:
     from kvstore.tiers.redis import RedisTier
+    from kvstore.tiers.redis_link import Connect
     from workers.redis_announcer import RedisAnnouncer
 
 
@@ -83,8 +84,11 @@ class WorkerRuntime:
     draining: Draining
     prefetching: Prefetching
 
-    def __init__(self, config: Config, system: System, transport: Transport) -> None:
-        self._config, self._system, self._transport = config, system, transport
+    def __init__(
+        self, config: Config, system: System, transport: Transport, redis_connect: Connect | None = None
+    ) -> None:
+        """`redis_connect`: makes the link to Redis; None: the real one."""
+        self._config, self._system, self._transport, self._redis_connect = config, system, transport, redis_connect
         self._policy: Policy = load_policy(config.server.namespaces_file, config.server.token_file, config.server.bind)
         self.catalog = Catalog()
         self.redis_announcers: list[RedisAnnouncer] = []
@@ -159,6 +163,7 @@ class WorkerRuntime:
         if not self._config.store.redis_url:
             return None
         from kvstore.tiers.redis import RedisTier
+        from kvstore.tiers.redis_link import connect
 
         quotas = self._quotas()
         return RedisTier(
@@ -166,6 +171,7 @@ class WorkerRuntime:
             self._config.store,
             self.catalog,
             self._policy.redis_secret,
+            self._redis_connect or connect,
             quota=lambda namespace: quotas.get(namespace, NONE).redis_bytes,
         )
 

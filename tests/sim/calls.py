@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import BadRequest, Incompatible, KVStoreError, Overloaded, ServiceError, Unavailable, from_code
 from kvstore.transport.base import Credentials, Method
+from tests.sim.damage import Unruly, damaged
 from tests.sim.loop import SimProcess
 from tests.sim.network import MemoryNetwork
 
@@ -44,6 +45,11 @@ class Pipe:
         self._arrives = max(self._arrives, asyncio.get_running_loop().time() + self._network.delay())
         self._items.append((self._arrives, item))
         self._changed.set()
+
+    def postpone(self, seconds: float) -> None:
+        """What is on its way arrives later."""
+        self._items = deque((arrives + seconds, item) for arrives, item in self._items)
+        self._arrives += seconds
 
     def finish(self) -> None:
         """No item comes after this."""
@@ -105,6 +111,7 @@ class Call:
         self.up = Pipe(network)
         self.down = Pipe(network)
         self.server: MemoryServer | None = None
+        self.unruly, self.unruly_replies = Unruly(network, method), Unruly(network, method)
         self._handler: asyncio.Task[Any] | None = None
         self._over = False
         self._seems_ended = False
@@ -116,7 +123,7 @@ class Call:
 
     def _arrive(self, twice: bool) -> None:
         network, name = self.network, self.method.name
-        if self._over or self.client.crashed:
+        if self._over:
             return
         server = network.listeners.get(self.address)
         node = self.address.rpartition(":")[0]
@@ -135,7 +142,9 @@ class Call:
         self.server = server
         for pipe in (self.up, self.down):
             pipe.stalled = lambda: network.is_cut(self.client.name, server.process.name)
-        network.watch(self._breaker, self.client, server.process)
+        network.watch(self._breaker, self.client, server.process, self.up.postpone)
+        if self.client.crashed:  # what it sent before arrives; that it is gone shows later
+            network.later(network.keepalive(), self._breaker)
         if twice:
             network.note("twice", self.client.name, self.address, name)
             copy = Call(network, self.client, self.address, self.credentials, self.method, self.timeout_s)
@@ -194,7 +203,8 @@ class Call:
             if self.method.client_stream and self.network.lost():
                 self.network.later(0.0, self._broken)
                 await asyncio.Event().wait()
-            yield item if self.method.request is None else self.method.request.FromString(item)
+            for arrived in self.unruly.pass_on(item):
+                yield arrived if self.method.request is None else self.method.request.FromString(arrived)
 
     async def _send(self, reply: bytes) -> bool:
         """Whether it is on its way; a stream that loses a message breaks instead."""
@@ -206,7 +216,10 @@ class Call:
             if self.network.rng.random() < 0.5:  # else the deadline ends it
                 self._tell(Unavailable(f"{self.address}: the connection broke"))
             return False
-        await self.down.put(reply)
+        if self.method.reply is None:
+            reply = damaged(self.network, reply)
+        for sent in self.unruly_replies.pass_on(reply):
+            await self.down.put(sent)
         return True
 
     def fail(self, error: KVStoreError) -> None:

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from coordinator.runtime import CoordinatorRuntime
 from kvstore.client import KVClient
-from kvstore.config import KIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig, WorkerConfig
+from kvstore.errors import SetupError
 from kvstore.runs import Added, Change
 from tests.memdisk import MemoryDisk
 from tests.sim.loop import SimProcess
 from tests.sim.network import Faults, MemoryNetwork
+from tests.sim.redis_server import SimLink, SimRedis
+from tests.sim.shape import NAMESPACES, PORT, Shape, client
 from tests.sim.system import sim_system
+from tests.sim.witness import Witness
 from workers.runtime import WorkerRuntime
 
-NAMESPACE = "default"
-PORT = 7100
-FOLDER = "/ssd"
+START_TRIES = 120
+START_PAUSE_S = 0.5
 
-Held = dict[tuple[bytes, bytes], None]  # (shard, key), ordered
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How large the simulated cluster is. Byte bounds are small, so that every tier is under pressure."""
-
-    workers: int = 3
-    coordinators: int = 2
-    clients: int = 4
-    host_bytes: int = 512 * KIB
-    hot_bytes: int = 128 * KIB
-    ssd_bytes: int = 512 * KIB
-    segment_bytes: int = 64 * KIB
-    lease_s: float = 3.0
+Held = dict[tuple[str, bytes, bytes], None]
+"""(namespace, shard, key), ordered"""
 
 
 @dataclass(slots=True)
@@ -46,7 +36,9 @@ class Node:
     process: SimProcess | None = None
     runtime: Any = None
     system: Any = None
+    namespace: str = ""  # a client's
     disks: dict[str, MemoryDisk] = field(default_factory=dict)
+    witness: Witness | None = None  # a worker's
 
     @property
     def up(self) -> bool:
@@ -64,6 +56,7 @@ class Fleet:
         self.coordinators = [Node(f"c{i}", f"hc{i}") for i in range(shape.coordinators)]
         self.clients = [Node(f"k{i}", f"h{i % (shape.workers + 1)}") for i in range(shape.clients)]
         self.addresses = tuple(f"{node.name}:{PORT}" for node in self.coordinators)
+        self.redis = SimRedis(self.network) if shape.redis else None
         self.lives: dict[tuple[str, int], Held] = {}
         self.epochs: dict[str, list[int]] = {}
 
@@ -78,56 +71,50 @@ class Fleet:
     def _boot(self, node: Node) -> Any:
         assert not node.up
         node.runtime = None
-        node.process = self.network.boot(node.name, node.host)
+        node.process = self.network.boot(node.name, node.host, drift=self.shape.drift)
 
         def disk(folder: str) -> MemoryDisk:
             return node.disks.setdefault(folder, MemoryDisk())
 
         return sim_system(node.process, self.seed, disk)
 
-    def _config(self) -> Config:
-        shape = self.shape
-        return Config(
-            store=StoreConfig(
-                host_bytes=shape.host_bytes,
-                hot_bytes=shape.hot_bytes,
-                ssd_folder=FOLDER,
-                ssd_bytes=shape.ssd_bytes,
-                ssd_segment_bytes=shape.segment_bytes,
-                segment_bytes=shape.segment_bytes,
-                spill_queue_bytes=64 * KIB,
-                load_queue_bytes=64 * KIB,
-                staging_bytes=64 * KIB,
-                staging_total_bytes=512 * KIB,
-                hold_max_s=2.0,
-            ),
-            server=ServerConfig(coordinators=self.addresses, stop_grace_s=1.0),
-            worker=WorkerConfig(socket="/run/kvstore.sock"),
-            coordinator=CoordinatorConfig(lease_s=shape.lease_s),
-        )
-
     async def start_coordinator(self, node: Node) -> None:
-        system = self._boot(node)
-        process = node.process
+        system, process = self._boot(node), node.process
         assert process is not None
-        config = self._config()
-        config = Config(
-            server=ServerConfig(bind=f"127.0.0.1:{PORT}", coordinators=self.addresses), coordinator=config.coordinator
-        )
-        runtime = CoordinatorRuntime(config, system, self.network.transport(process))
+        runtime = CoordinatorRuntime(self.shape.coordinator(self.addresses), system, self.network.transport(process))
         await process.spawn(runtime.start())
         node.runtime = runtime
 
     async def start_worker(self, node: Node) -> None:
-        system = self._boot(node)
-        process = node.process
-        assert process is not None
-        runtime = WorkerRuntime(self._config(), system, self.network.transport(process))
-        await process.spawn(self._begin(node, runtime))
+        """Started again, as a supervisor does, for as long as its Redis is out of reach or its disk fails."""
+        last: SetupError | None = None
+        for _ in range(START_TRIES):
+            system, process = self._boot(node), node.process
+            assert process is not None
+            runtime = WorkerRuntime(
+                self.shape.worker(self.addresses), system, self.network.transport(process), self._link(process)
+            )
+            try:
+                await process.spawn(self._begin(node, runtime))
+                return
+            except SetupError as error:
+                last = error
+                self.network.note("no start", node.name, error)
+                self.crash(node)
+                await asyncio.sleep(START_PAUSE_S)
+        raise AssertionError(f"{node.name} does not start: {last}")
+
+    def _link(self, process: SimProcess) -> Any:
+        def connect(url: str, timeout_s: float) -> SimLink:
+            assert self.redis is not None
+            return SimLink(self.redis, process, timeout_s)
+
+        return connect
 
     async def _begin(self, node: Node, runtime: WorkerRuntime) -> None:
         await runtime.start()
         node.runtime = runtime
+        node.witness = Witness(runtime.store)
         life: Held = {}
         worker, epoch = runtime.identity.worker, runtime.identity.epoch
         assert (worker, epoch) not in self.lives, f"epoch {epoch} of {worker} was used twice"
@@ -136,44 +123,45 @@ class Fleet:
 
         def remember(namespace: str, seq: int, change: Change) -> None:
             if isinstance(change, Added):
-                life[(change.shard, change.key)] = None
+                life[(namespace, change.shard, change.key)] = None
 
         runtime.store.subscribe(remember)
-        for added in runtime.store.snapshot(NAMESPACE)[1]:
-            life[(added.shard, added.key)] = None
+        for namespace in NAMESPACES:
+            for added in runtime.store.snapshot(namespace)[1]:
+                life[(namespace, added.shard, added.key)] = None
 
     def boot_client(self, node: Node) -> SimProcess:
         node.system = self._boot(node)
+        node.namespace = self.rng.choice(NAMESPACES)
         assert node.process is not None
         return node.process
 
-    async def connect(self, node: Node) -> KVClient:
+    async def connect(self, node: Node, *, workers: tuple[str, ...] = ()) -> KVClient:
         """Runs in the client's process, which may crash in the middle of it."""
         assert node.process is not None
         order = list(self.addresses)
         self.rng.shuffle(order)
-        config = ClientConfig(
-            coordinators=tuple(order),
-            match_timeout_s=1.0,
-            get_timeout_s=3.0,
-            put_timeout_s=3.0,
-            staging_bytes=32 * KIB,
-            negative_cache_s=1.0,
-        )
+        config = client(tuple(order), node.namespace, workers)
         node.runtime = await KVClient.connect(config, node.system, self.network.transport(node.process))
         return node.runtime
 
     # --- hurting -----------------------------------------------------------------------------------------------------
 
-    def crash(self, node: Node, *, power: bool = False) -> None:
-        """SIGKILL; with `power` the machine too: what was not synced may be lost or torn."""
+    def crash(self, node: Node) -> None:
+        """SIGKILL."""
         assert node.process is not None
         self.network.crash(node.process)
         for disk in node.disks.values():
-            if power:
-                disk.crash(self.rng)
-            else:
-                disk.kill()
+            disk.kill()
+
+    def power_off(self, node: Node) -> None:
+        """The machine loses power: everything on it dies, nobody is told, and what was not synced is lost or torn."""
+        for other in (*self.workers, *self.coordinators, *self.clients):
+            if other.host == node.host and other.up:
+                assert other.process is not None
+                self.network.crash(other.process, silent=True)
+                for disk in other.disks.values():
+                    disk.crash(self.rng)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -182,3 +170,6 @@ class Fleet:
 
     def live_coordinators(self) -> list[CoordinatorRuntime]:
         return [node.runtime for node in self.coordinators if node.up and node.runtime is not None]
+
+    def witnesses(self) -> list[Witness]:
+        return [node.witness for node in self.workers if node.up and node.witness is not None]

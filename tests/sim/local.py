@@ -20,28 +20,18 @@ from kvstore.errors import (
     Unavailable,
     from_code,
 )
-from kvstore.seams import Segment
 from kvstore.transport.base import Authenticator, CallContext, Connection, Credentials, MappedSegment, Method
 from kvstore.transport.local_frames import number
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION, WORKER_LOCAL
 from kvstore.wire import common_pb2, worker_pb2
 from tests.sim.loop import SimProcess
+from tests.sim.memory import Mapping
 from tests.sim.network import MemoryNetwork
 from tests.sim.transport import MemoryServer
 
 DELAY_MAX_S = 0.0002
 INFLIGHT_MAX = 64
 _HELLO = WORKER_LOCAL["Hello"]
-
-
-class SimMapping:
-    """`MappedSegment`: the worker's own memory, as the attachment allows."""
-
-    def __init__(self, segment: Segment, writable: bool) -> None:
-        self.view = segment.view[:] if writable else segment.view.toreadonly()
-
-    def close(self) -> None:
-        self.view = memoryview(b"")
 
 
 class MemoryLocalServer(MemoryServer):
@@ -175,7 +165,9 @@ class MemoryLocalChannel:
     def _deliver(self, method: Method, message: bytes, context: CallContext, reply: asyncio.Future[Any]) -> None:
         if self._ended is not None or self._client.crashed:
             return
-        segments: list[MappedSegment] = [SimMapping(segment, writable) for segment, writable in context.attachments]
+        segments: list[MappedSegment] = [
+            Mapping(segment, writable, self._client) for segment, writable in context.attachments
+        ]
         if not reply.done():
             reply.set_result((message, segments))
         elif self.on_late is not None:

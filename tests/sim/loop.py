@@ -11,6 +11,7 @@ import contextvars
 import gc
 import itertools
 import selectors
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -36,12 +37,19 @@ class TimeLimit(SimError):
 class SimProcess:
     """One incarnation of a process: everything spawned in it stops with it. Made by `MemoryNetwork.boot`."""
 
-    def __init__(self, name: str, host: str, clock_offset_s: float = 0.0) -> None:
+    def __init__(self, name: str, host: str, clock_offset_s: float = 0.0, clock_rate: float = 1.0) -> None:
         self.name = name
         self.host = host
         self.clock_offset_s = clock_offset_s
+        self.clock_rate = clock_rate  # its seconds in one of ours
+        self.wall_step_s = 0.0  # what somebody set its wall clock back or ahead by
         self.crashed = False
         self.paused = False
+        self.paused_s = 0.0  # in all
+        self.slow_s = 0.0  # at most what a byte mover takes; 0: as usual
+        self.slowed = 0  # how often it was made slow
+        self.mappings: list[Any] = []  # `tests.sim.memory.Mapping`: what it has mapped of others
+        self._paused_at = 0.0
         self._parked: list[_Cell] = []
 
     def __repr__(self) -> str:
@@ -57,15 +65,19 @@ class SimProcess:
         return context
 
     def monotonic(self) -> float:
-        """This process's clock: each has its own origin, so that comparing two processes' clocks shows."""
-        return asyncio.get_running_loop().time() + self.clock_offset_s
+        """This process's clock: each has its own origin and drifts, so that comparing two processes' clocks shows."""
+        return asyncio.get_running_loop().time() * self.clock_rate + self.clock_offset_s
 
     def pause(self) -> None:
         """Stand still (a long collection, a stopped container) until `resume`; timers that pass in between are late."""
         self.paused = True
+        self._paused_at = asyncio.get_running_loop().time()
 
     def resume(self) -> None:
+        if not self.paused:
+            return
         self.paused = False
+        self.paused_s += asyncio.get_running_loop().time() - self._paused_at
         if not self.crashed:
             self._replay()
 
@@ -198,6 +210,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         cell = self._cell(callback, args, context)
         if cell is None:
             return super().call_at(when, callback, *args, context=context)
+        when = self._now + (when - self._now) / cell.process.clock_rate
         handle = super().call_at(when, cell, context=cell.context)
         cell.handle = handle
         return handle
@@ -224,7 +237,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _problem(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         what = context.get("task") or context.get("future") or context.get("handle") or ""
-        self.problems.append(f"{context.get('message')}: {error!r} {what}")
+        where = "".join(traceback.format_tb(error.__traceback__)[-2:]) if error is not None else ""
+        self.problems.append(f"{context.get('message')}: {error!r} {what}\n{where}")
 
     def end(self, processes: Sequence[SimProcess] = ()) -> None:
         """Let every process run again, cancel all tasks, close."""
@@ -237,7 +251,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
         try:
             self.run_until_complete(bury())
-            for _ in range(10):  # a cancelled task may start another
+            for _ in range(100):  # a cancelled task may start another
                 tasks = [t for t in asyncio.all_tasks(self) if not t.done()]
                 if not tasks:
                     break

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.sim.transport import MemoryServer, MemoryTransport
 
 TRACE_MAX = 200_000
+LATE_MAX_S = 1.0  # by which the last words of a machine without power may be late
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class Faults:
     slow_s: float = 0.5
     drop: float = 0.0  # a request or its reply is lost; a stream breaks
     duplicate: float = 0.0  # a unary request is delivered twice
+    unruly: float = 0.0  # a message of an Announce stream is lost, doubled or overtaken, and nobody is told
+    damage: float = 0.0  # a frame of a Get stream arrives with a bit flipped, or its parts under each other's names
     keepalive_s: float = 5.0  # after which a stream over a cut link breaks
 
 
@@ -48,13 +51,18 @@ class MemoryNetwork:
         self.trace: list[str] = []
         self._cuts: dict[tuple[str, str], None] = {}  # pairs of node names, in order
         self._streams: dict[Callable[[], None], tuple[SimProcess, SimProcess]] = {}  # breaker -> its ends
+        self._postpone: dict[Callable[[], None], Callable[[float], None]] = {}  # breaker -> delays what is on its way
         self._ports = 7_000
 
     # processes
 
-    def boot(self, name: str, host: str = "") -> SimProcess:
-        """A new incarnation of `name`; the one before must have crashed or been left. `host` empty: its own machine."""
-        process = SimProcess(name, host or name, clock_offset_s=self.rng.uniform(0.0, 1e6))
+    def boot(self, name: str, host: str = "", *, drift: float = 0.0) -> SimProcess:
+        """A new incarnation of `name`; the one before must have crashed or been left. `host` empty: its own machine.
+
+        Its clock runs faster or slower by at most a share `drift`.
+        """
+        offset_s, rate = self.rng.uniform(0.0, 1e6), 1.0 + self.rng.uniform(-drift, drift)
+        process = SimProcess(name, host or name, clock_offset_s=offset_s, clock_rate=rate)
         self.processes.append(process)
         return process
 
@@ -64,9 +72,12 @@ class MemoryNetwork:
 
         return MemoryTransport(self, process)
 
-    def crash(self, process: SimProcess) -> None:
-        """SIGKILL: it never runs again, its peers see their connections end, its ports and sockets are free."""
-        self.note("crash", process.name)
+    def crash(self, process: SimProcess, *, silent: bool = False) -> None:
+        """SIGKILL: it never runs again, its peers see their connections end, its ports and sockets are free.
+
+        `silent`: its machine lost power, and nobody tells its peers; what it sent before still arrives.
+        """
+        self.note("crash", process.name, "silent" if silent else "")
         process.crash()
         for address in [a for a, s in self.listeners.items() if s.process is process]:
             del self.listeners[address]
@@ -74,7 +85,16 @@ class MemoryNetwork:
             del self.sockets[place]
         for breaker, ends in list(self._streams.items()):
             if process in ends:
-                self.later(self.delay(), breaker)
+                self.later(self.keepalive() if silent else self.delay(), breaker)
+                if silent and process is ends[0] and breaker in self._postpone:
+                    self._postpone[breaker](self.rng.uniform(0.0, LATE_MAX_S))
+
+    def hang_up(self, process: SimProcess) -> None:
+        """Whoever serves `process` on its own host ends the connections."""
+        self.note("hang up", process.name)
+        for breaker, ends in list(self._streams.items()):
+            if ends[0] is process and breaker not in self._postpone:
+                breaker()
 
     # links
 
@@ -84,7 +104,7 @@ class MemoryNetwork:
         self._cuts[_pair(a, b)] = None
         for breaker, (one, two) in list(self._streams.items()):
             if _pair(one.name, two.name) == _pair(a, b):
-                self.later(self.faults.keepalive_s * (0.5 + self.rng.random()), partial(self._break_if_cut, breaker))
+                self.later(self.keepalive(), partial(self._break_if_cut, breaker))
 
     def heal(self, a: str = "", b: str = "") -> None:
         """Undo `cut`; without names, every one."""
@@ -100,7 +120,8 @@ class MemoryNetwork:
 
     def calm(self) -> None:
         """From now on nothing is lost, doubled or slow; cuts heal. What lives on must come to rest."""
-        self.faults.drop = self.faults.duplicate = self.faults.slow = 0.0
+        faults = self.faults
+        faults.drop = faults.duplicate = faults.slow = faults.unruly = faults.damage = 0.0
         self.heal()
 
     # fate
@@ -115,6 +136,10 @@ class MemoryNetwork:
     def lost(self) -> bool:
         """Whether the next message is lost."""
         return bool(self.faults.drop) and self.rng.random() < self.faults.drop
+
+    def keepalive(self) -> float:
+        """Seconds until a connection over which nothing comes is given up."""
+        return self.faults.keepalive_s * (0.5 + self.rng.random())
 
     def doubled(self) -> bool:
         """Whether the next unary request comes twice."""
@@ -131,12 +156,22 @@ class MemoryNetwork:
 
     # streams and local connections register how they break
 
-    def watch(self, breaker: Callable[[], None], client: SimProcess, server: SimProcess) -> None:
-        """`breaker` is called when an end crashes, or the link stays cut."""
+    def watch(
+        self,
+        breaker: Callable[[], None],
+        client: SimProcess,
+        server: SimProcess,
+        postpone: Callable[[float], None] | None = None,
+    ) -> None:
+        """`breaker` is called when an end crashes, or the link stays cut. `postpone`: what the client has sent comes
+        so much later."""
         self._streams[breaker] = (client, server)
+        if postpone is not None:
+            self._postpone[breaker] = postpone
 
     def unwatch(self, breaker: Callable[[], None]) -> None:
         self._streams.pop(breaker, None)
+        self._postpone.pop(breaker, None)
 
     def _break_if_cut(self, breaker: Callable[[], None]) -> None:
         ends = self._streams.get(breaker)

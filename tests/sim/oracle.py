@@ -1,105 +1,102 @@
-"""What may come back, and what must hold: the invariants, checked from outside while the fleet is hurt.
-
-I1 a delivered block is byte for byte one block that somebody put under that key and shard.
-I3 tiers account for every byte. I6 directories equal contents when quiet. I7 no entry of an older life.
-I9 a matched prefix is covered at every depth its groups need.
-"""
+"""What may come back: every put that was ever tried, and the judgement of every answer a client gets."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
+from collections.abc import Iterator
 
-import numpy as np
-
+from kvstore.checksum import xxh3
 from kvstore.client import GetResult
-from kvstore.layout import block_bytes
+from kvstore.layout import block_bytes, cut
 from kvstore.needs import needed_depths
 from kvstore.plan import HitPlan
-from kvstore.residency_check import validate
 from kvstore.spec import ModelSpec, Shard
-from tests.sim.fleet import NAMESPACE, Fleet
+from tests.sim.load import HALVES
+
+Id = tuple[str, bytes, bytes]
+"""(namespace, shard digest, key)"""
 
 
 class Violation(AssertionError):
     """An invariant does not hold."""
 
 
-def payload(spec: ModelSpec, shard: Shard, key: bytes, engine: int) -> bytes:
-    """The raw block engine number `engine` computes: two engines differ in their low bits."""
-    seed = hashlib.sha256(key + shard.digest + bytes([engine])).digest()
-    rng = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "little")))
-    values = rng.standard_normal(block_bytes(spec, shard) // 2, np.float32).astype(np.float16)
-    return values.tobytes()
-
-
 class Oracle:
-    """Remembers every put that was ever tried; judges what comes back."""
+    """Remembers; judges."""
 
     def __init__(self) -> None:
-        self._puts: dict[tuple[bytes, bytes], dict[bytes, int]] = {}
+        self._puts: dict[Id, dict[bytes, None]] = {}  # raw blocks
+        self._copies: dict[Id, dict[int, None]] = {}  # their checksums
         self.seen: Counter[str] = Counter()
 
-    def tried(self, shard: Shard, key: bytes, raw: bytes, engine: int) -> None:
-        self._puts.setdefault((shard.digest, key), {})[raw] = engine
+    def tried(self, namespace: str, shard: Shard, key: bytes, raw: bytes) -> None:
+        """A client is about to put this. Mutates."""
+        id = (namespace, shard.digest, key)
+        self._puts.setdefault(id, {})[raw] = None
+        self._copies.setdefault(id, {})[xxh3(raw)] = None
 
-    def judge_plan(self, plan: HitPlan) -> None:
-        """I9: some stored rectangle that meets each needed one, at each depth the group's rule needs."""
+    def known(self, namespace: str, shard: bytes, key: bytes) -> bool:
+        """Whether anybody ever put a block of that name (I10: in that namespace)."""
+        return (namespace, shard, key) in self._puts
+
+    def is_copy(self, namespace: str, shard: bytes, key: bytes, copy_id: int) -> bool:
+        """Whether that is the checksum of one of its puts."""
+        return copy_id in self._copies.get((namespace, shard, key), {})
+
+    def judge_plan(self, namespace: str, plan: HitPlan) -> None:
+        """I9: at each depth that a group's rule needs, stored rectangles that together fill the needed one. I10: of
+        blocks that somebody put in this namespace."""
         for shard in plan.shards:
+            cells = [(shard.layer_first, head) for head in range(shard.head_first, shard.head_first + shard.head_count)]
             for depth in needed_depths(plan, shard):
-                meeting = [
-                    run.shard
-                    for run in plan.runs
-                    if run.first_depth <= depth < run.first_depth + run.count and run.shard.overlap(shard) is not None
-                ]
-                if not meeting:
+                here = [run.shard for run in plan.runs if run.first_depth <= depth < run.first_depth + run.count]
+                if not all(any(_covers(have, shard, head) for have in here) for _, head in cells):
                     raise Violation(f"I9: depth {depth} of {plan.blocks} is matched, but nobody holds {shard} there")
+        for run in plan.runs:
+            for depth in range(run.first_depth, run.first_depth + run.count):
+                if not self.known(namespace, run.shard.digest, plan.keys[depth]):
+                    raise Violation(f"I10: {namespace} is told of a block at {run.holder} that nobody put there")
 
-    def judge(self, plan: HitPlan, result: GetResult) -> None:
+    def judge(self, namespace: str, plan: HitPlan, result: GetResult) -> None:
         """I1, for every block that is said to be delivered, also beyond the contiguous ones."""
         for index, shard in enumerate(plan.shards):
             for depth, tier in enumerate(result.tiers[index]):
                 if tier is None:
                     continue
                 got = bytes(result.buffers[index][depth])
-                if got not in self._puts.get((shard.digest, plan.keys[depth]), {}):
+                if not self._made(namespace, plan.spec, shard, plan.keys[depth], got):
                     raise Violation(f"I1: wrong bytes for depth {depth} of {shard} from {tier.name}")
                 self.seen[f"blocks_{tier.name.lower()}"] += 1
         self.seen["gets"] += 1
 
+    def _made(self, namespace: str, spec: ModelSpec, shard: Shard, key: bytes, got: bytes) -> bool:
+        """Whether `got` is one put, or put together from puts of the rectangles that are stored, each from one."""
+        if got in self._puts.get((namespace, shard.digest, key), {}):
+            return True
+        if spec != HALVES.spec:
+            return False
+        if shard in HALVES.shards:
+            return any(raw == got for raw in self._cuts(namespace, spec, Shard.whole(spec), shard, key))
+        for half in HALVES.shards:
+            target = memoryview(bytearray(block_bytes(spec, half)))
+            cut(spec, shard, half, got, target)
+            if not self._made(namespace, spec, half, key, bytes(target)):
+                return False
+        self.seen["assembled"] += 1
+        return True
 
-def check_now(fleet: Fleet) -> None:
-    """I3 and I7, at any moment: also in the middle of a move, when a tier counts what residency does not know yet."""
-    for worker in fleet.live_workers():
-        stack = worker.store.stack
-        validate(stack.residency)
-        stack.arena.validate()
-        for level, tier in enumerate(stack.tiers):
-            known = stack.residency.used[level]
-            if not known <= tier.used <= tier.capacity:
-                raise Violation(f"I3: {tier.tier.name} counts {tier.used} of {tier.capacity}, residency {known}")
-    for coordinator in fleet.live_coordinators():
-        registry = coordinator.registry
-        directory = registry.inboxes[NAMESPACE].directory
-        directory.validate()
-        for worker, epochs in fleet.epochs.items():
-            known = registry.membership.epoch(worker)
-            if known not in epochs:
-                continue  # not registered yet, or this life began a moment ago
-            stale = [entry for entry in directory.contents(worker) if entry not in fleet.lives[(worker, known)]]
-            if stale:
-                raise Violation(f"I7: {len(stale)} blocks of {worker} are not of its epoch {known}")
+    def _cuts(self, namespace: str, spec: ModelSpec, stored: Shard, wanted: Shard, key: bytes) -> Iterator[bytes]:
+        for raw in self._puts.get((namespace, stored.digest, key), {}):
+            target = memoryview(bytearray(block_bytes(spec, wanted)))
+            cut(spec, stored, wanted, raw, target)
+            yield bytes(target)
 
 
-def differences(fleet: Fleet) -> list[str]:
-    """I6: how the directories differ from the contents. Empty when quiet and right."""
-    found = []
-    for worker in fleet.live_workers():
-        held = {(a.shard, a.key): (a.tier, a.fidelity) for a in worker.store.snapshot(NAMESPACE)[1]}
-        for coordinator in fleet.live_coordinators():
-            known = coordinator.registry.inboxes[NAMESPACE].directory.contents(worker.identity.worker)
-            if dict(known) != held:
-                found.append(
-                    f"{coordinator.address}: {len(known)} blocks of {worker.identity.worker}, it holds {len(held)}"
-                )
-    return found
+def _covers(have: Shard, want: Shard, head: int) -> bool:
+    """Whether a stored rectangle has all needed layers of one head."""
+    return (
+        have.group == want.group
+        and have.layer_first <= want.layer_first
+        and want.layer_first + want.layer_count <= have.layer_first + have.layer_count
+        and have.head_first <= head < have.head_first + have.head_count
+    )

@@ -11,8 +11,8 @@ from kvstore.errors import Overloaded
 from kvstore.transport.base import CallContext, Credentials
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 from tests.sim.loop import run
+from tests.sim.memory import SimMemory
 from tests.sim.network import Faults, MemoryNetwork
-from tests.sim.system import SimMemory
 
 AUTH = Authenticator(load_policy())
 ADDRESS = "w:1"

@@ -1,4 +1,4 @@
-"""One seed: clients work on shared prefixes while machines crash, stall and lose each other; then peace."""
+"""One seed: clients work on shared prefixes while everything goes wrong; then peace; then only the worker here."""
 
 from __future__ import annotations
 
@@ -6,217 +6,239 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
+from unittest import mock
 
 from kvstore.client import KVClient
-from kvstore.keys import Chain, chain
-from kvstore.spec import Group, ModelSpec, Shard
-from tests.sim.fleet import Fleet, Node, Shape
+from kvstore.keys import Chain
+from kvstore.pinning import Pin
+from kvstore.plan import HitPlan
+from kvstore.spec import Shard
+from tests.sim.checks import Checks
+from tests.sim.fleet import Fleet, Node
+from tests.sim.load import WHOLE, WINDOW, alone, draw, payload
 from tests.sim.loop import run
-from tests.sim.network import Faults
-from tests.sim.oracle import Oracle, Violation, check_now, differences, payload
+from tests.sim.oracle import Oracle, Violation
+from tests.sim.shape import SOCKET, Shape, draw_faults
+from tests.sim.trouble import SLOW_S, Trouble
+from workers import outgoing
 
-BLOCK = 4  # tokens
 LATE_S = 0.5  # what a call may take beyond its deadline: virtual time, so only its own delays
-
-PLAIN = ModelSpec(
-    model="sim/plain", dtype="float16", block_tokens=BLOCK, group_blocks=4,
-    groups=(Group(layers=2, kv_heads=2, k_dim=16, v_dim=16),),
-)  # fmt: skip
-MIXED = ModelSpec(
-    model="sim/mixed", dtype="float16", block_tokens=BLOCK, group_blocks=4,
-    groups=(
-        Group(layers=1, kv_heads=2, k_dim=16, v_dim=16),
-        Group(kind="sliding", layers=2, kv_heads=2, k_dim=16, v_dim=16, window=2 * BLOCK),
-    ),
-)  # fmt: skip
-NEEDS: dict[str, tuple[ModelSpec, tuple[Shard, ...]]] = {
-    "plain": (PLAIN, (Shard.whole(PLAIN),)),
-    "mixed": (MIXED, (Shard.whole(MIXED, 0), Shard.whole(MIXED, 1))),
-}
+PEACE_S = 60.0
+CHECK_S = 0.5
+TURNS = 14  # requests a client
+MESSAGE_BYTES = 4 << 10  # of a Get: a few blocks, so that things happen between two messages
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one seed saw, so that a run in which nothing happened shows."""
+    """What one seed saw, so that a run in which nothing happened shows; `digest` is of every message and fault."""
 
     seed: int
     seen: Counter[str] = field(default_factory=Counter)
+    digest: str = ""
 
 
 class Scenario:
     """`run_seed` makes one, runs it once."""
 
-    def __init__(self, seed: int, shape: Shape, turns: int) -> None:
+    def __init__(self, seed: int, shape: Shape | None, turns: int) -> None:
         self.rng = Random(f"scenario/{seed}")
-        faults = Faults(
-            drop=self.rng.choice([0.0, 0.01, 0.05]),
-            duplicate=self.rng.choice([0.0, 0.05]),
-            slow=self.rng.choice([0.0, 0.02]),
-        )
+        faults = draw_faults(self.rng)
         self.seed, self.turns = seed, turns
-        self.fleet = Fleet(seed, shape, faults)
+        self.fleet = Fleet(seed, shape or Shape.draw(self.rng), faults)
         self.oracle = Oracle()
+        self.checks = Checks(self.fleet, self.oracle)
         self.seen = self.oracle.seen
-        self._working = shape.clients
+        self.trouble = Trouble(self.fleet, self.rng, self.seen)
 
     async def play(self) -> None:
         await self.fleet.start()
-        tasks = [asyncio.create_task(self._client(i, node)) for i, node in enumerate(self.fleet.clients)]
-        tasks += [asyncio.create_task(self._trouble()), asyncio.create_task(self._watch())]
+        watch = asyncio.create_task(self._watch())
+        trouble = asyncio.create_task(self.trouble.run())
+        clients = [asyncio.create_task(self._client(i, node)) for i, node in enumerate(self.fleet.clients)]
+        working = asyncio.gather(*clients)
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.wait([working, watch, trouble], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                self.trouble.over = True
+                working.result()
+                await trouble
+            for task in (watch, trouble):
+                if task.done():
+                    task.result()
         finally:
-            for task in tasks:
+            for task in (*clients, watch, trouble):
                 task.cancel()
         await self._peace()
+        await self._lonely()
+        await self._leave()
 
     # --- load --------------------------------------------------------------------------------------------------------
-
-    def _prompt(self, rng: Random) -> tuple[str, Chain]:
-        """A prompt of a few shared documents and chats: most begin alike."""
-        kind = rng.choice(["plain", "plain", "mixed"])
-        spec, _ = NEEDS[kind]
-        document, branch = rng.randrange(3), rng.randrange(4)
-        shared = [document * 1000 + t for t in range(BLOCK * 6)]
-        own = [document * 1000 + 500 + branch * 50 + t for t in range(BLOCK * rng.randrange(1, 8))]
-        return kind, chain(spec, shared + own)
 
     async def _client(self, engine: int, node: Node) -> None:
         rng = Random(f"client/{self.seed}/{engine}")
         for _ in range(self.turns):
             process = node.process if node.up else self.fleet.boot_client(node)
             assert process is not None
+            paused_s = process.paused_s
             work = process.spawn(self._request(engine, node, rng))
             await asyncio.wait([work], timeout=30.0)
             if work.done():
                 work.result()
             elif process.crashed:
                 self.seen["requests_cut_short"] += 1
-            else:
+            elif not process.paused and process.paused_s == paused_s:
                 raise Violation("I8: a request took more than 30 s")
-            await asyncio.sleep(rng.uniform(0.0, 0.6))
-        self._working -= 1
+            await asyncio.sleep(rng.uniform(0.0, 0.4))
 
     async def _request(self, engine: int, node: Node, rng: Random) -> None:
         client: KVClient = node.runtime or await self.fleet.connect(node)
-        kind, prompt = self._prompt(rng)
-        spec, shards = NEEDS[kind]
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
-        plan = await client.match(spec, prompt, shards)
-        self._in_time("match", loop.time() - begin, client.config.match_timeout_s)
-        self.oracle.judge_plan(plan)
-        begin = loop.time()
+        need, prompt = draw(rng)
+        took = Timer(node)
+        plan = await client.match(need.spec, prompt, need.shards)
+        took.at_most("match", client.config.match_timeout_s)
+        self.oracle.judge_plan(node.namespace, plan)
+        pin = await self._pin(client, plan, rng) if rng.random() < 0.1 else None
+        took = Timer(node)
         result = await client.get(plan)
-        self._in_time("get", loop.time() - begin, client.config.get_timeout_s)
-        self.oracle.judge(plan, result)
+        took.at_most("get", client.config.get_timeout_s)
+        self.oracle.judge(node.namespace, plan, result)
         self.seen["hit_blocks"] += result.blocks
-        for shard in shards:
-            await self._put(engine, client, prompt, shard, result.blocks)
+        if pin is not None:
+            await client.unpin(pin)
+        for shard in need.shards:
+            await self._put(engine, node, client, prompt, shard, result.blocks)
+        if rng.random() < 0.01:
+            await client.purge(need.spec)
+            self.seen["purges"] += 1
 
-    async def _put(self, engine: int, client: KVClient, prompt: Chain, shard: Shard, first: int) -> None:
-        raws = [payload(prompt.spec, shard, key, engine) for key in prompt.keys[first:]]
-        for key, raw in zip(prompt.keys[first:], raws, strict=True):
-            self.oracle.tried(shard, key, raw, engine)
-        begin = asyncio.get_running_loop().time()
+    async def _pin(self, client: KVClient, plan: HitPlan, rng: Random) -> Pin:
+        pin = await client.pin(plan, ttl_s=rng.choice([0.5, 5.0]))
+        self.seen["pinned"] += pin.blocks
+        await asyncio.sleep(rng.choice([0.0, 0.3]))
+        return pin
+
+    async def _put(
+        self, engine: int, node: Node, client: KVClient, prompt: Chain, shard: Shard, first: int
+    ) -> list[str]:
+        keys = prompt.keys[first:]
+        raws = [payload(prompt.spec, shard, node.namespace, key, engine) for key in keys]
+        for key, raw in zip(keys, raws, strict=True):
+            self.oracle.tried(node.namespace, shard, key, raw)
+        took = Timer(node)
         stored = await client.put(prompt.spec, prompt, raws, first, shard)
-        self._in_time("put", asyncio.get_running_loop().time() - begin, client.config.put_timeout_s)
+        took.at_most("put", client.config.put_timeout_s)
         for state in stored.states:
             self.seen[f"put_{state}"] += 1
             if state == "refused":
                 raise Violation("a sound block was refused")
-
-    def _in_time(self, call: str, took: float, limit: float) -> None:
-        if took > limit + LATE_S:
-            raise Violation(f"I8: {call} took {took:.3f} s of at most {limit:g} s")
-
-    # --- trouble -----------------------------------------------------------------------------------------------------
-
-    async def _trouble(self) -> None:
-        while self._working > 0:
-            await asyncio.sleep(self.rng.expovariate(1 / 0.4))
-            trouble = self.rng.choice(
-                [self._crash_worker, self._crash_coordinator, self._crash_client, self._cut, self._pause]
-            )
-            await trouble()
-
-    async def _crash_worker(self) -> None:
-        node = self.rng.choice(self.fleet.workers)
-        if not node.up:
-            return
-        self.fleet.crash(node, power=self.rng.random() < 0.5)
-        self.seen["worker_crashes"] += 1
-        await asyncio.sleep(self.rng.choice([0.05, 1.0, 5.0]))
-        await self.fleet.start_worker(node)
-
-    async def _crash_coordinator(self) -> None:
-        node = self.rng.choice(self.fleet.coordinators)
-        if not node.up:
-            return
-        self.fleet.crash(node)
-        self.seen["coordinator_crashes"] += 1
-        await asyncio.sleep(self.rng.choice([0.05, 1.0, 5.0]))
-        await self.fleet.start_coordinator(node)
-
-    async def _crash_client(self) -> None:
-        node = self.rng.choice(self.fleet.clients)
-        if node.up:
-            self.fleet.crash(node)
-            self.seen["client_crashes"] += 1
-
-    async def _cut(self) -> None:
-        nodes = [*self.fleet.workers, *self.fleet.coordinators, *self.fleet.clients]
-        one, other = self.rng.sample(nodes, 2)
-        if one.host == other.host:
-            return
-        self.fleet.network.cut(one.name, other.name)
-        self.seen["cuts"] += 1
-        await asyncio.sleep(self.rng.choice([0.2, 2.0, 8.0]))
-        self.fleet.network.heal(one.name, other.name)
-
-    async def _pause(self) -> None:
-        node = self.rng.choice([*self.fleet.workers, *self.fleet.coordinators])
-        process = node.process
-        if process is None or process.crashed:
-            return
-        process.pause()
-        self.seen["pauses"] += 1
-        await asyncio.sleep(self.rng.choice([0.5, 4.0, 8.0]))
-        process.resume()
+        return stored.states
 
     async def _watch(self) -> None:
-        while self._working > 0:
-            check_now(self.fleet)
-            await asyncio.sleep(0.5)
+        for tick in range(1_000_000):
+            if tick % 2:
+                self.checks.at_any_moment()
+            elif tick % 4 == 0:
+                self.checks.blocks()
+            await asyncio.sleep(CHECK_S)
 
-    # --- peace -------------------------------------------------------------------------------------------------------
+    # --- quiet points ------------------------------------------------------------------------------------------------
 
     async def _peace(self) -> None:
-        """Everything is up and heard; within a bounded time nothing is left to tell."""
+        """Everything is up and heard; within a bounded time nothing is left to tell (I6)."""
         fleet = self.fleet
         fleet.network.calm()
         wrong: list[str] = []
-        for _ in range(240):
-            await asyncio.sleep(0.25)
-            check_now(fleet)
-            wrong = differences(fleet)
+        for _ in range(int(PEACE_S / CHECK_S)):
+            await asyncio.sleep(CHECK_S)
+            self.checks.at_any_moment()
+            wrong = self.checks.differences()
             if not wrong and all(
                 c.registry.complete("default", c._system.clock.monotonic()) for c in fleet.live_coordinators()
             ):
                 break
         else:
             raise Violation(f"I6: after a minute of peace {wrong or 'a coordinator says it is incomplete'}")
-        for node in fleet.workers:
+        await self._idle()
+        self.checks.blocks()
+        self.seen["blocks_at_the_end"] += sum(w.store.blocks("default") for w in fleet.live_workers())
+
+    async def _idle(self) -> None:
+        for node in self.fleet.workers:
             assert node.process is not None
             await asyncio.wait_for(node.process.spawn(node.runtime.store.idle()), 30.0)
-            node.runtime.store.validate()
-        for worker in fleet.live_workers():
-            held = len(worker.store.snapshot("default")[1])
-            self.seen["blocks_at_the_end"] += held
+
+    async def _lonely(self) -> None:
+        """I11: no coordinator, no Redis, a full disk. What a client has just stored on its host's worker it gets."""
+        fleet = self.fleet
+        for node in fleet.coordinators:
+            fleet.crash(node)
+        if fleet.redis is not None:
+            fleet.redis.stop()
+        for worker in fleet.workers:
+            for disk in worker.disks.values():
+                disk.capacity = disk.used()
+        hosts = [worker.host for worker in fleet.workers]
+        nodes = [node for node in fleet.clients if node.host in hosts]
+        await asyncio.gather(*(self._alone(number, node) for number, node in enumerate(nodes)))
+
+    async def _alone(self, number: int, node: Node) -> None:
+        if node.up:
+            self.fleet.crash(node)
+        process = self.fleet.boot_client(node)
+        await process.spawn(self._store_and_get(number, node))
+
+    async def _store_and_get(self, number: int, node: Node) -> None:
+        client = await self.fleet.connect(node, workers=(SOCKET,))
+        for need in (WHOLE, WINDOW):
+            prompt = alone(need, number)
+            kept = len(prompt)
+            for shard in need.shards:
+                states = await self._put(number, node, client, prompt, shard, 0)
+                good = [state in ("committed", "held") for state in states]
+                kept = min(kept, good.index(False) if False in good else kept)
+            plan = await client.match(need.spec, prompt, need.shards)
+            self.oracle.judge_plan(node.namespace, plan)
+            result = await client.get(plan)
+            self.oracle.judge(node.namespace, plan, result)
+            if result.blocks < kept:
+                raise Violation(f"I11: {result.blocks} of {kept} blocks on this very host, with nobody else there")
+            self.seen["lonely_hits"] += result.blocks
+
+    async def _leave(self) -> None:
+        """All clients go, every lease, hold and pin runs out: nothing stays taken."""
+        for node in self.fleet.clients:
+            if node.up:
+                self.fleet.crash(node)
+        await asyncio.sleep(4.0)
+        await self._idle()
+        self.checks.idle()
 
 
-def run_seed(seed: int, *, shape: Shape | None = None, turns: int = 20) -> Outcome:
-    """Play one seed; Violation, SimError or whatever the code raised tells what went wrong. Deterministic."""
-    scenario = Scenario(seed, shape or Shape(), turns)
-    run(scenario.play(), processes=scenario.fleet.network.processes)
-    return Outcome(seed, scenario.seen)
+class Timer:
+    """I8: a call ends in time, unless its own process stood still or had no processor."""
+
+    def __init__(self, node: Node) -> None:
+        assert node.process is not None
+        self._process = node.process
+        self._begin = asyncio.get_running_loop().time()
+        self._paused_s, self._slow, self._slowed = self._process.paused_s, self._process.slow_s, self._process.slowed
+
+    def at_most(self, call: str, limit_s: float) -> None:
+        took = asyncio.get_running_loop().time() - self._begin - (self._process.paused_s - self._paused_s)
+        slow = self._slow or self._process.slowed > self._slowed
+        if took > limit_s + LATE_S + (8 * SLOW_S if slow else 0.0):
+            raise Violation(f"I8: {call} took {took:.3f} s of at most {limit_s:g} s")
+
+
+def play(scenario: Scenario) -> None:
+    """Once. Violation, SimError or whatever the code raised tells what went wrong."""
+    with mock.patch.object(outgoing, "MESSAGE_BYTES", MESSAGE_BYTES):
+        run(scenario.play(), processes=scenario.fleet.network.processes)
+
+
+def run_seed(seed: int, *, shape: Shape | None = None, turns: int = TURNS) -> Outcome:
+    """Play one seed. Deterministic."""
+    scenario = Scenario(seed, shape, turns)
+    play(scenario)
+    return Outcome(seed, scenario.seen, scenario.fleet.network.digest())

@@ -1,4 +1,4 @@
-"""The simulator's `System`: virtual clock, seeded randomness, byte work inline after a delay, memory of bytearrays."""
+"""The simulator's `System`: virtual clock, seeded randomness, byte work after a delay, memory read bit by bit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import TypeVar
 from kvstore.errors import SetupError
 from kvstore.seams import Disk, System
 from tests.sim.loop import SimProcess
+from tests.sim.memory import SimMemory
 
 T = TypeVar("T")
 
 WALL_NS = 1_800_000_000 * 10**9
+DELAY_MAX_S = 0.001
 
 
 class SimClock:
-    """Its own origin per process; the wall clocks of two processes differ by up to a second."""
+    """Its own origin and rate per process; the wall clocks of two processes differ, and may be set back."""
 
     def __init__(self, process: SimProcess) -> None:
         self._process = process
@@ -26,56 +28,62 @@ class SimClock:
         return self._process.monotonic()
 
     def wall_ns(self) -> int:
-        skew_ns = int(self._process.clock_offset_s * 1e9) % 10**9
+        process = self._process
+        skew_ns = int(process.clock_offset_s * 1e9) % 10**9 + int(process.wall_step_s * 1e9)
         return WALL_NS + int(asyncio.get_running_loop().time() * 1e9) + skew_ns
 
 
 class SimPool:
-    """Byte work is atomic at a drawn moment between its call and its return.
+    """Byte work is done in one step at the end of a drawn time, but has seen mapped memory of others bit by bit.
 
-    As in the real pool, a caller that is cancelled before the work began never sees it done.
+    As in the real pool, a caller that is cancelled before the work began never sees it done; later it waits for it.
     """
 
-    def __init__(self, rng: Random, delay_max_s: float = 0.001) -> None:
+    def __init__(self, rng: Random, process: SimProcess) -> None:
         self._rng = rng
-        self.delay_max_s = delay_max_s
+        self._process = process
         self.closed = False
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         if self.closed:
             raise RuntimeError("the pool is closed")
-        await asyncio.sleep(self._rng.uniform(0.0, self.delay_max_s))
+        await asyncio.sleep(self._delay())
+        if not self._process.mappings:
+            result = function(*args)
+            await asyncio.sleep(self._delay())
+            return result
+        work = asyncio.get_running_loop().create_task(self._work(function, *args))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            while not work.done():
+                try:
+                    await asyncio.wait([work])
+                except asyncio.CancelledError:
+                    continue  # cancelled again: the buffers are still in use
+            if not work.cancelled():
+                work.exception()  # seen: the caller is told of its cancellation instead
+            raise
+
+    async def _work(self, function: Callable[..., T], *args: object) -> T:
+        """Maps memory of others: what it sees of it is of two moments, and of the generations the last one."""
+        seen, share = list(self._process.mappings), self._rng.random()
+        for mapping in seen:
+            mapping.look(0.0, share)
+        await asyncio.sleep(self._delay())
+        for mapping in seen:
+            mapping.look(share, 1.0)
+            mapping.look_at_table()
         result = function(*args)
-        await asyncio.sleep(self._rng.uniform(0.0, self.delay_max_s))
+        await asyncio.sleep(self._delay())
         return result
+
+    def _delay(self) -> float:
+        slow = self._process.slow_s
+        return self._rng.uniform(0.0, slow or DELAY_MAX_S)
 
     def close(self) -> None:
         self.closed = True
-
-
-class SimSegment:
-    """Shared memory that lives as long as any mapping of it."""
-
-    fd: int | None = None
-
-    def __init__(self, name: str, nbytes: int) -> None:
-        self.name = name
-        self.nbytes = nbytes
-        self.view = memoryview(bytearray(nbytes))
-
-    def close(self) -> None:
-        self.view = memoryview(b"")
-
-
-class SimMemory:
-    """Counts what it made, so that a scenario can bound it."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    def segment(self, name: str, nbytes: int, *, sealed_writes: bool) -> SimSegment:
-        self.made += 1
-        return SimSegment(name, nbytes)
 
 
 def no_disk(folder: str) -> Disk:
@@ -90,7 +98,7 @@ def sim_system(process: SimProcess, seed: int | str, disk: Callable[[str], Disk]
         clock=SimClock(process),
         rng=rng,
         memory=SimMemory(),
-        pool=SimPool(Random(f"pool/{seed}/{process.name}/{process.clock_offset_s}")),
+        pool=SimPool(Random(f"pool/{seed}/{process.name}/{process.clock_offset_s}"), process),
         host=process.host,
         disk=disk,
     )

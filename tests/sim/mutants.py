@@ -1,0 +1,187 @@
+"""What the design rests on, taken out piece by piece: the simulator must notice each.
+
+A mutant patches the product in this process only; no switch for it exists outside the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+from coordinator.session import Session
+from kvstore.announce import Delta, Inbox, Receiver
+from kvstore.answers import Match
+from kvstore.carrier import Carrier, Ticket
+from kvstore.directory import Directory
+from kvstore.host_link import Mapped
+from kvstore.membership import Membership
+from kvstore.staging import Staging
+from kvstore.stream_source import Arrivals
+from kvstore.tiers.redis_index import RedisIndex
+from workers.announcer import Stream
+from workers.redis_announcer import RedisAnnouncer
+
+Patch = tuple[type, str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """`seed` caught it when it was last looked for. `found`: a bug that was there once, and this seed found it."""
+
+    name: str
+    what: str
+    patches: tuple[Patch, ...]
+    seed: int = 0
+    found: bool = False
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """For the time of the block the product is without it."""
+        with ExitStack() as stack:
+            for owner, name, made in self.patches:
+                stack.enter_context(mock.patch.object(owner, name, made))
+            yield
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+_end_of_staging: Callable[..., None] = lambda self, id: None  # noqa: E731 - the peer is gone, its memory is not
+
+_check = Arrivals._check
+
+
+def _unchecked(self: Arrivals, whole: list[Any]) -> list[str]:
+    """Delivered, whichever copy the chunks are of."""
+    for item, problem in zip(whole, _check(self, whole), strict=True):
+        if problem and item.piece.shard != item.piece.wanted:
+            item.piece.fill(self._asked.spec, item.raw)
+    return [""] * len(whole)
+
+
+async def _free_first(self: Carrier, ticket: Ticket, destination: int) -> None:
+    """Out of the upper tier, then into the lower one."""
+    stack, residency, row = self.stack, self.stack.residency, ticket.row
+    if destination == stack.REDIS or residency.pinned(row):
+        await _carry(self, ticket, destination)
+        return
+    moving = await self._source(row, ticket.level, raw=residency.levels[destination].raw)
+    if residency.gone(row) or not residency.present(row, ticket.level):
+        return
+    moving.parts = [bytes(part) for part in moving.parts]
+    stack.drop(row, ticket.level)
+    location = await self._write(ticket, destination, moving)
+    if residency.gone(row):
+        stack.admit(moving.namespace, moving.header, destination, location)
+    elif residency.present(row, destination):
+        stack.tiers[destination].free(moving.namespace, moving.header, location)
+    else:
+        residency.replace_header(row, moving.header)
+        stack.add(row, destination, location)
+
+
+_carry = Carrier.carry
+
+# --- announcements ---------------------------------------------------------------------------------------------------
+
+_register, _heartbeat, _open = Membership.register, Membership.heartbeat, Inbox.open
+
+
+def _register_any(self: Membership, worker: str, epoch: int, now: float, **options: Any) -> Any:
+    life = self._members.get(worker)
+    if life is not None and life.epoch > epoch:
+        del self._members[worker]
+    self._gone.pop(worker, None)
+    return _register(self, worker, epoch, now, **options)
+
+
+def _open_any(self: Inbox, holder: str, epoch: int) -> Any:
+    known = self._receivers.get(holder)
+    if known is not None and known.epoch > epoch:
+        self.forget(holder)
+    return _open(self, holder, epoch)
+
+
+_offer = Receiver.offer
+
+
+def _offer_beyond(self: Receiver, delta: Delta) -> Any:
+    """What lies between is taken for known."""
+    if delta.first_seq > self.applied + 1:
+        self.applied = delta.first_seq - 1
+    return _offer(self, delta)
+
+
+_learn = Session._learn
+
+
+def _learn_some(self: Session, *given: Any) -> bool:
+    _learn(self, *given)
+    return True
+
+
+_begin_snapshot = Stream._snapshot
+
+
+def _same_words(self: Stream, namespace: str) -> None:
+    """A snapshot that says nothing anew of what was said on the stream before."""
+    introduced = self._introduced
+    _begin_snapshot(self, namespace)
+    self._introduced = introduced
+    if namespace in self._parts:
+        self._parts[namespace] = self._parts[namespace][0], introduced
+
+
+_elect = RedisIndex.elect
+
+
+async def _elect_again(self: RedisIndex, *given: Any) -> int | None:
+    """Elected, under the number everybody had before."""
+    return None if await _elect(self, *given) is None else 1
+
+
+# --- lookup ----------------------------------------------------------------------------------------------------------
+
+_match = Directory.match
+
+
+def _match_anywhere(self: Directory, root: bytes, keys: Any, shards: Any, least: Any) -> Match:
+    """What is held behind a gap counts too."""
+    found = _match(self, root, keys, shards, least)
+    for after in range(found.blocks + 1, len(keys)):
+        more = _match(self, root, keys[after:], shards, least)
+        if more.blocks:
+            moved = [replace(run, first_depth=run.first_depth + after) for run in more.runs]
+            return replace(found, blocks=after + more.blocks, runs=[*found.runs, *moved])
+    return found
+
+
+MUTANTS = (
+    Mutant("reader-generation", "a reader on the same host does not look at generations",
+           ((Mapped, "current", _always),)),
+    Mutant("epoch-fence", "a message of an older life is taken",
+           ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any))),
+    Mutant("copy-flip-free", "a block is freed above before it is written below",
+           ((Carrier, "carry", _free_first),)),
+    Mutant("gap-snapshot", "a coordinator that misses changes does not ask for a snapshot",
+           ((Receiver, "offer", _offer_beyond),)),
+    Mutant("dead-writer", "the staging memory of a writer that is gone is kept",
+           ((Staging, "close", _end_of_staging),)),
+    Mutant("copy-id", "chunks are put together whichever copy they are of",
+           ((Arrivals, "_check", _unchecked),)),
+    Mutant("announcer-fence", "every worker elected to announce Redis does so under one epoch",
+           ((RedisIndex, "elect", _elect_again),)),
+    Mutant("announcer-name", "a worker that is elected again within its old lease goes on under its old epoch",
+           ((RedisAnnouncer, "_draw", lambda self: setattr(self, "_name", self._worker())),)),
+    Mutant("contiguity", "blocks behind a gap count as held",
+           ((Directory, "match", _match_anywhere),)),
+    Mutant("lost-words", "changes whose dictionary was lost on the way are passed over", found=True,
+           patches=((Session, "_learn", _learn_some), (Stream, "_snapshot", _same_words))),
+)  # fmt: skip
