@@ -14,10 +14,12 @@ from unittest import mock
 from coordinator.session import Session
 from kvstore.announce import Delta, Inbox, Receiver
 from kvstore.answers import Match
+from kvstore.bulk import Raws
 from kvstore.carrier import Carrier, Ticket
 from kvstore.directory import Directory
 from kvstore.host_link import Mapped
 from kvstore.membership import Membership
+from kvstore.pieces import Piece
 from kvstore.staging import Staging
 from kvstore.stream_source import Arrivals
 from kvstore.tiers.redis_index import RedisIndex
@@ -55,15 +57,29 @@ def _always(*_: Any) -> bool:
 
 _end_of_staging: Callable[..., None] = lambda self, id: None  # noqa: E731 - the peer is gone, its memory is not
 
-_check = Arrivals._check
+_prepare = Raws.prepare
+
+
+def _prepare_blindly(self: Raws) -> None:
+    _prepare(self)
+    self._marks.clear()
+
+
+_check, _begin = Arrivals._check, Piece.begin
 
 
 def _unchecked(self: Arrivals, whole: list[Any]) -> list[str]:
     """Delivered, whichever copy the chunks are of."""
     for item, problem in zip(whole, _check(self, whole), strict=True):
-        if problem and item.piece.shard != item.piece.wanted:
+        if problem and item.span is None:
             item.piece.fill(self._asked.spec, item.raw)
     return [""] * len(whole)
+
+
+def _begin_any(self: Piece, copy_id: int) -> bool:
+    """Goes on with the chunks of another copy."""
+    self.copy_id = copy_id
+    return _begin(self, copy_id)
 
 
 async def _free_first(self: Carrier, ticket: Ticket, destination: int) -> None:
@@ -165,7 +181,7 @@ def _match_anywhere(self: Directory, root: bytes, keys: Any, shards: Any, least:
 
 MUTANTS = (
     Mutant("reader-generation", "a reader on the same host does not look at generations",
-           ((Mapped, "current", _always),)),
+           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly))),
     Mutant("epoch-fence", "a message of an older life is taken",
            ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any))),
     Mutant("copy-flip-free", "a block is freed above before it is written below",
@@ -175,7 +191,7 @@ MUTANTS = (
     Mutant("dead-writer", "the staging memory of a writer that is gone is kept",
            ((Staging, "close", _end_of_staging),)),
     Mutant("copy-id", "chunks are put together whichever copy they are of",
-           ((Arrivals, "_check", _unchecked),)),
+           ((Arrivals, "_check", _unchecked), (Piece, "begin", _begin_any))),
     Mutant("announcer-fence", "every worker elected to announce Redis does so under one epoch",
            ((RedisIndex, "elect", _elect_again),)),
     Mutant("announcer-name", "a worker that is elected again within its old lease goes on under its old epoch",

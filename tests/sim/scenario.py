@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 from unittest import mock
 
+from kvstore import sources
 from kvstore.client import KVClient
 from kvstore.keys import Chain
 from kvstore.pinning import Pin
@@ -233,7 +234,8 @@ class Timer:
 
 def play(scenario: Scenario) -> None:
     """Once. Violation, SimError or whatever the code raised tells what went wrong."""
-    with mock.patch.object(outgoing, "MESSAGE_BYTES", MESSAGE_BYTES):
+    inline = mock.patch.object(sources, "INLINE_BYTES", 0)  # small reads take their time, too
+    with inline, mock.patch.object(outgoing, "MESSAGE_BYTES", MESSAGE_BYTES):
         run(scenario.play(), processes=scenario.fleet.network.processes)
 
 
