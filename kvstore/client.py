@@ -6,6 +6,7 @@ Only a wrong argument raises (UsageError). Of an event loop; `kvstore.engine_fac
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -61,6 +62,7 @@ class KVClient:
         self.counters: Counter[str] = Counter()
         self.system = system
         self._owns_system = owns_system
+        self._pid = os.getpid()
         self._transport, self._credentials = transport, credentials
         self._links = Links(config, system, transport, credentials)
         self.coordinators = Coordinators(config.coordinators, system, transport, credentials)
@@ -180,11 +182,16 @@ class KVClient:
         self.counters["match_hits"] += plan.blocks
         return plan
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise BadRequest("this client was made before a fork: make one in the process that uses it")
+
     def _is_here(self, plan: HitPlan, holder: str) -> bool:
         member = plan.holders.get(holder)
         return member is None or self.members.here(member)  # Redis: read through a worker of this host, mostly
 
     def _chain(self, spec: ModelSpec, prefix: Chain | Tokens) -> Chain:
+        self._check_process()
         if not isinstance(prefix, Chain):
             return chain(spec, prefix)
         if prefix.spec != spec:
@@ -219,6 +226,7 @@ class KVClient:
         came whole. Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the
         buffers after this has returned. UsageError for buffers that do not fit.
         """
+        self._check_process()
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
         result, needs = prepare(plan, into, first, layers)
         if not needs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import pytest
 
 from kvstore import sources
 from kvstore.bulk import Raws
+from kvstore.checksum import xxh3
 from kvstore.errors import BadRequest, KVStoreError, Overloaded, Unavailable
+from kvstore.header import Header
+from kvstore.host_link import HostLink
 from kvstore.needs import LayerReady
+from kvstore.types import Tier, pack_keys
 from kvstore.wire import common_pb2, worker_pb2
 from tests.service_cluster import STORE, blocks_of, check
-from tests.service_helpers import FULL, prompt, until
+from tests.service_helpers import FULL, LARGE, prompt, until
 from tests.worker_met import SIZE, Met, meeting, open_request, put_block, raw
 
 
@@ -175,6 +180,78 @@ async def test_a_slot_reused_between_two_layers_takes_back_nothing_that_was_told
     assert told == [LayerReady(0, 3)] and result.blocks == 0 and result.tiers == [[None] * 3]
     assert all(np.array_equal(have[:half], raw[:half]) for have, raw in zip(into, raws, strict=True))
     assert client.counters["failed_reused"] == 3
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("forged", ["generation", "offset", "header", "length"])
+async def test_what_is_forged_in_an_answer_is_a_miss(
+    met: Met, monkeypatch: pytest.MonkeyPatch, forged: str, layerwise: bool
+) -> None:
+    """A generation that is not the slot's; another block's place, header or length."""
+    prefix, other = prompt(25, 3, LARGE), prompt(26, 3, LARGE)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    for chain in (prefix, other):
+        assert (await client.put(LARGE, chain, blocks_of(chain))).states == ["committed"] * 3
+    plan = await client.match(LARGE, prefix)
+    check(plan, await client.get(plan), 3)  # the control
+    opened = HostLink.open
+
+    async def forge(link: HostLink, request: Any, *, timeout_s: float) -> Any:
+        reply = await opened(link, request, timeout_s=timeout_s)
+        keys = worker_pb2.ShardKeys(shard=request.blocks[0].shard, keys=pack_keys(other.keys))
+        theirs = await opened(link, worker_pb2.OpenRequest(root=LARGE.root, blocks=[keys]), timeout_s=timeout_s)
+        link.release(theirs.hold)
+        for block, another in zip(reply.blocks[1:], theirs.blocks[1:], strict=True):
+            if forged == "generation":
+                block.generation += 1
+            elif forged == "offset":  # a place that is none: before the data
+                block.offset = 0
+            elif forged == "header":
+                block.header = another.header
+            else:
+                block.length -= 4096
+        return reply
+
+    monkeypatch.setattr(HostLink, "open", forge)
+    result = await client.get(plan, on_layer=(lambda ready: None) if layerwise else None)
+    assert result.blocks == 1 and result.tiers == [[Tier.HOT, None, None]]
+    assert np.array_equal(result.buffers[0][0], blocks_of(prefix)[0])
+
+
+async def test_a_writer_that_scribbles_all_the_while_harms_only_what_it_puts(met: Met) -> None:
+    """Its staging changes while its commits are copied out: whatever was committed is what its checksum says."""
+    staging, passed = await met.locally("Stage", worker_pb2.StageRequest(bytes=1 << 20))
+    view = passed[0].view
+    stop = threading.Event()
+
+    def scribble() -> None:
+        value = 0
+        while not stop.is_set():
+            value = (value + 1) % 251
+            np.frombuffer(view, np.uint8)[: 16 * SIZE] = value
+
+    writer = asyncio.get_running_loop().run_in_executor(None, scribble)
+    prefix = prompt(27, 200)
+    try:
+        for first in range(0, 200, 16):
+            blocks = [
+                put_block(prefix, depth, offset=(depth - first) * SIZE) for depth in range(first, min(first + 16, 200))
+            ]
+            commit = worker_pb2.CommitRequest(
+                spec_json=FULL.canonical_json(), segment=staging.segment.segment, blocks=blocks
+            )
+            reply, _ = await met.locally("Commit", commit)
+            assert set(reply.states) == {worker_pb2.BLOCK_COMMITTED}
+    finally:
+        stop.set()
+        await writer
+    reply, passed = await met.locally("Open", open_request(prefix, 200))
+    for block in reply.blocks:
+        data = passed[0].view[block.offset : block.offset + block.length]
+        assert xxh3(data) == Header.unpack(block.header).copy_id
+    again = [xxh3(passed[0].view[b.offset : b.offset + b.length]) for b in reply.blocks]
+    np.frombuffer(view, np.uint8)[:] = 7
+    assert again == [xxh3(passed[0].view[b.offset : b.offset + b.length]) for b in reply.blocks]
 
 
 async def test_a_stopped_worker_answers_nobody(met: Met) -> None:

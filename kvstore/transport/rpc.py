@@ -7,6 +7,7 @@ malformed message is an error of ours. Every error that leaves this module is a 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
@@ -75,7 +76,8 @@ class GrpcTransport:
         )
 
     async def connect(self, address: str, credentials: Credentials) -> Channel:
-        """Lazy: fails on the first call, not here."""
+        """Lazy: fails on the first call, not here. Unavailable in a process forked from one that used gRPC."""
+        _used_here()
         return RpcChannel(address, credentials, [*self._options(), *CHANNEL_OPTIONS])
 
     async def serve(self, address: str, services: Mapping[str, object], auth: Authenticator) -> Server:
@@ -105,6 +107,17 @@ class GrpcTransport:
             ("grpc.max_send_message_length", self._message_bytes_max),
             ("grpc.max_receive_message_length", self._message_bytes_max),
         ]
+
+
+_USED: list[int] = []  # the process that first used gRPC
+
+
+def _used_here() -> None:
+    """gRPC does not live through a fork: calls of the child would wait for threads that it does not have."""
+    if not _USED:
+        _USED.append(os.getpid())
+    elif _USED[0] != os.getpid():
+        raise Unavailable("gRPC was in use before this process was forked: spawn it instead, or fork before any client")
 
 
 class RpcChannel:
