@@ -77,6 +77,23 @@ class Service:
     async def unpin(self, request: worker_pb2.UnpinRequest, context: CallContext) -> worker_pb2.UnpinReply:
         return worker_pb2.UnpinReply()
 
+    async def prefetch(self, request: worker_pb2.PrefetchRequest, context: CallContext) -> worker_pb2.PrefetchReply:
+        return worker_pb2.PrefetchReply(ready=len(request.parts))
+
+    async def inspect(self, request: worker_pb2.InspectRequest, context: CallContext) -> worker_pb2.InspectReply:
+        return worker_pb2.InspectReply()
+
+    async def pull(self, request: worker_pb2.PullRequest, context: CallContext) -> worker_pb2.PullReply:
+        return worker_pb2.PullReply()
+
+    async def drain(self, request: worker_pb2.DrainRequest, context: CallContext) -> worker_pb2.DrainReply:
+        return worker_pb2.DrainReply()
+
+    async def watch(
+        self, request: coordinator_pb2.WatchRequest, context: CallContext
+    ) -> AsyncIterator[coordinator_pb2.WatchReply]:
+        yield coordinator_pb2.WatchReply(state=coordinator_pb2.WatchState(complete=True))
+
     async def get(self, request: worker_pb2.GetRequest, context: CallContext) -> AsyncIterator[bytes]:
         if request.redis:
             raise Overloaded("at once")
