@@ -93,7 +93,7 @@ class Copies:
         """One copy read into memory of its own and checked."""
         if not 0 < location.length <= self.stack.config.block_bytes_max * 2:
             return Copy(tier.tier, raw, location, header, error=f"{location.length} bytes are no block")
-        await self.budget.take(location.length)
+        await self.budget.take(location.length, namespace)
         try:
             view = memoryview(bytearray(location.length))
             await tier.read(namespace, header, location, view)

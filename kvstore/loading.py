@@ -154,7 +154,7 @@ class Loading:
     ) -> Location | None:
         """A verified copy in an arena level's space, not yet anybody's; None where there is no room."""
         stack = self.stack
-        await self.budget.take(location.length)
+        await self.budget.take(location.length, namespace)
         try:
             place = await self.movement.room.wait(target, namespace, location.length, stack.config.load_wait_s)
             into = stack.arena_tier(target)

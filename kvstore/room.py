@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvstore.errors import TierFull
+from kvstore.fair import FairLine
 from kvstore.growth import Growth
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location
@@ -21,6 +22,14 @@ GIVES_A_TURN = 256
 
 GROWTH_WAIT_S = 5.0
 """Fresh memory is worth waiting for: it is faulted in once, and only while the store is still growing."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One who waits for room; `over`: it gave way to others."""
+
+    place: Location | None = None
+    over: bool = False
 
 
 class Outlets:
@@ -79,7 +88,7 @@ class Room:
         self.growth = growth
         self._press = press  # (level, bytes): move so much down; whether anything is on its way
         self._move_on = move_on  # (row, level): begin to move it down; whether that, or its end, has begun
-        self._waiting: Counter[int] = Counter()  # bytes waited for, by level
+        self._lines = [FairLine[Waiter]() for _ in stack.tiers]  # those who wait, by level
         self._progress = asyncio.Event()
 
     def progressed(self) -> None:
@@ -192,29 +201,63 @@ class Room:
         return 0 if self.stack.quota.over(namespace, level, 1) > 0 else nbytes
 
     async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
-        """`reserve`, and if need be wait for room: for moves at most `wait_s`, for a segment that is being made longer;
-        within `spill_queue_bytes` of waiting blocks."""
-        location = self.reserve(level, namespace, nbytes)
-        tier = self.stack.tiers[level]
-        if location is not None or nbytes > tier.capacity:
-            return location
-        if self._waiting[level] + nbytes > self.stack.config.spill_queue_bytes:
-            return None
-        self._waiting[level] += nbytes
-        try:
-            return await self._wait(level, namespace, nbytes, wait_s)
-        except TimeoutError:
-            return None
-        finally:
-            self._waiting[level] -= nbytes
+        """`reserve`, and if need be wait for room: for moves at most `wait_s`, for a segment that is being made longer.
 
-    async def _wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
+        Within `spill_queue_bytes` of waiting blocks, where namespaces take turns by bytes; where the line is full, the
+        last one of whoever has most in it gives way.
+        """
+        line, fits = self._lines[level], nbytes <= self.stack.tiers[level].capacity
+        location = self.reserve(level, namespace, nbytes) if fits and not line else None
+        if location is not None or not fits:
+            return location
+        gone = line.give_way(namespace, nbytes, self.stack.config.spill_queue_bytes)
+        if gone is None:
+            return None
+        for other in gone:
+            other.over = True
+        if gone:
+            self.progressed()
+        waiter = Waiter()
+        line.push(namespace, waiter, nbytes)
+        try:
+            return await self._wait(level, namespace, waiter, wait_s)
+        except TimeoutError:
+            return waiter.place
+        except BaseException:
+            if waiter.place is not None:
+                self._give_back(level, waiter.place)
+            raise
+        finally:
+            line.remove(namespace, waiter)
+
+    async def _wait(self, level: int, namespace: str, waiter: Waiter, wait_s: float) -> Location | None:
         begun = asyncio.get_running_loop().time()
-        while True:
-            moving = self._press(level, self._asked(level, namespace, self._waiting[level]))
-            location = self.reserve(level, namespace, nbytes)  # pressing may have made room at once
-            if location is not None or not moving:
-                return location
+        while waiter.place is None and not waiter.over:
+            moving = self._press(level, self._asked(level, namespace, self._lines[level].nbytes))
+            self._serve(level)  # pressing may have made room at once
+            if waiter.place is not None or not moving:
+                break
             bound = max(wait_s, GROWTH_WAIT_S) if self.stack.arena.asked else wait_s
             async with asyncio.timeout_at(begun + bound):
                 await self.progress()
+        return waiter.place
+
+    def _serve(self, level: int) -> None:
+        """Give room to those in line, in turn; who can't have any (its quota, its segments) holds up nobody else."""
+        served: list[Waiter] = []
+
+        def give(namespace: str, waiter: Waiter, nbytes: int) -> bool:
+            waiter.place = self.reserve(level, namespace, nbytes)
+            if waiter.place is not None:
+                served.append(waiter)
+            return waiter.place is not None
+
+        self._lines[level].serve(give, skip=True)
+        if served:
+            self.progressed()
+
+    def _give_back(self, level: int, place: Location) -> None:
+        tier = self.stack.arena_tier(level)
+        assert tier is not None
+        tier.give_back(place)
+        self.progressed()

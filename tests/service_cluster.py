@@ -35,7 +35,7 @@ STORE = StoreConfig(
 )
 SMALL = replace(STORE, host_bytes=1024 * KIB, hot_bytes=128 * KIB, segment_bytes=64 * KIB)
 """So little memory that a few hundred small blocks move on."""
-COORDINATOR = CoordinatorConfig(heartbeat_s=0.05, lease_s=0.6)
+COORDINATOR = CoordinatorConfig(heartbeat_s=0.05, lease_s=0.6, hint_again_s=0.5)
 
 
 class MiniCluster:

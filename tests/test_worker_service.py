@@ -166,10 +166,13 @@ async def test_bytes_in_flight_are_bounded(met: Met) -> None:
     met.worker.node.sending.capacity = 2 * SIZE
     with pytest.raises(BadRequest):
         await met.get(get_request(prefix, 3))
-    with met.worker.node.sending.take(SIZE):
-        with pytest.raises(Overloaded):
-            await met.get(get_request(prefix, 2))
+    async with met.worker.node.sending.hold(SIZE, "default", 1.0):
         assert len((await met.get(get_request(prefix, 1)))[0][0].blocks) == 1
+        waiting = asyncio.ensure_future(met.get(get_request(prefix, 2)))
+        await until(lambda: met.worker.node.sending.waiting == 2 * SIZE, "it waits for its turn")
+        with pytest.raises(Overloaded):
+            await met.get(get_request(prefix, 1))
+    assert len((await waiting)[0][0].blocks) == 2
     met.worker.node.receiving.capacity = SIZE - 1
     with pytest.raises(Overloaded):
         await met.put(put_header(put_block(prompt(8, 1), 0)), frames.encode(None, [bytes(SIZE)]))

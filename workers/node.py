@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from kvstore.arena import PAGE_BYTES
+from kvstore.budget import Budget
 from kvstore.catalog import Catalog
 from kvstore.config import Config
 from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
@@ -48,33 +49,51 @@ TOGETHER = 8
 """Blocks of one put that byte movers copy at a time."""
 
 
-class Budget:
-    """Bytes of one kind in flight. Synchronous; what does not fit is refused, nobody waits."""
+class Receiving:
+    """Bytes of blocks that come in by streams. Synchronous; what does not fit is refused, nobody waits. Where there are
+    several namespaces, none has more than half."""
 
-    def __init__(self, capacity: int, setting: str) -> None:
+    def __init__(self, capacity: int, shared: bool) -> None:
         self.capacity, self.used = capacity, 0
-        self._setting = setting
+        self._shared = shared
+        self._used_by: Counter[str] = Counter()
 
     @contextmanager
-    def take(self, nbytes: int) -> Iterator[None]:
+    def take(self, nbytes: int, namespace: str) -> Iterator[None]:
         """For the time of the block. Overloaded when they are not free."""
-        if self.used + nbytes > self.capacity:
+        mine = self._used_by[namespace]
+        crowding = self._shared and mine > 0 and mine + nbytes > self.capacity // 2
+        if crowding or self.used + nbytes > self.capacity:
             raise Overloaded(
-                f"{nbytes} bytes more than {self.used} of {self.capacity}: later, or raise {self._setting}"
+                f"{nbytes} bytes more than {mine} of this namespace, {self.used} of {self.capacity} in all: later, or "
+                "raise worker.put_bytes_max"
             )
         self.used += nbytes
+        self._used_by[namespace] += nbytes
         try:
             yield
         finally:
             self.used -= nbytes
+            self._used_by[namespace] -= nbytes
+            if not self._used_by[namespace]:
+                del self._used_by[namespace]
 
 
 class Node:
     """One worker in one life."""
 
     def __init__(
-        self, config: Config, system: System, store: TieredStore, catalog: Catalog, identity: Identity, digest: str
+        self,
+        config: Config,
+        system: System,
+        store: TieredStore,
+        catalog: Catalog,
+        identity: Identity,
+        digest: str,
+        *,
+        shared: bool = False,
     ) -> None:
+        """`shared`: between several namespaces."""
         self.config, self.system, self.store, self.catalog = config, system, store, catalog
         self.identity = identity
         self.boot_id = system.token_hex(8)
@@ -82,8 +101,8 @@ class Node:
         self.socket = ""
         self.draining = False
         self.counters: Counter[str] = Counter()
-        self.sending = Budget(config.worker.get_bytes_max, "worker.get_bytes_max")
-        self.receiving = Budget(config.worker.put_bytes_max, "worker.put_bytes_max")
+        self.sending = Budget(config.worker.get_bytes_max, config.worker.get_bytes_max)
+        self.receiving = Receiving(config.worker.put_bytes_max, shared)
         self._digest = digest
 
     def member(self) -> Member:

@@ -15,6 +15,7 @@ from kvstore.auth import node_credentials
 from kvstore.budget import Budget
 from kvstore.convert import entry_from_wire
 from kvstore.errors import KVStoreError, Overloaded
+from kvstore.fair import FairLine
 from kvstore.layout import block_bytes
 from kvstore.links import Pooled
 from kvstore.pulling import Pulled, pull_blocks
@@ -76,6 +77,7 @@ class Puller:
         self._free_at = 0.0  # when the bytes pulled so far are paid for, at the configured rate
         self._links: dict[str, Pooled[Channel]] = {}
         self._waiting: dict[tuple[str, bytes, bytes], Job] = {}
+        self._line: FairLine[tuple[str, bytes, bytes]] = FairLine()  # of them; namespaces take turns
         self._flights: dict[tuple[str, bytes, bytes], asyncio.Task[Tally]] = {}
         self._wake = asyncio.Event()
         self._marks: deque[coordinator_pb2.MarkHint | None] = deque()  # None: take back all marks
@@ -165,6 +167,8 @@ class Puller:
         if job.name not in self._waiting and len(self._waiting) >= self._node.config.worker.pull_queue:
             self.counters["pulls_dropped"] += 1  # hinted again later
             return
+        if job.name not in self._waiting:
+            self._line.push(job.namespace, job.name, len(job.keys) * block_bytes(job.spec, job.shard))
         self._waiting[job.name] = job
         self._wake.set()
 
@@ -173,8 +177,20 @@ class Puller:
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            job = self._waiting.pop(next(iter(self._waiting)))
-            await self.pull(job)
+            await self.pull(self._next())
+
+    def _next(self) -> Job:
+        """The job whose turn it is, out of the line. There is one. Mutates."""
+        found: list[Job] = []
+
+        def give(namespace: str, name: tuple[str, bytes, bytes], nbytes: int) -> bool:
+            if not found:
+                found.append(self._waiting.pop(name))
+                return True
+            return False
+
+        self._line.serve(give, skip=False)
+        return found[0]
 
     # ---- pulling
 
@@ -216,7 +232,7 @@ class Puller:
         waiting = list(wanted)
         while waiting:
             batch, waiting = waiting[:count], waiting[count:]
-            await self._budget.take(len(batch) * size)
+            await self._budget.take(len(batch) * size, job.namespace)
             try:
                 found, later = await self._read(address, job, batch)
                 for key, pulled in zip(batch, found, strict=True):

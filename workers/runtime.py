@@ -135,7 +135,8 @@ class WorkerRuntime:
         )
         self._cleanup.append("store")
         await self.store.start()
-        self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest)
+        shared = len(self._policy.namespaces) > 1
+        self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest, shared=shared)
         auth = Authenticator(self._policy, os.getuid())
         self.puller = Puller(self.node, self._transport, self._policy.namespaces, lambda: self.announcer.view_digest())
         self.draining = Draining(

@@ -125,7 +125,7 @@ class WorkerService(PinCalls):
         asked = node.asked_bytes(root, shards)
         if not node.store.spend(context.namespace, asked):
             raise Overloaded("more bytes a second than the namespace's rate_bytes: later, or less")
-        with node.sending.take(asked):
+        async with node.sending.hold(asked, context.namespace, node.left(context.deadline)):
             timeout_s = node.left(context.deadline)
             now = node.now(root, shards)
             hold = await node.open(
@@ -197,7 +197,7 @@ class WorkerService(PinCalls):
                     raise BadRequest(f"a frame of the Put stream can't be read: {error}") from None
                 if incoming is None:
                     incoming = Incoming(self._node, namespace, header)
-                    room.enter_context(self._node.receiving.take(incoming.largest))
+                    room.enter_context(self._node.receiving.take(incoming.largest, namespace))
                 elif header.blocks:
                     raise BadRequest("blocks are named in the first message of a Put stream only")
                 await incoming.take(data)

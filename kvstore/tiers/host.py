@@ -112,6 +112,10 @@ class ArenaTier:
         await self._pool.run(copy_parts, [self.view(location)], target)
 
     def free(self, namespace: str, header: Header, location: Location) -> None:
+        self.give_back(location)
+
+    def give_back(self, location: Location) -> None:
+        """A reserved space is not wanted any more. Mutates."""
         self.arena.free(self.slot(location))
         self._used -= self.footprint(location.length)
         self._blocks -= 1
