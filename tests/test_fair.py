@@ -187,7 +187,8 @@ async def test_puts_that_wait_for_room_take_turns(fair: bool) -> None:
     await rig.start()
     await rig.put(0, namespace=QUIET)
     hold = await rig.open([0], namespace=QUIET)  # so that it keeps a segment of its own
-    await rig.put_all(40, namespace=LOUD)  # hot and host are full
+    for depth in range(40):  # hot and host are full
+        await rig.put(depth, namespace=LOUD)
     ssd.gate = asyncio.Event()  # nothing moves on before all are in line
     order: list[str] = []
 
@@ -222,7 +223,8 @@ async def test_a_full_line_of_puts_drops_the_last_of_who_has_most() -> None:
     await rig.start()
     await rig.put(0, namespace=QUIET)
     hold = await rig.open([0], namespace=QUIET)
-    await rig.put_all(40, namespace=LOUD)
+    for depth in range(40):
+        await rig.put(depth, namespace=LOUD)
     ssd.gate = asyncio.Event()
     loud = [asyncio.ensure_future(rig.put(0, session, namespace=LOUD)) for session in range(1, 41)]
     await turns(20)
