@@ -91,6 +91,8 @@ class CoordinatorService:
         """The commits of `after` that are not applied when the wait is over."""
         if len(request.after) > AFTER_MAX:
             raise BadRequest(f"{len(request.after)} commits to wait for: at most {AFTER_MAX}")
+        if not request.after:
+            return []
         tokens = [token_from_wire(token) for token in request.after]
         wait_s = min(request.wait_ms / 1000, self._config.match_wait_max_s)
         try:

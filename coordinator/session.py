@@ -20,6 +20,9 @@ from kvstore.wireform import member_from_wire
 
 Reply = coordinator_pb2.AnnounceReply
 
+LEARNT_MAX = 65_536
+"""Pairs of spec and shard that a stream remembers to have told the directories."""
+
 
 class Session:
     """Synchronous. The first message must be Register; `over` when nothing more may come on this stream."""
@@ -31,6 +34,7 @@ class Session:
         self._accepted: Accepted | None = None
         self._dictionary = Catalog()  # of this stream: an entry holds for all its namespaces
         self._view = b""  # digest of the view told last
+        self._learnt: dict[tuple[str, bytes, bytes], None] = {}  # (namespace, root, shard) that its directory knows
         self._asked: dict[str, float] = {}  # namespace -> when its snapshot was asked for, or last went on
         self.over = False
 
@@ -87,7 +91,7 @@ class Session:
         if receiver is None:
             return []
         delta = delta_from_wire(message)
-        if self._learn(receiver.directory, message.dictionary, delta.changes):
+        if self._learn(message.namespace, receiver.directory, message.dictionary, delta.changes):
             self._group(message.namespace, delta.changes)
             before = receiver.applied
             verdict = receiver.offer(delta)
@@ -104,7 +108,7 @@ class Session:
         if receiver is None:
             return []
         part = chunk_from_wire(message)
-        self._learn(receiver.directory, message.dictionary, part.runs)
+        self._learn(message.namespace, receiver.directory, message.dictionary, part.runs)
         self._group(message.namespace, part.runs)
         before = receiver.applied
         verdict = receiver.snapshot(part)
@@ -171,6 +175,7 @@ class Session:
 
     def _learn(
         self,
+        namespace: str,
         directory: Directory,
         entries: Iterable[common_pb2.DictionaryEntry],
         changes: Sequence[RunChange],
@@ -185,12 +190,17 @@ class Session:
                 self._dictionary.learn_shard(entry)
         known = True
         for change in changes:
-            if isinstance(change, RemovedRun):
+            if isinstance(change, RemovedRun) or (namespace, change.root, change.shard) in self._learnt:
                 continue
             spec, shard = self._dictionary.spec(change.root), self._dictionary.shard(change.shard)
             if spec is not None and directory.spec(change.root) is None:
                 directory.learn_spec(spec)
             if shard is not None and directory.shard(change.shard) is None:
                 directory.learn_shard(shard)
-            known = known and directory.spec(change.root) is not None and directory.shard(change.shard) is not None
+            mine = directory.spec(change.root) is not None and directory.shard(change.shard) is not None
+            known = known and mine
+            if mine:
+                if len(self._learnt) >= LEARNT_MAX:
+                    self._learnt.clear()  # looked up anew
+                self._learnt[namespace, change.root, change.shard] = None
         return known

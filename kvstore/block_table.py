@@ -157,7 +157,7 @@ class BlockTable:
     def copies(self, key: Array, table: int) -> list[int]:
         """The visible copies of one key, rising. `key` int64 [2]."""
         found = np.empty(OWNERS_MAX, np.int64)
-        slot = self._kernels.find(self._arrays, key[0], key[1], table)
+        slot = self._kernels.seek(self._arrays, key[0], key[1], table)
         count = 0 if slot < 0 else self._lookups.gather(self._arrays, slot, 3, found)
         copies: list[int] = found[:count].tolist()
         return copies

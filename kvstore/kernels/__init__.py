@@ -18,21 +18,30 @@ from typing import Any, TypeVar
 import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
+_STAMP = sum(path.stat().st_mtime_ns for path in Path(__file__).parent.glob("*.py"))
 
 
 def jit(function: F) -> F:
     """Compile without the interpreter's lock, for the types of the first call. Cached on disk wherever possible."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+        return _cached(function)
     except RuntimeError:  # numba found no folder to write to
         folder = private_folder(Path(tempfile.gettempdir()) / f"kvstore-kernels-{os.getuid()}")
     if folder is None:
         return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
-        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+        return _cached(function)
     finally:
         numba.config.CACHE_DIR = before
+
+
+def _cached(function: F) -> F:
+    """numba takes compiled code for current when its own file has not changed: the files of what it calls count too."""
+    made: F = numba.njit(cache=True, nogil=True)(function)
+    kept = made._cache._cache_file  # type: ignore[attr-defined]
+    kept._source_stamp = (kept._source_stamp, _STAMP)
+    return made
 
 
 def private_folder(path: Path) -> Path | None:

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.kernels import jit
+from kvstore.kernels.prefetch import prefetch
 
 PAGE_SLOTS = 1024
 SPLIT_AT = PAGE_SLOTS * 7 // 8  # slots in use beyond which a page is split in two
 MERGE_AT = PAGE_SLOTS // 3  # slots in use below which two pages become one
 DEPTH_MAX = 20
+BATCH = 64  # keys whose slots are asked for at a time
 
 FIRST, SECOND, NEXT, TABLE = 4, 5, 6, 7  # words of a slot, after the key
 OWNER_SHIFT, OWNER_MASK = 12, 0xFFFF
@@ -60,8 +62,8 @@ def hash_of(first: Int, second: Int, table: Int, seed: Int) -> Int:
 
 
 @jit
-def find(a: Arrays, first: Int, second: Int, table: Int) -> Int:
-    """The slot of a key, -1 where there is none."""
+def seek(a: Arrays, first: Int, second: Int, table: Int) -> Int:
+    """The slot of a key; where there is none, -1 - the free slot at which the search has ended."""
     mixed = hash_of(first, second, table, a.state[SEED])
     base = np.int64(a.page_of[np.int64(mixed >> (_U64 - np.uint64(a.state[DEPTH])))]) * PAGE_SLOTS
     at = np.int64(mixed) & _MASK
@@ -69,28 +71,33 @@ def find(a: Arrays, first: Int, second: Int, table: Int) -> Int:
         slot = base + at
         held = a.words[slot, TABLE]
         if held == 0:
-            return -1
+            return -1 - slot
         if a.keys[slot, 0] == first and a.keys[slot, 1] == second and held == table:
             return slot
         at = (at + 1) & _MASK
 
 
 @jit
-def insert(a: Arrays, first: Int, second: Int, table: Int) -> Int:
-    """A slot for a key that has none, without copies. -1 where nothing can grow any more."""
-    mixed = hash_of(first, second, table, a.state[SEED])
-    while True:
+def ask_for(a: Arrays, keys: Array, start: Int, stop: Int, table: Int) -> None:
+    """Have memory bring the slots where the search for these keys begins."""
+    for at in range(start, stop):
+        mixed = hash_of(keys[at, 0], keys[at, 1], table, a.state[SEED])
         page = np.int64(a.page_of[np.int64(mixed >> (_U64 - np.uint64(a.state[DEPTH])))])
-        if a.pages[page, 1] < SPLIT_AT:
-            break
+        prefetch(a.words, page * PAGE_SLOTS + (np.int64(mixed) & _MASK))
+
+
+@jit
+def insert(a: Arrays, first: Int, second: Int, table: Int, free: Int) -> Int:
+    """A slot for a key that has none, without copies. -1 where nothing can grow any more. `free`: what `seek` found."""
+    slot = -1 - free
+    page = slot // PAGE_SLOTS
+    while a.pages[page, 1] >= SPLIT_AT:
         if not _split(a, page):
             if a.pages[page, 1] >= PAGE_SLOTS - 1:
                 return -1
             break
-    at = np.int64(mixed) & _MASK
-    while a.words[page * PAGE_SLOTS + at, TABLE] != 0:
-        at = (at + 1) & _MASK
-    slot = page * PAGE_SLOTS + at
+        slot = -1 - seek(a, first, second, table)
+        page = slot // PAGE_SLOTS
     a.keys[slot, 0], a.keys[slot, 1] = first, second
     a.words[slot, FIRST] = a.words[slot, SECOND] = a.words[slot, NEXT] = 0
     a.words[slot, TABLE] = table
@@ -116,9 +123,11 @@ def erase(a: Arrays, slot: Int) -> None:
             break
         home = np.int64(hash_of(a.keys[base + at, 0], a.keys[base + at, 1], table, a.state[SEED])) & _MASK
         if ((at - home) & _MASK) >= ((at - hole) & _MASK):
-            a.keys[base + hole] = a.keys[base + at]
+            for word in range(4):
+                a.keys[base + hole, word] = a.keys[base + at, word]
             hole = at
-    a.keys[base + hole] = 0
+    for word in range(4):
+        a.keys[base + hole, word] = 0
 
 
 @jit
@@ -280,11 +289,11 @@ def _give(a: Arrays, slot: Int, copy: Int) -> bool:
 def _add(a: Arrays, first: Int, second: Int, table: Int, copy: Int, room: Int) -> Int:
     """NEW, REFUSED, or -1 where the owner had the block already and now has it as `copy` says."""
     owner = (copy >> OWNER_SHIFT) & OWNER_MASK
-    slot = find(a, first, second, table)
+    slot = seek(a, first, second, table)
     had = slot >= 0 and take(a, slot, owner)
     fits = had or room > 0
     if fits and slot < 0:
-        slot = insert(a, first, second, table)
+        slot = insert(a, first, second, table, slot)
         fits = slot >= 0
     if fits and _give(a, slot, copy):
         a.owned[owner] += 1
@@ -305,12 +314,14 @@ def apply(a: Arrays, keys: Array, runs: Array, owner: Int, room: Int, report: Ar
     for run in range(len(runs)):
         start, table, copy = runs[run, 0], runs[run, 2], runs[run, 3]
         for at in range(start, start + runs[run, 1]):
+            if (at - start) % BATCH == 0:
+                ask_for(a, keys, at, min(at + BATCH, start + runs[run, 1]), table)
             if copy != 0:
                 done = _add(a, keys[at, 0], keys[at, 1], table, copy, room + report[REMOVED] - report[NEW])
                 if done >= 0:
                     report[done] += 1
                 continue
-            slot = find(a, keys[at, 0], keys[at, 1], table)
+            slot = seek(a, keys[at, 0], keys[at, 1], table)
             if slot >= 0:
                 report[REMOVED] += take(a, slot, owner)
                 if a.words[slot, FIRST] == 0:

@@ -6,6 +6,7 @@ import numpy as np
 
 from kvstore.kernels import jit
 from kvstore.kernels.directory import (
+    BATCH,
     FIRST,
     FREE_NODE,
     NEXT,
@@ -20,7 +21,8 @@ from kvstore.kernels.directory import (
     Array,
     Arrays,
     Int,
-    find,
+    ask_for,
+    seek,
 )
 
 STATUS_VISIBLE = 1
@@ -55,7 +57,9 @@ def _held(a: Arrays, slot: Int, worst: Int) -> Int:
 def prefix(a: Arrays, keys: Array, table: Int, worst: Int, slots: Array) -> Int:
     """Leading keys held at fidelity `worst` (3 - Fidelity) or better; their slots in `slots`. `keys` int64 [n, 2]."""
     for at in range(len(keys)):
-        slot = find(a, keys[at, 0], keys[at, 1], table)
+        if at % BATCH == 0:
+            ask_for(a, keys, at, min(at + BATCH, len(keys)), table)
+        slot = seek(a, keys[at, 0], keys[at, 1], table)
         if slot < 0 or not _held(a, slot, worst):
             return at
         slots[at] = slot
@@ -66,7 +70,9 @@ def prefix(a: Arrays, keys: Array, table: Int, worst: Int, slots: Array) -> Int:
 def held(a: Arrays, keys: Array, table: Int, worst: Int, slots: Array, flags: Array) -> None:
     """The slot of every key (-1: none), and 1 in `flags` where it is held."""
     for at in range(len(keys)):
-        slot = slots[at] = find(a, keys[at, 0], keys[at, 1], table)
+        if at % BATCH == 0:
+            ask_for(a, keys, at, min(at + BATCH, len(keys)), table)
+        slot = slots[at] = seek(a, keys[at, 0], keys[at, 1], table)
         flags[at] = slot >= 0 and _held(a, slot, worst)
 
 
@@ -186,7 +192,7 @@ def recount(a: Arrays, owned: Array, held: Array, pages: Array) -> Int:
         table = np.int64(a.words[slot, TABLE])
         if table == 0:
             continue
-        if find(a, a.keys[slot, 0], a.keys[slot, 1], table) != slot or a.words[slot, FIRST] == 0:
+        if seek(a, a.keys[slot, 0], a.keys[slot, 1], table) != slot or a.words[slot, FIRST] == 0:
             return slot
         held[table] += 1
         pages[slot // PAGE_SLOTS] += 1
