@@ -22,8 +22,8 @@ from kvstore.wire import common_pb2
 STALL_SHARE = 1 / 3
 """Of a lease: a tick that comes later than this makes the coordinator doubt itself before others."""
 
-SWEEP_SLOTS = 1 << 18
-"""Of each directory, looked at with every tick for what holders that are gone left behind: a millisecond or a few."""
+SWEEP_SLOTS = 1 << 16
+"""Of each directory, looked at with every tick for what holders that are gone have left: a few milliseconds."""
 
 
 class Registry:

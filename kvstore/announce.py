@@ -9,7 +9,7 @@ on the way shows as a gap in the numbers, and a gap asks for one snapshot, which
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvstore.directory import Directory
@@ -109,11 +109,33 @@ def snapshot_chunks(
     snapshot: int, resume_seq: int, blocks: Iterable[Added], blocks_max: int
 ) -> Iterator[SnapshotChunk]:
     """The whole state as messages of at most `blocks_max` blocks; one, without runs, where there is nothing."""
-    ordered = in_chain_order(blocks)
-    for start in range(0, max(len(ordered), 1), blocks_max):
-        stop = start + blocks_max
-        runs = tuple(to_runs(ordered[start:stop]))
-        yield SnapshotChunk(snapshot, start // blocks_max, stop >= len(ordered), resume_seq, runs)
+    return run_chunks(snapshot, resume_seq, to_runs(in_chain_order(blocks)), blocks_max)
+
+
+def run_chunks(snapshot: int, resume_seq: int, runs: Iterable[Run], blocks_max: int) -> Iterator[SnapshotChunk]:
+    """The same of runs, taken one after the other."""
+    parts = _parts(runs, blocks_max)
+    part, index = next(parts), 0
+    for after in parts:
+        yield SnapshotChunk(snapshot, index, False, resume_seq, part)
+        part, index = after, index + 1
+    yield SnapshotChunk(snapshot, index, True, resume_seq, part)
+
+
+def _parts(runs: Iterable[Run], blocks_max: int) -> Iterator[tuple[Run, ...]]:
+    """At most `blocks_max` blocks each, all but the last one full; one, empty, where there is nothing."""
+    part: list[Run] = []
+    room = blocks_max
+    for run in runs:
+        rest = run
+        while len(rest.keys) > room:
+            (cut,) = tail([rest], room)
+            assert isinstance(cut, Run)
+            yield (*part, replace(rest, keys=rest.keys[:room])) if room else tuple(part)
+            part, room, rest = [], blocks_max, cut
+        part.append(rest)
+        room -= len(rest.keys)
+    yield tuple(part)
 
 
 class Receiver:

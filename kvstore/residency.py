@@ -171,6 +171,10 @@ class Residency:
     def namespaces(self) -> list[str]:
         return list(dict.fromkeys(namespace for namespace, _ in self._names))
 
+    def names(self) -> list[tuple[str, bytes]]:
+        """(namespace, shard) of each number in the rows' column of spaces."""
+        return list(self._names)
+
     def shards(self, namespace: str) -> list[bytes]:
         """Digests of the shards that a namespace has or had blocks of."""
         return [shard for name, shard in self._names if name == namespace]

@@ -34,9 +34,10 @@ from kvstore.promotion import Promotion
 from kvstore.putting import PutOutcome, Putting
 from kvstore.quotas import Quotas
 from kvstore.residency_check import validate
-from kvstore.runs import Added
+from kvstore.runs import Added, Run
 from kvstore.seams import System
 from kvstore.shared import Finder, SharedTier
+from kvstore.snapshots import runs_held
 from kvstore.spec import ModelSpec, Shard
 from kvstore.stack import Stack
 from kvstore.staging import Staging
@@ -258,6 +259,10 @@ class TieredStore:
             if here and not residency.secondary(row):
                 top = residency.top(row)
                 yield Keepsake(residency.header(row), (top, -residency.policies[top].order(row)))
+
+    def snapshot_runs(self, namespace: str) -> tuple[int, Iterator[Run]]:
+        """The same as runs, of any number of blocks at once."""
+        return self.changes.outbox(namespace).head, runs_held(self.stack.residency, namespace)
 
     def heads(self) -> dict[str, int]:
         """The last change's number of each namespace that ever had one."""

@@ -29,6 +29,11 @@ class RealClock:
         return time.time_ns()
 
 
+def thread_cpu_s() -> float:
+    """CPU seconds of the calling thread: what work costs a core, whoever else is on the machine. For benches."""
+    return time.thread_time()
+
+
 class ThreadPool:
     """A fixed number of threads for blocking byte work; what waits for one is bounded by the callers' byte budgets."""
 

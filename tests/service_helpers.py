@@ -12,7 +12,7 @@ from kvstore.catalog import Catalog
 from kvstore.keys import Chain, chain
 from kvstore.layout import block_bytes
 from kvstore.membership import Member
-from kvstore.runs import Added, Change, Removed
+from kvstore.runs import Added, Change, Removed, Run, in_chain_order, to_runs
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 from kvstore.wire import common_pb2
@@ -73,8 +73,8 @@ class ListSource:
     def outbox(self, namespace: str) -> Outbox:
         return self.outboxes[namespace]
 
-    def snapshot(self, namespace: str) -> tuple[int, list[Added]]:
-        return self.outboxes[namespace].head, list(self.held[namespace].values())
+    def snapshot(self, namespace: str) -> tuple[int, list[Run]]:
+        return self.outboxes[namespace].head, to_runs(in_chain_order(self.held[namespace].values()))
 
     def status(self) -> common_pb2.WorkerStatus:
         return common_pb2.WorkerStatus(counters={"beats": 1}, pid=7)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstore.arena import generation_at
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
 from kvstore.format import Record, decode_record
 from kvstore.quotas import Quotas
-from kvstore.runs import Added, Change, Removed
+from kvstore.runs import Added, Change, Removed, blocks_of
 from kvstore.seams import System
 from kvstore.shared import SharedTier
 from kvstore.spec import ModelSpec, Shard
@@ -164,6 +164,9 @@ class Rig:
                 else:
                     said[change.shard, change.key] = change
             seq, blocks = self.store.snapshot(namespace)
+            runs = [block for run in self.store.snapshot_runs(namespace)[1] for block in blocks_of(run)]
+            assert {replace(b, stored_bytes=0) for b in runs} == {replace(b, stored_bytes=0) for b in blocks}
+            assert len(runs) == len(blocks)
             assert seq == first + len(told) and {(b.shard, b.key): b.tier for b in blocks} == {
                 n: b.tier for n, b in said.items()
             }

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import aclosing, suppress
 from typing import Protocol
 
-from kvstore.announce import Outbox, SnapshotChunk, snapshot_chunks
+from kvstore.announce import Outbox, SnapshotChunk, run_chunks
 from kvstore.catalog import Catalog
 from kvstore.config import WorkerConfig
 from kvstore.convert import Introduced, chunk_to_wire, delta_to_wire
 from kvstore.errors import DataError, DeadlineExceeded, KVStoreError, ServiceError
 from kvstore.membership import Member
 from kvstore.placement import membership_digest
-from kvstore.runs import Added
+from kvstore.runs import Run
 from kvstore.seams import System
 from kvstore.transport.base import Credentials, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
@@ -46,8 +46,8 @@ class Source(Protocol):
 
     def outbox(self, namespace: str) -> Outbox: ...
 
-    def snapshot(self, namespace: str) -> tuple[int, list[Added]]:
-        """The number it stands for, and everything held."""
+    def snapshot(self, namespace: str) -> tuple[int, Iterable[Run]]:
+        """The number it stands for, and everything held then: taken one after the other, later."""
 
     def status(self) -> common_pb2.WorkerStatus | None: ...
 
@@ -342,8 +342,8 @@ class Stream:
             return
         self._snapshots += 1
         self._announcer.counters["snapshots"] += 1
-        seq, blocks = self._announcer.source.snapshot(namespace)
-        parts = snapshot_chunks(self._snapshots, seq, blocks, self._announcer.config.announce_batch)
+        seq, runs = self._announcer.source.snapshot(namespace)
+        parts = run_chunks(self._snapshots, seq, runs, self._announcer.config.announce_batch)
         self._introduced = Introduced(self._announcer.source.catalog)
         self._parts[namespace] = parts, Introduced(self._announcer.source.catalog)
         self._sent.pop(namespace, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.announce import Outbox
 from kvstore.catalog import Catalog
@@ -11,7 +11,7 @@ from kvstore.config import WorkerConfig
 from kvstore.errors import TierDown
 from kvstore.membership import Member
 from kvstore.plan import REDIS_HOLDER
-from kvstore.runs import Added, Change, Removed
+from kvstore.runs import Added, Change, Removed, Run, in_chain_order, to_runs
 from kvstore.seams import System
 from kvstore.tiers.redis import RedisTier
 from kvstore.wire import common_pb2
@@ -49,8 +49,8 @@ class RedisSource:
     def outbox(self, namespace: str) -> Outbox:
         return self._outbox
 
-    def snapshot(self, namespace: str) -> tuple[int, list[Added]]:
-        return self._outbox.head, list(self._held.values())
+    def snapshot(self, namespace: str) -> tuple[int, Iterable[Run]]:
+        return self._outbox.head, to_runs(in_chain_order(self._held.values()))
 
     def status(self) -> common_pb2.WorkerStatus | None:
         return None

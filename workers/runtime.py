@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore.announce import Outbox
@@ -16,7 +16,7 @@ from kvstore.errors import SetupError
 from kvstore.identity import Identity, claim
 from kvstore.membership import Member
 from kvstore.quotas import NONE, Quotas
-from kvstore.runs import Added, Change
+from kvstore.runs import Change, Run
 from kvstore.seams import System
 from kvstore.store import TieredStore
 from kvstore.tiers.ssd import SsdTier
@@ -60,8 +60,8 @@ class StoreSource:
     def outbox(self, namespace: str) -> Outbox:
         return self._node.store.outbox(namespace)
 
-    def snapshot(self, namespace: str) -> tuple[int, list[Added]]:
-        return self._node.store.snapshot(namespace)
+    def snapshot(self, namespace: str) -> tuple[int, Iterable[Run]]:
+        return self._node.store.snapshot_runs(namespace)
 
     def status(self) -> common_pb2.WorkerStatus:
         return self._node.status()

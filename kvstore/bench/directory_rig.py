@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from random import Random  # noqa: TID251 - seeded, for names only
 
 import numpy as np
-import numpy.typing as npt
 
-from coordinator.registry import Registry
+from coordinator.registry import SWEEP_SLOTS, Registry
 from coordinator.service import CoordinatorService
 from coordinator.session import Session
 from kvstore.config import CoordinatorConfig
 from kvstore.convert import change_to_wire, run_to_wire, spec_to_wire
 from kvstore.directory import Directory
 from kvstore.membership import Member
+from kvstore.replicas import Copies
 from kvstore.runs import RemovedRun, Run
 from kvstore.seams import Clock, System
 from kvstore.spec import Group, ModelSpec, Shard
@@ -33,6 +32,9 @@ MESSAGE = 4096  # blocks a message, as workers send them
 COPIES = 2
 WORKERS = 4
 BLOCK_BYTES = 1 << 22
+
+
+__all__ = ["SWEEP_SLOTS", "Rig", "Worker", "prompt_keys", "run_at", "runs_of"]
 
 
 def prompt_keys(first: int, count: int) -> bytes:
@@ -64,11 +66,15 @@ class Worker:
         self.id = f"w{number}"
         self.seq = 0
         self.snapshots = 0
-        self.session = Session(rig.registry, rig.clock, rig.config.lease_s, coordinator_pb2.Welcome)
-        member = Member(self.id, 1, address=f"127.0.0.1:{9000 + number}", host="bench")
-        hello = coordinator_pb2.Register(member=member_to_wire(member), heads={NAMESPACE: 0})
-        self.session.handle(coordinator_pb2.AnnounceRequest(register=hello))
+        self.member = Member(self.id, 1, address=f"127.0.0.1:{9000 + number}", host="bench")
+        self.register()
         self.hear(self.delta([]))
+
+    def register(self) -> None:
+        """A new connection, in the same epoch."""
+        self.session = Session(self.rig.registry, self.rig.clock, self.rig.config.lease_s, coordinator_pb2.Welcome)
+        hello = coordinator_pb2.Register(member=member_to_wire(self.member), heads={NAMESPACE: self.seq})
+        self.session.handle(coordinator_pb2.AnnounceRequest(register=hello))
 
     def delta(self, changes: list[Run | RemovedRun]) -> bytes:
         """The next changes as a message; without any, only the dictionary (as a snapshot of nothing)."""
@@ -120,7 +126,9 @@ class Rig:
         self.system: System = real_system(1)
         self.clock: Clock = self.system.clock
         self.config = CoordinatorConfig(blocks_max=blocks_max, lease_s=3600.0)
-        self.registry = Registry(self.config, [NAMESPACE], self.clock.monotonic(), seed=11)
+        self.registry = Registry(
+            self.config, [NAMESPACE], self.clock.monotonic(), seed=11, copies={NAMESPACE: Copies(COPIES)}
+        )
         info = common_pb2.CoordinatorInfo(id="c-0", boot_id="b", address="127.0.0.1:8000")
         self.service = CoordinatorService(
             self.config, self.system, self.registry, info=info, peers=[], namespaces_digest=""
@@ -164,13 +172,10 @@ class Rig:
             return reply
         raise AssertionError("a lookup without commits to wait for has waited")
 
+    def picks(self, seed: int, count: int) -> list[int]:
+        """Prompts to ask for, anywhere in the directory."""
+        picked: list[int] = np.random.Generator(np.random.PCG64(seed)).integers(0, self.prompts, count).tolist()
+        return picked
+
     def close(self) -> None:
         self.system.pool.close()
-
-
-def picks(rng: Random, rig: Rig, count: int) -> list[int]:
-    """Prompts to ask for, anywhere in the directory."""
-    return [rng.randrange(rig.prompts) for _ in range(count)]
-
-
-Seconds = npt.NDArray[np.float64]

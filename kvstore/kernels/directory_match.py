@@ -140,7 +140,7 @@ def owners(a: Arrays, keys: Array, table: Int, out: Array) -> Int:
     do not fit."""
     count = 0
     for at in range(len(keys)):
-        slot = find(a, keys[at, 0], keys[at, 1], table)
+        slot = seek(a, keys[at, 0], keys[at, 1], table)
         if slot < 0:
             continue
         copy, link = np.int64(a.words[slot, FIRST]), np.int64(-1)
