@@ -49,7 +49,7 @@ class Residency:
         self.raw_bytes = [0] * len(levels)  # what they decode to
         self.blocks = [0] * len(levels)
         self._spaces: dict[tuple[str, bytes], int] = {}  # (namespace, shard) -> its place in the two lists
-        self._names: list[tuple[str, bytes]] = []
+        self.names: list[tuple[str, bytes]] = []  # (namespace, shard) by number, as the rows' column of spaces has them
         self.held: dict[str, list[int]] = {}  # namespace -> footprints of its copies that are not leaving, by level
         self._held_by: list[list[int]] = []  # the same lists, by space
         self._expected = 0  # blocks that the next space is made for
@@ -71,11 +71,11 @@ class Residency:
         return None if space is None else self._index[space].get(key)
 
     def id(self, row: int) -> BlockId:
-        namespace, shard = self._names[self.rows.space[row]]
+        namespace, shard = self.names[self.rows.space[row]]
         return BlockId(namespace, shard, self.rows.key(row))
 
     def namespace(self, row: int) -> str:
-        return self._names[self.rows.space[row]][0]
+        return self.names[self.rows.space[row]][0]
 
     def header(self, row: int) -> Header:
         return self.rows.header(row)
@@ -166,18 +166,14 @@ class Residency:
 
     def spaces(self, namespace: str) -> list[int]:
         """Numbers of a namespace's shards, as the rows have them."""
-        return [number for number, (name, _) in enumerate(self._names) if name == namespace]
+        return [number for number, (name, _) in enumerate(self.names) if name == namespace]
 
     def namespaces(self) -> list[str]:
-        return list(dict.fromkeys(namespace for namespace, _ in self._names))
-
-    def names(self) -> list[tuple[str, bytes]]:
-        """(namespace, shard) of each number in the rows' column of spaces."""
-        return list(self._names)
+        return list(dict.fromkeys(namespace for namespace, _ in self.names))
 
     def shards(self, namespace: str) -> list[bytes]:
         """Digests of the shards that a namespace has or had blocks of."""
-        return [shard for name, shard in self._names if name == namespace]
+        return [shard for name, shard in self.names if name == namespace]
 
     def keys(self, namespace: str, shard: bytes) -> Mapping[bytes, int]:
         """Key -> row of a shard's blocks, as it changes."""
@@ -196,7 +192,7 @@ class Residency:
     def of(self, namespace: str) -> Iterator[int]:
         """Rows of a namespace, shard by shard, each followed by its children. O(all rows)."""
         parents, children = self.rows.parent, self.rows.children
-        for (name, _), index in zip(self._names, self._index, strict=True):
+        for (name, _), index in zip(self.names, self._index, strict=True):
             if name == namespace:
                 for first in [row for row in index.rows() if parents[row] == NONE]:
                     line = [first]
@@ -366,8 +362,8 @@ class Residency:
         """The number of a (namespace, shard), made on first use. Mutates."""
         space = self._spaces.get((namespace, header.shard))
         if space is None:
-            space = self._spaces[namespace, header.shard] = len(self._names)
-            self._names.append((namespace, header.shard))
+            space = self._spaces[namespace, header.shard] = len(self.names)
+            self.names.append((namespace, header.shard))
             self._held_by.append(self.held.setdefault(namespace, [0] * len(self.levels)))
             self._index.append(KeyTable(self.rows, space, self._expected))
             self.rows.describe(header.namespace, header.shard)

@@ -72,7 +72,7 @@ def _runs(
     packed, before, group = keys.tobytes(), parents.tobytes(), groups.tobytes()
     roots = [residency.rows.root_of(row) for row in rows.tolist()]
     tiers = [level.tier for level in residency.levels]
-    shards = [shard for _, shard in residency.names()]
+    shards = [shard for _, shard in residency.names]
     fidelities = {int(fidelity): fidelity for fidelity in Fidelity}
     ends = [*starts[1:].tolist(), len(keys)]
 
