@@ -124,6 +124,7 @@ class System:
     pool: Pool
     host: str  # boot id of the machine: equal on two processes means they share a kernel
     disk: Callable[[str], Disk]  # folder -> Disk; made when missing; SetupError when unusable
+    own_pool: Callable[[int], Pool] | None = None  # so many threads for one purpose; None: `pool` serves all
 
     def token_hex(self, nbytes: int) -> str:
         """A name nobody else draws: `nbytes` of randomness as hexadecimal digits."""

@@ -91,4 +91,5 @@ def real_system(threads: int = 4) -> System:
         pool=ThreadPool(threads),
         host=host_id(),
         disk=FolderDisk,
+        own_pool=ThreadPool,
     )

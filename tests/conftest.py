@@ -7,18 +7,25 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 faulthandler.enable()
 
 
+def mapped_memfds() -> int:
+    """Mappings of this process that a memfd is behind."""
+    return Path("/proc/self/maps").read_text().count("/memfd:")
+
+
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
-    """Descriptors and threads after the test are those before it."""
+    """Descriptors, threads and mapped memfds after the test are those before it."""
     gc.collect()
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    descriptors, threads, memfds = len(os.listdir("/proc/self/fd")), threading.active_count(), mapped_memfds()
     yield
     gc.collect()
+    assert mapped_memfds() <= memfds, "memfds are still mapped"
     assert len(os.listdir("/proc/self/fd")) <= descriptors, "descriptors leaked"
     assert threading.active_count() <= threads, "threads leaked"

@@ -73,12 +73,23 @@ def cut(disk: MemoryDisk, name: str, size: int) -> MemoryDisk:
 
 @pytest.mark.parametrize("suffix", ["data", "index"])
 async def test_the_log_cut_at_every_byte(suffix: str) -> None:
+    """At every byte of the last records; behind them a page holds zeros, cut in coarser steps."""
+    await cut_everywhere(suffix, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["data", "index"])
+async def test_the_log_cut_at_every_byte_of_its_last_pages(suffix: str) -> None:
+    await cut_everywhere(suffix, 1)
+
+
+async def cut_everywhere(suffix: str, step: int) -> None:
     """The last records' files, one byte shorter at a time: what is left is served right, and nothing else is lost."""
     disk, name = await written(4, flush_each=True), f"00000001.{suffix}"
     size = len(disk.inodes[name].content)
-    ends = len(tiny(3).record) if suffix == "data" else 64 + 176  # behind that a page holds zeros: a coarser step
+    ends = len(tiny(3).record) if suffix == "data" else 64 + 176
     counts: dict[int, int] = {}
-    lengths = [length for length in range(size - 2 * 4096, size) if length % 4096 <= ends + 8 or length % 128 == 0]
+    lengths = [length for length in range(size - 2 * 4096, size) if length % 4096 <= ends + 8 or length % step == 0]
     for length in lengths:
         tier, found = await recover(cut(disk, name, length))
         for item in found:
@@ -87,13 +98,23 @@ async def test_the_log_cut_at_every_byte(suffix: str) -> None:
         assert kept == list(range(len(kept))), "only the tail may be missing"
         counts[len(kept)] = counts.get(len(kept), 0) + 1
     assert counts[2] == ends, "the last but one was cut at each of its bytes"
+    assert step > 1 or len(lengths) == 2 * 4096
     assert counts[3] > ends and counts[4] > 0, counts
 
 
 async def test_random_bit_flips_never_serve_a_wrong_byte() -> None:
-    disk, rng = await written(40), Random(3)
+    await flipped(250, 3)
+
+
+@pytest.mark.slow
+async def test_many_random_bit_flips() -> None:
+    await flipped(10_000, 4)
+
+
+async def flipped(rounds: int, seed: int) -> None:
+    disk, rng = await written(40), Random(seed)
     lost = refused = 0
-    for _ in range(250):
+    for _ in range(rounds):
         other = copy.deepcopy(disk)
         other.kill()
         for _ in range(rng.choice([1, 1, 4])):
@@ -111,6 +132,16 @@ async def test_random_bit_flips_never_serve_a_wrong_byte() -> None:
 
 @pytest.mark.parametrize("seed", range(25))
 async def test_power_loss_keeps_what_was_committed(seed: int) -> None:
+    await power_lost(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(25, 225))
+async def test_power_loss_many_times(seed: int) -> None:
+    await power_lost(seed)
+
+
+async def power_lost(seed: int) -> None:
     """Random writes, frees, heartbeats and reclaim, then unsynced writes lost or torn. Twice in a row."""
     rng, disk = Random(seed), MemoryDisk()
     tier, nothing = await recover(disk)

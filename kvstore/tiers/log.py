@@ -15,7 +15,7 @@ import numpy as np
 from kvstore.catalog import Catalog
 from kvstore.errors import Corrupt, TierFull
 from kvstore.header import Header
-from kvstore.seams import Disk, File, System
+from kvstore.seams import Disk, File, Pool, System
 from kvstore.tiers.aligned import ALIGNMENT, Bounce, is_aligned, padded, read_record, straight, write_all, write_record
 from kvstore.tiers.base import Location
 from kvstore.tiers.found import Found
@@ -35,9 +35,19 @@ class SegmentLog:
     """One folder's log. One writer per folder: the caller holds its lock."""
 
     def __init__(
-        self, system: System, disk: Disk, catalog: Catalog, *, disk_bytes: int, segment_bytes: int, direct: bool
+        self,
+        system: System,
+        disk: Disk,
+        catalog: Catalog,
+        reads: Pool,
+        *,
+        disk_bytes: int,
+        segment_bytes: int,
+        direct: bool,
     ) -> None:
+        """`reads`: where records are read; all else runs in the system's pool."""
         self.system = system
+        self._reads = reads
         self.disk = disk
         self.direct = direct
         self.state = LogState(catalog, disk_bytes=disk_bytes, segment_bytes=segment_bytes)
@@ -110,7 +120,7 @@ class SegmentLog:
             async with self._handles.lease(data_name(segment), direct=self.direct) as file:
                 if file.direct:
                     bounce = self._bounce.take(ALIGNMENT if is_aligned(target) else padded(len(target)))
-                return await self.system.pool.run(read_record, file, offset, target, bounce)
+                return await self._reads.run(read_record, file, offset, target, bounce)
         finally:
             if bounce is not None:
                 self._bounce.give(bounce)

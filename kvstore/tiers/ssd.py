@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class SsdTier:
 
     def __init__(self, system: System, config: StoreConfig, catalog: Catalog) -> None:
         self.system = system
+        self._given_pool = self._read_pool = system.pool
         self.config = config
         self.catalog = catalog
         self.folder = config.ssd_folder
@@ -95,8 +97,11 @@ class SsdTier:
         config = self.config
         if self.capacity <= 0:
             raise SetupError(f"ssd_bytes {config.ssd_bytes} is too little for a log: give at least 256 KiB")
-        self._disk = await self.system.pool.run(self.system.disk, self.folder)
+        own_pool = self.system.own_pool
+        if own_pool is not None:  # a disk that hangs holds up nobody else, and writes in a queue no load
+            self.system, self._read_pool = replace(self.system, pool=own_pool(config.threads)), own_pool(config.threads)
         try:
+            self._disk = await self.system.pool.run(self.system.disk, self.folder)
             self._unlock = await self.system.pool.run(self._disk.lock, LOCK)
             if self._unlock is None:
                 raise SetupError(f"folder {self.folder} is in use by another worker: stop it or name another folder")
@@ -104,6 +109,7 @@ class SsdTier:
                 self.system,
                 self._disk,
                 self.catalog,
+                self._read_pool,
                 disk_bytes=config.ssd_bytes,
                 segment_bytes=config.ssd_segment_bytes,
                 direct=config.ssd_direct,
@@ -115,7 +121,7 @@ class SsdTier:
             raise SetupError(
                 f"folder {self.folder} can't be read ({reason}): mend it or name another folder"
             ) from error
-        except SetupError:
+        except BaseException:
             self._release()
             raise
         self._log = log
@@ -190,6 +196,10 @@ class SsdTier:
         unlock, self._unlock = self._unlock, None
         if unlock is not None:
             unlock()
+        if self.system.pool is not self._given_pool:
+            self.system.pool.close()
+            self._read_pool.close()
+            self.system, self._read_pool = replace(self.system, pool=self._given_pool), self._given_pool
 
     # Bytes
 

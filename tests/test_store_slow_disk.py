@@ -1,0 +1,146 @@
+"""A store over a disk that hangs, fills up or fails in the middle of spilling: the rest goes on, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+from dataclasses import replace
+
+import pytest
+
+from kvstore.catalog import Catalog
+from kvstore.seams import System
+from kvstore.store import TieredStore
+from kvstore.system import real_system
+from kvstore.tiers.base import TierStats
+from kvstore.tiers.ssd import SsdTier
+from kvstore.types import Tier
+from tests.memdisk import MemoryDisk
+from tests.store_rig import KIB, SMALL, Rig
+
+CONFIG = replace(
+    SMALL,
+    ssd_folder="log",
+    ssd_bytes=8 << 20,
+    spill_queue_bytes=64 * KIB,
+    put_wait_s=0.1,
+    threads=2,
+    evict_after_s=600.0,
+)
+BLOCK = 8 * KIB
+
+
+class HangingDisk(MemoryDisk):
+    """Reads, writes and syncs wait while `moving` is not set; `held` counts those that did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moving = threading.Event()
+        self.moving.set()
+        self.held = 0
+
+    def _check(self, operation: str) -> None:
+        if operation in ("read", "write", "sync") and not self.moving.is_set():
+            self.held += 1
+            assert self.moving.wait(30), "the test forgot the disk"
+        super()._check(operation)
+
+
+def rig_over(disk: MemoryDisk, system: System) -> Rig:
+    system, catalog = replace(system, disk=lambda folder: disk), Catalog()
+    rig = Rig.make(config=CONFIG, system=system, catalog=catalog)
+    rig.store = TieredStore(system, CONFIG, catalog, ssd=SsdTier(system, CONFIG, catalog), redis=None)
+    return rig
+
+
+async def put_some(rig: Rig, count: int, session: int) -> list[int]:
+    """The depths that were committed."""
+    states = {depth: (await rig.put(depth, session)).state for depth in range(count)}
+    assert set(states.values()) <= {"committed", "dropped"}
+    return [depth for depth, state in states.items() if state == "committed"]
+
+
+def ssd_stats(rig: Rig) -> TierStats:
+    return next(stats for stats in rig.store.stats() if stats.tier == Tier.SSD)
+
+
+async def check(rig: Rig, kept: dict[int, list[int]], *, memory_only: bool = False) -> None:
+    """All that was committed is there and everything agrees. `memory_only`: read only what needs no room."""
+    for session, depths in kept.items():
+        for depth in depths:
+            tiers = rig.where(depth, session)
+            assert tiers, "a committed block is gone"
+            if not memory_only or tiers[0] != Tier.SSD:
+                assert await rig.get(depth, session) == rig.raw(depth, session)
+    await rig.store.idle()
+    rig.store.validate()
+
+
+async def test_a_disk_that_hangs_holds_up_nobody_else(no_leaks: None) -> None:
+    disk, system = HangingDisk(), real_system(2)
+    rig = rig_over(disk, system)
+    await rig.store.start()
+    kept = {0: await put_some(rig, 120, 0)}
+    await rig.store.idle()
+    below = [depth for depth in kept[0] if rig.where(depth) == [Tier.SSD]]
+    disk.moving.clear()
+    kept[1] = []
+    while disk.held < CONFIG.threads:  # every thread that writes hangs
+        kept[1] += [depth for depth in [len(kept[1])] if (await rig.put(depth, 1)).state == "committed"]
+        await asyncio.sleep(0.01)
+    loading = asyncio.ensure_future(rig.get(below[0]))
+    async with asyncio.timeout(20):
+        while disk.held == CONFIG.threads:  # the load reaches the disk all the same
+            await asyncio.sleep(0.01)
+    for depth in range(len(kept[1]), 120):  # as many as memory takes while nothing leaves it
+        state = (await rig.put(depth, 1)).state
+        assert rig.store.movement.moving_bytes <= CONFIG.spill_queue_bytes + BLOCK
+        if state == "dropped":
+            break
+        kept[1].append(depth)
+    assert disk.held > 0 and len(kept[1]) < 120, "nothing was on its way to the disk, or puts wait for ever"
+    async with asyncio.timeout(5):
+        for depth in kept[1][-8:]:
+            assert await rig.get(depth, 1) == rig.raw(depth, 1), "a hit in memory waits for the disk"
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await rig.get(below[1])
+    disk.moving.set()
+    assert await loading == rig.raw(below[0])
+    await check(rig, kept)
+    assert not any(rig.store.stack.residency.rows.pins)
+    await rig.store.close()
+    system.pool.close()
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])
+async def test_a_disk_that_refuses_in_the_middle_of_spilling(fault: str, no_leaks: None) -> None:
+    disk, system = MemoryDisk(), real_system(2)
+    rig = rig_over(disk, system)
+    await rig.store.start()
+    kept = {0: await put_some(rig, 90, 0)}
+    await rig.store.idle()
+    blocks = ssd_stats(rig).blocks
+    if fault == "ENOSPC":
+        disk.capacity = disk.used() + 40_000
+    else:
+        disk.failing = {"write": errno.EIO, "replace": errno.EIO}
+    kept[1] = await put_some(rig, 60, 1)
+    assert disk.landed.get("full", 0) + disk.landed.get("write", 0) > 0, "no write met the fault"
+    await rig.store.idle()
+    stats = ssd_stats(rig)
+    assert stats.state == ("full" if fault == "ENOSPC" else "down") and stats.detail and stats.errors
+    assert not rig.store.counters.get("evicted") and blocks <= stats.blocks <= blocks + 6
+    await check(rig, kept, memory_only=True)
+    disk.capacity, disk.failing = None, {}
+    async with asyncio.timeout(20):
+        while ssd_stats(rig).state != "ok":
+            await rig.store.tick()
+            await asyncio.sleep(0.01)
+    kept[2] = await put_some(rig, 60, 2)
+    await rig.store.idle()
+    assert ssd_stats(rig).blocks > stats.blocks + 10 and len(kept[2]) == 60, "it does not take blocks again"
+    await check(rig, kept)
+    await rig.store.close()
+    system.pool.close()
