@@ -130,19 +130,20 @@ async def flipped(rounds: int, seed: int) -> None:
     assert lost > 20 and refused > 10, "the flips did not land"
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", [*range(22), 27, 58, 84])  # the last three: marks of freed records filled the log
 async def test_power_loss_keeps_what_was_committed(seed: int) -> None:
-    await power_lost(seed)
+    assert await power_lost(seed), "nothing was unsynced at the crash"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(25, 225))
-async def test_power_loss_many_times(seed: int) -> None:
-    await power_lost(seed)
+@pytest.mark.timeout(1800)
+async def test_power_loss_many_times() -> None:
+    landed = [await power_lost(seed) for seed in range(25, 1025)]
+    assert sum(count > 0 for count in landed) > 900, "nothing was unsynced at the crashes"
 
 
-async def power_lost(seed: int) -> None:
-    """Random writes, frees, heartbeats and reclaim, then unsynced writes lost or torn. Twice in a row."""
+async def power_lost(seed: int) -> int:
+    """Random writes, frees, heartbeats, reclaim; then unsynced writes are lost or torn. Twice; how many were."""
     rng, disk = Random(seed), MemoryDisk()
     tier, nothing = await recover(disk)
     assert not nothing
@@ -158,7 +159,9 @@ async def power_lost(seed: int) -> None:
                 tier.free("default", tiny(old).header, present.pop(old))
                 durable.pop(old, None)
                 freed.append(old)
-            present[depth] = await put(tier, tiny(depth % 1000)) if depth < 1000 else Location(0, 0, 0)
+            if depth == 1000:  # of which `tiny` knows no more
+                break
+            present[depth] = await put(tier, tiny(depth))
             depth += 1
             if rng.random() < 0.05:
                 advance(tier, 1.0)
@@ -168,9 +171,6 @@ async def power_lost(seed: int) -> None:
                 durable = dict.fromkeys(present)
                 gone.update(dict.fromkeys(freed))
                 freed.clear()
-            if depth >= 1000:
-                present.pop(depth - 1)
-                break
         disk.crash(rng)
         tier, found = await recover(disk)
         back = {item.header.depth: item for item in found}
@@ -182,7 +182,7 @@ async def power_lost(seed: int) -> None:
         tier._log.state.validate()
         present = {old: item.location for old, item in back.items()}
         durable = dict.fromkeys(present)
-    assert sum(disk.landed.values()) > 0, "nothing was unsynced at the crash"
+    return sum(disk.landed.values())
 
 
 async def test_a_crash_in_the_middle_of_reclaim_loses_nothing() -> None:

@@ -145,10 +145,10 @@ class SegmentLog:
                 await self._reclaim()
             return place
 
-    async def _place(self, total: int, spare: int) -> tuple[Segment, int] | None:
-        """A place if one can be had with `spare` bytes of the folder left over."""
+    async def _place(self, total: int, spare: int, least: int = 0) -> tuple[Segment, int] | None:
+        """A place if one can be had with `spare` bytes of the folder left over; `least` as in `LogState.may_begin`."""
         place = self.state.place(total)
-        if place is None and (limit := self.state.may_begin(total, spare)):
+        if place is None and (limit := self.state.may_begin(total, spare, least)):
             await self._begin(limit)
             place = self.state.place(total)
         return place
@@ -188,7 +188,7 @@ class SegmentLog:
 
     async def _move(self, victim: Segment, found: Found) -> None:
         total = padded(found.nbytes)
-        place = await self._place(total, 0)
+        place = await self._place(total, 0, victim.live_bytes)
         if place is None:
             raise TierFull("the log has no room to reclaim into: raise ssd_bytes")
         (segment, at), buffer = place, self._bounce.take(total)
@@ -223,8 +223,15 @@ class SegmentLog:
         """Ahead of need: reclaim one segment that is mostly garbage when the next one would not fit."""
         async with self._space:
             await self.remove_dead()
-            victim = self.state.victim(live_share_max=0.5)
+            victim = self.state.victim(live_share_max=1.0 if self.state.marks_wait() else 0.5)
             if victim is not None and not self.state.may_begin(0, 2 * self.state.reserve):
+                await self._clean(victim)
+
+    async def mark_all(self) -> None:
+        """Commit until every mark of what was freed is in an index, or its segment is gone. OSError; TierFull."""
+        await self.commit()
+        async with self._space:
+            while self.state.marks_wait() and (victim := self.state.victim()) is not None:
                 await self._clean(victim)
 
     # Durability

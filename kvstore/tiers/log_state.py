@@ -124,10 +124,23 @@ class LogState:
         """Of the folder; room promised to the open segment included."""
         return sum(segment.disk_bytes for segment in self.segments.values())
 
-    def may_begin(self, total: int, spare: int) -> int:
-        """Data bytes of the segment that may be begun for a record of `total`, `spare` left over; 0: none."""
-        limit = max(self.segment_bytes, total)
-        return limit if self.taken_bytes() + limit + index_reserve(limit) + spare <= self.disk_bytes else 0
+    def may_begin(self, total: int, spare: int, least: int = 0) -> int:
+        """Data bytes of the segment that may be begun for a record of `total`, `spare` left over; 0: none.
+
+        `least`: where a whole segment has no place, one of so many bytes will do.
+        """
+        for limit in (max(self.segment_bytes, total), max(least, total) if least else 0):
+            if limit and self.taken_bytes() + limit + index_reserve(limit) + spare <= self.disk_bytes:
+                return limit
+        return 0
+
+    def reclaims(self) -> bool:
+        """Whether there is room for a new segment, or for what lives in some segment with garbage: else nothing can be
+        reclaimed, and only giving up blocks helps. Pure."""
+        if self.may_begin(0, 0):
+            return True
+        victims = [segment for segment in self.segments.values() if segment.garbage > 0 or segment.dead]
+        return any(self.may_begin(0, 0, max(1, segment.live_bytes)) for segment in victims)
 
     def begin(self, segment: Segment) -> None:
         self.segments[segment.id] = segment
@@ -185,9 +198,14 @@ class LogState:
             segment.pending = back | segment.pending
 
     def may_mark(self, owed: Owed) -> bool:
-        """Whether the folder has pages left to mark records as freed; if not, the marks wait."""
+        """Whether the folder has pages left to mark records as freed; if not, the marks wait until something is
+        reclaimed, for which a segment's room stays."""
         pages = -(-len(owed.freed) // FREED_A_PAGE)
-        return self.taken_bytes() + pages * PAGE_BYTES <= self.disk_bytes
+        return self.taken_bytes() + pages * PAGE_BYTES + self.reserve <= self.disk_bytes
+
+    def marks_wait(self) -> bool:
+        """Whether there are marks that no index has. Pure."""
+        return any(segment.freed and not segment.dead for segment in self.segments.values())
 
     def validate(self) -> None:
         """AssertionError where an invariant does not hold."""

@@ -21,6 +21,10 @@ def index_name(segment: int) -> str:
     return f"{segment:08d}.index"
 
 
+BLOAT_BYTES_MIN = 4 * PAGE_BYTES
+"""So much must be won by writing an index anew: what takes its place is smaller, so that reclaim comes to an end."""
+
+
 def index_reserve(limit: int) -> int:
     """Bytes set aside for the index file of an open segment."""
     return max(8 * PAGE_BYTES, limit // 16 // PAGE_BYTES * PAGE_BYTES)
@@ -58,12 +62,14 @@ class Segment:
 
     @property
     def garbage(self) -> int:
-        """Bytes that reclaiming it would give back, about."""
-        return self.end - self.live_bytes
+        """Bytes that reclaiming it would give back, about; of its index what is beyond the reserve, if that is much."""
+        bloat = self.index_end - index_reserve(self.limit)
+        return self.end - self.live_bytes + (bloat if bloat >= BLOAT_BYTES_MIN else 0)
 
     @property
     def live_share(self) -> float:
-        return self.live_bytes / self.end if self.end else 0.0
+        whole = self.live_bytes + self.garbage
+        return self.live_bytes / whole if whole else 0.0
 
     @property
     def dead(self) -> bool:

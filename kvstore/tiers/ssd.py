@@ -152,7 +152,7 @@ class SsdTier:
                 drop(records.only(~last))
         for item in found.segments:  # a smaller ssd_bytes than before: whole segments go, the oldest first
             alive = sum(segment.disk_bytes for segment in state.segments.values() if not segment.dead)
-            if alive <= state.disk_bytes - state.reserve:
+            if alive <= state.disk_bytes and state.reclaims():
                 break
             drop(item.records)
         for records in known:
@@ -279,7 +279,7 @@ class SsdTier:
         log = self._running()
         try:
             await log.remove_dead()
-            await log.commit()
+            await log.mark_all()
         except OSError as error:
             self._fail(error, 0)
             raise TierDown(self._stats.detail) from error
