@@ -135,12 +135,12 @@ class LogState:
         return 0
 
     def reclaims(self) -> bool:
-        """Whether there is room for a new segment, or for what lives in some segment with garbage: else nothing can be
-        reclaimed, and only giving up blocks helps. Pure."""
-        if self.may_begin(0, 0):
-            return True
-        victims = [segment for segment in self.segments.values() if segment.garbage > 0 or segment.dead]
-        return any(self.may_begin(0, 0, max(1, segment.live_bytes)) for segment in victims)
+        """Whether, once dead segments are removed, there is room for a new one, or for what lives in one with garbage:
+        else nothing can be reclaimed, and only giving up blocks helps. Pure."""
+        alive = [segment for segment in self.segments.values() if not segment.dead]
+        room = self.disk_bytes - sum(segment.disk_bytes for segment in alive)
+        sizes = [self.segment_bytes, *(segment.live_bytes for segment in alive if segment.garbage > 0)]
+        return any(size + index_reserve(size) <= room for size in sizes)
 
     def begin(self, segment: Segment) -> None:
         self.segments[segment.id] = segment

@@ -151,8 +151,7 @@ class SsdTier:
             if not last.all():  # a crash in the middle of reclaim leaves both copies
                 drop(records.only(~last))
         for item in found.segments:  # a smaller ssd_bytes than before: whole segments go, the oldest first
-            alive = sum(segment.disk_bytes for segment in state.segments.values() if not segment.dead)
-            if alive <= state.disk_bytes and state.reclaims():
+            if state.reclaims():
                 break
             drop(item.records)
         for records in known:
