@@ -1,4 +1,4 @@
-"""A client in another language, with the proto files alone: examples/node puts, matches and gets; bytes are compared."""
+"""A client in another language, with the proto files alone: examples/node puts, matches, gets; bytes are compared."""
 
 from __future__ import annotations
 
@@ -64,9 +64,8 @@ async def test_node_puts_matches_and_gets(tmp_path: Path) -> None:
         }
         file = folder / "orders.json"
         file.write_text(json.dumps(orders))
-        said = json.loads(
-            await run("node", "client.js", str(ROOT / "proto"), cluster.addresses[0], str(file), cwd=folder)
-        )
+        argv = ("node", "client.js", str(ROOT / "proto"), cluster.addresses[0], str(file))
+        said = json.loads(await run(*argv, cwd=folder))
         assert said["keys"] == [key.hex() for key in theirs.keys]  # the same keys from the same tokens
         assert (said["stored"], said["found"], said["same"], said["matched"]) == (5, 5, 5, 7)
         got = Path(f"{file}.got").read_bytes()

@@ -136,8 +136,9 @@ class Echo:
     async def announce(
         self, requests: AsyncIterator[coordinator_pb2.AnnounceRequest], context: CallContext
     ) -> AsyncIterator[coordinator_pb2.AnnounceReply]:
-        async for _ in requests:
-            yield coordinator_pb2.AnnounceReply(ack=coordinator_pb2.Ack())
+        async for request in requests:
+            if not request.HasField("delta"):  # as a coordinator, which answers registrations and heartbeats
+                yield coordinator_pb2.AnnounceReply(ack=coordinator_pb2.Ack())
 
 
 async def serve_echo(ready: str, reply_file: str) -> None:

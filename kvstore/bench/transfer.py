@@ -14,6 +14,7 @@ from kvstore.bench.data_baselines import Child, RawSocket
 from kvstore.bench.report import Report
 from kvstore.bench.tiers_blocks import COLD_BYTES
 from kvstore.bench.transfer_blocks import (
+    DEEP,
     LARGE,
     SMALL,
     Memory,
@@ -30,11 +31,13 @@ from kvstore.config import Config, override
 from kvstore.keys import Chain
 from kvstore.local_cluster import LocalCluster
 from kvstore.plan import HitPlan
+from kvstore.system import RealClock
 from kvstore.transport.malloc import keep_freed_memory
 
 ROUNDS, ROUNDS_LONG = 8, 48
 ROOM_BYTES = 3 * COLD_BYTES
-PARTS = ("large", "small", "tcp")
+PARTS = ("large", "small", "tcp", "layers")
+SHAPES = {"large": LARGE, "small": SMALL, "tcp": LARGE, "layers": DEEP}
 
 
 def main(argv: Sequence[str]) -> Report:
@@ -58,10 +61,12 @@ async def _run(report: Report, rounds: int, parts: Sequence[str]) -> None:
     wrong = 0
     async with LocalCluster(config(), workers=1, redis=False) as cluster:
         for part in parts:
-            bench = Bench(cluster, LARGE if part != "small" else SMALL, part)
+            bench = Bench(cluster, SHAPES[part], part)
             try:
                 if part == "tcp":
                     await bench.tcp(report, rounds)
+                elif part == "layers":
+                    await bench.layers(report, rounds)
                 else:
                     await bench.host(report, rounds)
             finally:
@@ -174,9 +179,28 @@ class Bench:
         finally:
             raw.close()
             child.close()
-        report.missing("first_layer_s", "s", "a client delivers whole blocks: layer-wise delivery is not built yet")
-        report.ratios["first_layer_vs_whole"] = None
-        report.target("first_layer_vs_whole", at_most=0.15)
+
+    async def layers(self, report: Report, rounds: int) -> None:
+        """Over loopback TCP, 32 layers: when the first one is there, and when all are. Both of the same get."""
+        by = await self.connect(elsewhere=True)
+        now = RealClock().monotonic
+        first: list[float] = []
+        whole: list[float] = []
+        for turn in range(-self.shape.slices, rounds):
+            number = turn % self.shape.slices
+            into = self.memory.slice_of(self.memory.targets, number)
+            seen: list[float] = []
+            begin = now()
+            found = await by.get(self.plans[number], [into], on_layer=lambda ready, seen=seen: seen.append(now()))  # type: ignore[misc]
+            took = now() - begin
+            assert found.blocks == self.shape.together and len(seen) == self.shape.layers, by.counters
+            self.wrong += self.memory.wrong(self.memory.targets, number)
+            if turn >= 0:
+                first.append((seen[0] - begin) * 1e3)
+                whole.append(took * 1e3)
+        report.result("first_layer", first, "ms")
+        report.result("all_layers", whole, "ms")
+        report.ratio("first_layer_vs_whole", "first_layer", "all_layers", at_most=0.15)
 
     async def _tcp_turns(self, report: Report, by: KVClient, raw: RawSocket, rounds: int, suffix: str) -> None:
         memory, together = self.memory, self.shape.together
