@@ -33,6 +33,7 @@ A_LAYER = SIZE // 6
 @pytest.fixture
 async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MiniCluster]:
     monkeypatch.setattr(sources, "INLINE_BYTES", 0)
+    monkeypatch.setattr(outgoing, "FIRST_SHARE", 1)
     monkeypatch.setattr(outgoing, "MESSAGE_BYTES", 4 * A_LAYER)  # so that layers come in messages of their own
     async with MiniCluster(tmp_path) as made:
         await made.coordinator()

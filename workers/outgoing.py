@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.arena import generation_at
 from kvstore.checksum import xxh3
 from kvstore.codecs import RAW
 from kvstore.errors import DataError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Record
-from kvstore.layout import Chunk, chunks
+from kvstore.layout import chunks
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store import Placed
 from kvstore.transport import frames
@@ -21,6 +23,10 @@ from kvstore.wire import worker_pb2
 
 MESSAGE_BYTES = 2 << 20
 """Payload of one message; a larger chunk makes a larger one. Half of it costs a sixth more processor time."""
+
+
+FIRST_SHARE = 4
+"""Of it, the first message has that part, the next twice as much, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,37 +156,39 @@ class Outgoing:
         assert placed is not None
         view = self._view(placed)
         if placed.raw:
-            pieces = chunks(self._spec, self._shards[part.block])
-            mine = pieces[part.first : part.first + part.count]
-            start, end = mine[0].offset, mine[-1].offset + mine[-1].nbytes
-            return _raw_table(view, mine, len(pieces)), [view[start:end]]
+            shard = self._shards[part.block]
+            mine = chunks(self._spec, shard)[part.first : part.first + part.count]
+            table = _raw_entries(self._spec, shard)[part.first : part.first + part.count].copy()
+            table["xxh3"] = [xxh3(view[piece.offset : piece.offset + piece.nbytes]) for piece in mine]
+            return table.tobytes(), [view[mine[0].offset : mine[-1].offset + mine[-1].nbytes]]
         record = self._records[part.block]
         rows = record.table[part.first : part.first + part.count]
         spans = zip(rows["offset"].tolist(), rows["stored"].tolist(), strict=True)
         return rows.tobytes(), [record.view[offset : offset + stored] for offset, stored in spans]
 
 
-def _raw_table(view: memoryview, mine: Sequence[Chunk], count: int) -> bytes:
-    """Entries of raw chunks, as a record of them would have."""
-    table = np.zeros(len(mine), ENTRY_DTYPE)
-    data_start = HEADER_BYTES + count * ENTRY_BYTES
-    for row, piece in enumerate(mine):
-        sum_ = xxh3(view[piece.offset : piece.offset + piece.nbytes])
+@lru_cache(maxsize=64)
+def _raw_entries(spec: ModelSpec, shard: Shard) -> NDArray[np.void]:
+    """Entries of a shard's raw chunks, as a record of them would have, but for the checksums."""
+    pieces = chunks(spec, shard)
+    table = np.zeros(len(pieces), ENTRY_DTYPE)
+    data_start = HEADER_BYTES + len(pieces) * ENTRY_BYTES
+    for row, piece in enumerate(pieces):
         table[row] = (
             piece.layer, piece.component, 0, piece.head_first, piece.head_count,
-            RAW, 0, 0, data_start + piece.offset, piece.nbytes, piece.nbytes, sum_,
+            RAW, 0, 0, data_start + piece.offset, piece.nbytes, piece.nbytes, 0,
         )  # fmt: skip
-    return table.tobytes()
+    return table
 
 
 def _messages(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Parts packed into messages, their order kept."""
+    """Parts packed into messages, their order kept. The first are smaller: somebody may wait for the first layer."""
     message: list[Part] = []
-    nbytes = 0
+    nbytes, limit = 0, MESSAGE_BYTES // FIRST_SHARE
     for part in parts:
-        if message and nbytes + part.nbytes > MESSAGE_BYTES:
+        if message and nbytes + part.nbytes > limit:
             yield message
-            message, nbytes = [], 0
+            message, nbytes, limit = [], 0, min(2 * limit, MESSAGE_BYTES)
         message.append(part)
         nbytes += part.nbytes
     if message:
