@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 
 from coordinator.registry import Registry
 from coordinator.service import CoordinatorService
@@ -32,11 +33,14 @@ class CoordinatorRuntime:
             seed=system.rng.getrandbits(62),
             copies=copies,
         )
+        engines = replace(config.coordinator, blocks_max=config.coordinator.engine_blocks_max)
+        self.engines = Registry(engines, list(copies), system.clock.monotonic(), seed=system.rng.getrandbits(62))
         peers = [common_pb2.CoordinatorInfo(address=address) for address in config.server.coordinators]
         self.service = CoordinatorService(
             config.coordinator,
             system,
             self.registry,
+            self.engines,
             info=common_pb2.CoordinatorInfo(id=self.id, boot_id=self.boot_id),
             peers=peers,
             namespaces_digest=self._policy.digest,
@@ -58,7 +62,9 @@ class CoordinatorRuntime:
 
     async def _tick(self) -> None:
         while True:
-            self.registry.tick(self._system.clock.monotonic())
+            now = self._system.clock.monotonic()
+            self.registry.tick(now)
+            self.engines.tick(now)
             await asyncio.sleep(self._config.coordinator.lease_s / TICKS_A_LEASE)
 
     async def stop(self) -> None:

@@ -7,13 +7,16 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from coordinator.registry import Registry
+from coordinator.scoring import CANDIDATES_MAX, Scoring
 from coordinator.session import Session
 from kvstore.config import CoordinatorConfig
 from kvstore.errors import BadRequest, Incompatible, Overloaded
+from kvstore.plan import ENGINE_HOLDER
 from kvstore.seams import System
+from kvstore.spec import Shard
 from kvstore.transport.base import CallContext
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
-from kvstore.types import CommitToken
+from kvstore.types import CommitToken, Fidelity, Keys
 from kvstore.views import sums, visible_status
 from kvstore.wire import common_pb2, coordinator_pb2
 from kvstore.wireform import (
@@ -38,12 +41,14 @@ class CoordinatorService:
         config: CoordinatorConfig,
         system: System,
         registry: Registry,
+        engines: Registry,
         *,
         info: common_pb2.CoordinatorInfo,
         peers: list[common_pb2.CoordinatorInfo],
         namespaces_digest: str,
     ) -> None:
-        self._config, self._system, self._registry = config, system, registry
+        self._config, self._system, self._registry, self._engines = config, system, registry, engines
+        self._scoring = Scoring(registry, engines)
         self.info = info  # the address is set once it is known
         self._peers, self._digest = peers, namespaces_digest
 
@@ -67,12 +72,7 @@ class CoordinatorService:
 
     async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
         """The longest prefix held, once the commits in `after` are in or the wait is over. BadRequest."""
-        root = digest_from_wire("root", request.root)
-        keys = keys_from_wire(request.keys, self._config.match_keys_max)
-        if not 1 <= len(request.shards) <= SHARDS_MAX:
-            raise BadRequest(f"{len(request.shards)} shards: name 1 to {SHARDS_MAX}")
-        shards = [shard_from_wire(shard) for shard in request.shards]
-        least = least_from_wire(request.least)
+        root, keys, shards, least = self._asked(request)
         missing = await self._wait(request, context.namespace)
         now = self._system.clock.monotonic()
         directory = self._registry.inboxes[context.namespace].directory
@@ -85,6 +85,26 @@ class CoordinatorService:
         reply.boot_id = self.info.boot_id
         reply.coordinators.extend(self.coordinators())
         self._registry.counters["matches"] += 1
+        return reply
+
+    def _asked(
+        self, request: common_pb2.MatchRequest | coordinator_pb2.ScoreRequest
+    ) -> tuple[bytes, Keys, list[Shard], Fidelity]:
+        root = digest_from_wire("root", request.root)
+        keys = keys_from_wire(request.keys, self._config.match_keys_max)
+        if not 1 <= len(request.shards) <= SHARDS_MAX:
+            raise BadRequest(f"{len(request.shards)} shards: name 1 to {SHARDS_MAX}")
+        return root, keys, [shard_from_wire(shard) for shard in request.shards], least_from_wire(request.least)
+
+    async def score(self, request: coordinator_pb2.ScoreRequest, context: CallContext) -> coordinator_pb2.ScoreReply:
+        """How much of a prompt each candidate holds. BadRequest."""
+        now, namespace = self._system.clock.monotonic(), context.namespace
+        candidates = list(request.candidates) or self._scoring.candidates(namespace, now)[:CANDIDATES_MAX]
+        reply = self._scoring.score(namespace, *self._asked(request), candidates, now)
+        reply.complete = self._registry.complete(namespace, now)
+        reply.boot_id = self.info.boot_id
+        reply.coordinators.extend(self.coordinators())
+        self._registry.counters["scores"] += 1
         return reply
 
     async def _wait(self, request: common_pb2.MatchRequest, namespace: str) -> list[CommitToken]:
@@ -173,16 +193,21 @@ class CoordinatorService:
         self, requests: AsyncIterator[coordinator_pb2.AnnounceRequest], context: CallContext
     ) -> AsyncGenerator[coordinator_pb2.AnnounceReply, None]:
         """One member's stream, from Register to its end."""
-        session = Session(self._registry, self._system.clock, self._config.lease_s, self._welcome)
+        session: Session | None = None
         try:
             async for request in requests:
+                if session is None:
+                    engine = request.register.member.id.startswith(ENGINE_HOLDER)
+                    registry = self._engines if engine else self._registry
+                    session = Session(registry, self._system.clock, self._config.lease_s, self._welcome)
                 for reply in session.handle(request):
                     reply.coordinators.extend(self.coordinators())
                     yield reply
                 if session.over:
                     return
         finally:
-            session.close()
+            if session is not None:
+                session.close()
 
     def _welcome(self) -> coordinator_pb2.Welcome:
         welcome = coordinator_pb2.Welcome(

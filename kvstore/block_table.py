@@ -8,7 +8,7 @@ start and costs nothing before it is used.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -135,21 +135,32 @@ class BlockTable:
         pages, depth, nodes = int(state[k.PAGES]), int(state[k.DEPTH]), int(state[k.NODES])
         return pages * (int(k.PAGE_SLOTS) * SLOT_BYTES + 24) + (4 << depth) + nodes * 8
 
-    def prefix(self, keys: Array, table: int, least: Fidelity) -> tuple[int, Array]:
-        """Leading keys that are held by somebody visible, at `least` or better; the slots (int64) of these."""
+    def only(self, owners: Iterable[int]) -> Any:
+        """The table as a lookup sees it where of those visible only these are there. Changes with the table."""
+        status = np.zeros_like(self.status)
+        for owner in owners:
+            status[owner] = self.status[owner]
+        return self._arrays._replace(status=status)
+
+    def prefix(self, keys: Array, table: int, least: Fidelity, seen: Any = None) -> tuple[int, Array]:
+        """Leading keys that are held by somebody visible, at `least` or better; the slots (int64) of these.
+
+        `seen`: what `only` gave, here and below.
+        """
         slots = np.empty(len(keys), np.int64)
-        count = self._lookups.prefix(self._arrays, keys, table, 3 - least, slots)
+        count = self._lookups.prefix(seen or self._arrays, keys, table, 3 - least, slots)
         return count, slots[:count]
 
-    def held(self, keys: Array, table: int, least: Fidelity) -> tuple[Array, Array]:
+    def held(self, keys: Array, table: int, least: Fidelity, seen: Any = None) -> tuple[Array, Array]:
         """Per key its slot (int64, -1: none), and 1 (uint8) where it is held by somebody visible."""
         slots, flags = np.empty(len(keys), np.int64), np.empty(len(keys), np.uint8)
-        self._lookups.held(self._arrays, keys, table, 3 - least, slots, flags)
+        self._lookups.held(seen or self._arrays, keys, table, 3 - least, slots, flags)
         return slots, flags
 
-    def spans(self, slots: Array, depth: int, least: Fidelity, copies: int) -> list[list[int]]:
+    def spans(self, slots: Array, depth: int, least: Fidelity, copies: int, seen: Any = None) -> list[list[int]]:
         """[kind, first depth, count, bytes] of the visible copies in `slots`, as `kernels.directory_match.spans`."""
-        while (count := self._lookups.spans(self._arrays, slots, depth, 3 - least, copies, self._spans)) < 0:
+        arrays = seen or self._arrays
+        while (count := self._lookups.spans(arrays, slots, depth, 3 - least, copies, self._spans)) < 0:
             self._spans = np.empty((2 * len(self._spans), 4), np.int64)
         found: list[list[int]] = self._spans[:count].tolist()
         return found

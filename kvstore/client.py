@@ -22,7 +22,7 @@ from kvstore.keys import Chain, Tokens, chain
 from kvstore.layer_stream import LayerStream
 from kvstore.layout import block_bytes
 from kvstore.links import Coordinators, Links
-from kvstore.lookup import Lookup
+from kvstore.lookup import KEYS_MAX, Lookup
 from kvstore.members import Members
 from kvstore.needs import LayerReady, Progress, delivered_blocks
 from kvstore.observe import Observer, look, status_object
@@ -31,6 +31,7 @@ from kvstore.plan import HitPlan
 from kvstore.prefetching import Prefetcher
 from kvstore.rates import Rates
 from kvstore.recent import Recent
+from kvstore.scores import Scores, request_of, scores_of
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult, Putter
@@ -259,6 +260,30 @@ class KVClient:
         """`get` with its options, layer by layer: `async with client.layers(plan, into) as coming`, then `async for
         ready in coming`, then `await coming.result()`. Left early, the rest is given up."""
         return LayerStream(lambda on_layer: self.get(plan, into, on_layer=on_layer, **options))
+
+    async def score(
+        self,
+        spec: ModelSpec,
+        prefix: Chain | Tokens,
+        candidates: Iterable[str] = (),
+        shards: Sequence[Shard] | None = None,
+        least: Fidelity = Fidelity.EXACT,
+        *,
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """How much of a prompt each candidate (an engine that announces its cache, or a worker; none: all of them) has
+        at hand, for a router. One round trip. No answer: no replicas."""
+        keys = self._chain(spec, prefix).keys[:KEYS_MAX]
+        request = request_of(spec, keys, self._shards(spec, shards), least, candidates)
+        try:
+            reply = await self.coordinators.call(
+                COORDINATOR["Score"], request, timeout_s=self.config.match_timeout_s if timeout_s is None else timeout_s
+            )
+            self.coordinators.learn(reply.coordinators)
+            return scores_of(reply, spec, len(keys))
+        except KVStoreError as error:
+            self.counters[f"errors_{type(error).__name__}"] += 1
+            return Scores()
 
     async def prefetch(self, plan: HitPlan, *, first: int = 0, timeout_s: float | None = None) -> int:
         """Have the plan's blocks from depth `first` on in the memory of this host's worker: up from its slower tiers,

@@ -104,6 +104,7 @@ class CoordinatorConfig:
     heartbeat_s: float = 0.5
     lease_s: float = 3.0
     blocks_max: int = 20_000_000
+    engine_blocks_max: int = 4_000_000  # of engines' own prefix caches, for Score
     match_keys_max: int = 16_384
     match_wait_max_s: float = 0.1
     workers_max: int = 4096

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -166,30 +167,44 @@ class Directory:
 
     # Queries: pure.
 
-    def match(self, root: bytes, keys: Sequence[bytes], shards: Sequence[Shard], least: Fidelity) -> Match:
+    def match(
+        self,
+        root: bytes,
+        keys: Sequence[bytes],
+        shards: Sequence[Shard],
+        least: Fidelity,
+        *,
+        only: Iterable[str] | None = None,
+    ) -> Match:
         """The longest prefix of `keys` (depth 0 first) that the union of visible holders covers in every needed shard.
 
         By each group's rule, at `least` or better. `runs` names the holders of all blocks that this prefix needs (of a
         sliding window only the last ones): per stored shard that meets a needed one, the fastest tier first.
-        BadRequest where a needed shard is no rectangle of the spec; a root nobody announced is a miss.
+        `only`: as if these were all the holders. BadRequest where a needed shard is no rectangle of the spec; a root
+        nobody announced is a miss.
         """
         space = self._spaces.space(root)
         if space is None or not keys or not shards:
             return Match()
         plan = space.plan(tuple(shards))
-        blocks, slots = self._longest(space, plan, key_array(keys), least)
+        seen = (
+            None if only is None else self._blocks.only(self._holders[id].owner for id in only if id in self._holders)
+        )
+        blocks, slots = self._longest(space, plan, key_array(keys), least, seen)
         runs: list[MatchRun] = []
         for position, rule in plan.sources() if blocks else ():
             first = rule.first_needed(blocks)
-            spans = self._blocks.spans(slots[position][first:blocks], first, least, _LOOKED_AT * self.copies_max)
+            spans = self._blocks.spans(slots[position][first:blocks], first, least, _LOOKED_AT * self.copies_max, seen)
             runs += fewer(ranges(space.tables[position].shard, spans, self._lives.name), self.copies_max)
         return Match(blocks, runs)
 
-    def _longest(self, space: Keyspace, plan: Plan, keys: Array, least: Fidelity) -> tuple[int, dict[int, Array]]:
+    def _longest(
+        self, space: Keyspace, plan: Plan, keys: Array, least: Fidelity, seen: Any
+    ) -> tuple[int, dict[int, Array]]:
         """The length of the prefix, and by position of a stored shard the slots of its blocks."""
         only = plan.only_source()
         if only is not None:
-            blocks, row = self._blocks.prefix(keys, space.tables[only].number, least)
+            blocks, row = self._blocks.prefix(keys, space.tables[only].number, least, seen)
             return blocks, {only: row}
         slots: dict[int, Array] = {}
         flags: dict[int, Array] = {}
@@ -197,7 +212,7 @@ class Directory:
         def held(position: int, start: int, stop: int) -> bytes:
             known = len(slots.setdefault(position, np.empty(0, np.int64)))
             if stop > known:  # each key is looked up once
-                more, usable = self._blocks.held(keys[known:stop], space.tables[position].number, least)
+                more, usable = self._blocks.held(keys[known:stop], space.tables[position].number, least, seen)
                 slots[position] = np.concatenate((slots[position], more))
                 flags[position] = np.concatenate((flags[position], usable)) if known else usable
             return flags[position][start:stop].tobytes()

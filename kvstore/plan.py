@@ -13,6 +13,9 @@ from kvstore.types import CommitToken, Fidelity, Tier
 REDIS_HOLDER = "redis:"
 """Ids of Redis as a holder begin with it; the namespace follows. It has no address: any worker serves it."""
 
+ENGINE_HOLDER = "engine:"
+"""Ids of engines that announce their own prefix cache begin with it. They count in Score only."""
+
 
 def is_redis(holder: str) -> bool:
     """Whether a holder's id is that of a namespace's Redis."""

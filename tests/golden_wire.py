@@ -118,6 +118,30 @@ MESSAGES: dict[str, Message] = {
             )
         ],
     ),
+    "score_request": coordinator_pb2.ScoreRequest(
+        root=bytes(range(16)),
+        keys=bytes(range(32)),
+        shards=[common_pb2.Shard(layer_count=2, head_count=4)],
+        least=common_pb2.FIDELITY_NEAR,
+        candidates=["replica-1", "w1"],
+    ),
+    "score_reply": coordinator_pb2.ScoreReply(
+        scores=[
+            coordinator_pb2.ReplicaScore(
+                candidate="replica-1",
+                known=True,
+                engine_blocks=2,
+                blocks=1,
+                tiers=[coordinator_pb2.TierBlocks(tier=common_pb2.TIER_SSD, blocks=1)],
+            ),
+            coordinator_pb2.ReplicaScore(candidate="w1"),
+        ],
+        blocks=2,
+        block_tokens=64,
+        complete=True,
+        boot_id="b",
+        coordinators=[common_pb2.CoordinatorInfo(id="c1", boot_id="b", address="h:1")],
+    ),
     "put_reply": worker_pb2.PutReply(
         token=common_pb2.CommitToken(worker="w1", epoch=3, seq=99),
         states=[worker_pb2.BLOCK_COMMITTED, worker_pb2.BLOCK_DROPPED],

@@ -131,7 +131,13 @@ class Rig:
         )
         info = common_pb2.CoordinatorInfo(id="c-0", boot_id="b", address="127.0.0.1:8000")
         self.service = CoordinatorService(
-            self.config, self.system, self.registry, info=info, peers=[], namespaces_digest=""
+            self.config,
+            self.system,
+            self.registry,
+            Registry(self.config, [NAMESPACE], self.clock.monotonic()),
+            info=info,
+            peers=[],
+            namespaces_digest="",
         )
         self.workers = [Worker(self, number) for number in range(WORKERS)]
         self.prompts = 0

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kvstore.cli import bench, data, demo, doctor, drain, fleet, replay, servers
+from kvstore.cli import bench, data, demo, doctor, drain, engine_events, fleet, replay, servers
 from kvstore.cli.common import EXIT_INTERRUPTED, EXIT_OK, Parser, note
 from kvstore.errors import KVStoreError
 
@@ -35,7 +35,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for group in (fleet, doctor, demo, servers, drain, replay, data, bench):
+    for group in (fleet, doctor, demo, servers, engine_events, drain, replay, data, bench):
         group.add(commands)
     fleet.add_hidden(commands)
     return made

@@ -6,13 +6,14 @@ from kvstore.transport.base import Method
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1", "purge.model.v1", "watch.v1")
+CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1", "purge.model.v1", "watch.v1", "score.v1")
 
 COORDINATOR = {
     m.name: m
     for m in (
         Method("Coordinator", "Hello", common_pb2.HelloRequest, common_pb2.HelloReply),
         Method("Coordinator", "Match", common_pb2.MatchRequest, common_pb2.MatchReply),
+        Method("Coordinator", "Score", coordinator_pb2.ScoreRequest, coordinator_pb2.ScoreReply),
         Method("Coordinator", "Members", coordinator_pb2.MembersRequest, coordinator_pb2.MembersReply),
         Method("Coordinator", "Status", common_pb2.StatusRequest, coordinator_pb2.CoordinatorStatus),
         Method(

@@ -192,6 +192,50 @@ class Register(_message.Message):
     member: _common_pb2.Member
     def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., heads: _Optional[_Mapping[str, int]] = ..., hello: _Optional[_Union[_common_pb2.HelloRequest, _Mapping]] = ...) -> None: ...
 
+class ReplicaScore(_message.Message):
+    __slots__ = ["blocks", "candidate", "engine_blocks", "known", "tiers"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    candidate: str
+    engine_blocks: int
+    known: bool
+    tiers: _containers.RepeatedCompositeFieldContainer[TierBlocks]
+    def __init__(self, candidate: _Optional[str] = ..., known: bool = ..., engine_blocks: _Optional[int] = ..., blocks: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierBlocks, _Mapping]]] = ...) -> None: ...
+
+class ScoreReply(_message.Message):
+    __slots__ = ["block_tokens", "blocks", "boot_id", "complete", "coordinators", "scores"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    COORDINATORS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    block_tokens: int
+    blocks: int
+    boot_id: str
+    complete: bool
+    coordinators: _containers.RepeatedCompositeFieldContainer[_common_pb2.CoordinatorInfo]
+    scores: _containers.RepeatedCompositeFieldContainer[ReplicaScore]
+    def __init__(self, scores: _Optional[_Iterable[_Union[ReplicaScore, _Mapping]]] = ..., blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., complete: bool = ..., boot_id: _Optional[str] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ...) -> None: ...
+
+class ScoreRequest(_message.Message):
+    __slots__ = ["candidates", "keys", "least", "root", "shards"]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    candidates: _containers.RepeatedScalarFieldContainer[str]
+    keys: bytes
+    least: _common_pb2.Fidelity
+    root: bytes
+    shards: _containers.RepeatedCompositeFieldContainer[_common_pb2.Shard]
+    def __init__(self, root: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[_common_pb2.Shard, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., candidates: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class SnapshotChunk(_message.Message):
     __slots__ = ["dictionary", "first", "index", "last", "namespace", "resume_seq", "runs", "snapshot"]
     DICTIONARY_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +261,14 @@ class SnapshotRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     def __init__(self, namespace: _Optional[str] = ...) -> None: ...
+
+class TierBlocks(_message.Message):
+    __slots__ = ["blocks", "tier"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    tier: _common_pb2.Tier
+    def __init__(self, tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ["digest", "members"]
