@@ -57,7 +57,8 @@ def build(job: dict[str, Any]) -> Any:
         "max_model_len": 2048,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
-        "gpu_memory_utilization": 0.1,
+        "gpu_memory_utilization": 0.1,  # checked at the start against what the machine has free
+        "kv_cache_memory_bytes": 1 << 30,  # else a share of the machine less the model, which may be nothing
         "seed": 0,
     }
     settings.update(job.get("settings", {}))
