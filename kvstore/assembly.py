@@ -7,19 +7,21 @@ import ctypes
 from kvstore.config import Config
 from kvstore.seams import System
 from kvstore.transport.rpc import GrpcTransport
+from kvstore.transport.tls import server_tls
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MALLOC_BYTES = 256 << 20
 
 
 def server_transport(config: Config, system: System) -> GrpcTransport:
-    """The transport of a server with the bounds of its configuration."""
+    """The transport of a server with the bounds of its configuration. SetupError for TLS files that don't fit."""
     return GrpcTransport(
         system.clock,
         message_bytes_max=config.server.message_bytes_max,
         calls_max=config.server.calls_max,
         local_connections_max=config.server.local_connections_max,
         connect_timeout_s=config.client.connect_timeout_s,
+        tls=server_tls(config),
     )
 
 

@@ -94,9 +94,13 @@ class KVClient:
             system = real_system()
         if transport is None:
             from kvstore.transport.rpc import GrpcTransport
+            from kvstore.transport.tls import client_tls
 
             transport = GrpcTransport(
-                system.clock, connect_timeout_s=config.connect_timeout_s, tune_malloc=config.tune_malloc
+                system.clock,
+                connect_timeout_s=config.connect_timeout_s,
+                tune_malloc=config.tune_malloc,
+                tls=client_tls(config),
             )
         client = cls(config, system, transport, client_credentials(config), owns_system=owns)
         try:

@@ -72,6 +72,9 @@ class ServerConfig:
     coordinators: tuple[str, ...] = ()
     token_file: str = ""  # cluster token; needed for any bind beyond loopback
     namespaces_file: str = ""
+    tls_cert_file: str = ""  # PEM; with the key: TLS on the gRPC port
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""  # callers must show a certificate of this authority
     node: str = ""  # a name for people; empty: the host name
     message_bytes_max: int = 8 * MIB
     calls_max: int = 256  # at a time
@@ -128,6 +131,10 @@ class ClientConfig:
     workers: tuple[str, ...] = ()  # local sockets to use without any coordinator
     namespace: str = "default"
     token_file: str = ""
+    tls_ca_file: str = ""  # PEM; TLS to every server, whose certificate this authority must have signed
+    tls_cert_file: str = ""  # shown to servers that ask
+    tls_key_file: str = ""
+    tls_server_name: str = ""  # in the servers' certificates, where those do not name their addresses
     connect_timeout_s: float = 2.0
     match_timeout_s: float = 1.0
     get_timeout_s: float = 10.0

@@ -17,6 +17,7 @@ from kvstore.fleet_state import FleetState, fleet_folder
 from kvstore.observe import Observer
 from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
+from kvstore.transport.tls import client_tls
 
 EXIT_OK, EXIT_FAULT, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -110,7 +111,7 @@ async def reachable_fleet(
     client, _ = client_config(config, state)
     system = real_system(1)
     try:
-        transport = GrpcTransport(system.clock, connect_timeout_s=client.connect_timeout_s)
+        transport = GrpcTransport(system.clock, connect_timeout_s=client.connect_timeout_s, tls=client_tls(client))
         yield Observer(transport, client_credentials(client), client.connect_timeout_s), client.coordinators
     finally:
         system.pool.close()

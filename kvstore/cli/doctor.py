@@ -26,6 +26,7 @@ from kvstore.integrations.vllm.examine import examine_transfer, read_transfer
 from kvstore.observe import Observer
 from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
+from kvstore.transport.tls import client_tls
 
 
 def add(commands: Any) -> None:
@@ -72,7 +73,7 @@ async def examine(config: Config, workers: int, engine: Engine | None = None) ->
         raise SetupError("no coordinator is known: pass --coordinators HOST:PORT")
     system = real_system(2)
     try:
-        transport = GrpcTransport(system.clock, connect_timeout_s=client.connect_timeout_s)
+        transport = GrpcTransport(system.clock, connect_timeout_s=client.connect_timeout_s, tls=client_tls(client))
         observer = Observer(transport, client_credentials(client), client.connect_timeout_s)
         return await Doctor(observer, client, system, Expected.of(state, config, workers), engine).examine()
     finally:

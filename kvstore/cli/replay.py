@@ -28,6 +28,7 @@ from kvstore.seams import System
 from kvstore.system import real_system
 from kvstore.trace import Footprint, Request, check_chained, footprint, read_trace
 from kvstore.transport.rpc import GrpcTransport
+from kvstore.transport.tls import client_tls
 from kvstore.values import parse_size
 
 STAGING_BYTES = 8 * MIB  # faulted in before the first put; puts of a replay are small
@@ -169,7 +170,7 @@ async def _client(config: ClientConfig, system: System) -> AsyncIterator[KVClien
 
 
 def _observer(config: ClientConfig, system: System) -> Observer:
-    transport = GrpcTransport(system.clock, connect_timeout_s=config.connect_timeout_s)
+    transport = GrpcTransport(system.clock, connect_timeout_s=config.connect_timeout_s, tls=client_tls(config))
     return Observer(transport, client_credentials(config), config.connect_timeout_s)
 
 

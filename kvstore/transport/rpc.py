@@ -22,6 +22,7 @@ from kvstore.transport import local
 from kvstore.transport.base import Authenticator, Channel, Credentials, LocalChannel, Method, Server
 from kvstore.transport.malloc import keep_freed_memory
 from kvstore.transport.rpc_server import RpcServer
+from kvstore.transport.tls import PLAIN, Tls, channel_credentials, server_credentials
 
 COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.bdp_probe", 0),  # the probe shrinks the window of bursty streams
@@ -47,6 +48,7 @@ class GrpcTransport:
     message_bytes_max: of one message in either direction. calls_max: served at a time, beyond it Overloaded;
     streams_max: the same for streams both ways, which live long. call_max_s: the longest a served call may take,
     streams both ways excepted. tune_malloc: set this process's malloc thresholds (`kvstore.transport.malloc`).
+    tls: how it serves and calls; SetupError for a file that can't be read.
     """
 
     def __init__(
@@ -60,9 +62,12 @@ class GrpcTransport:
         local_connections_max: int = 256,
         connect_timeout_s: float = 2.0,
         tune_malloc: bool = True,
+        tls: Tls = PLAIN,
     ) -> None:
         if tune_malloc:
             keep_freed_memory()
+        self._serving = None if tls.serving is None else server_credentials(tls.serving)
+        self._calling = None if tls.calling is None else channel_credentials(tls.calling)
         self._clock = clock
         self._message_bytes_max = message_bytes_max
         self._calls_max = calls_max
@@ -78,7 +83,7 @@ class GrpcTransport:
     async def connect(self, address: str, credentials: Credentials) -> Channel:
         """Lazy: fails on the first call, not here. Unavailable in a process forked from one that used gRPC."""
         _used_here()
-        return RpcChannel(address, credentials, [*self._options(), *CHANNEL_OPTIONS])
+        return RpcChannel(address, credentials, [*self._options(), *CHANNEL_OPTIONS], self._calling)
 
     async def serve(self, address: str, services: Mapping[str, object], auth: Authenticator) -> Server:
         """Listening when it returns. SetupError when the address can't be bound."""
@@ -89,6 +94,7 @@ class GrpcTransport:
             streams_max=self._streams_max,
             call_max_s=self._call_max_s,
             options=self._options(),
+            tls=self._serving,
         )
         await server.start(address, services)
         return server
@@ -123,9 +129,18 @@ def _used_here() -> None:
 class RpcChannel:
     """`kvstore.transport.base.Channel` over one HTTP/2 connection."""
 
-    def __init__(self, address: str, credentials: Credentials, options: list[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        options: list[tuple[str, int]],
+        tls: tuple[Any, list[tuple[str, str]]] | None = None,
+    ) -> None:
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, tls[0], options=[*options, *tls[1]])
         self._callables: dict[str, Any] = {}
         self._calls: dict[Any, None] = {}  # in flight
         self._over = False

@@ -43,8 +43,11 @@ class RpcServer:
         streams_max: int,
         call_max_s: float,
         options: list[tuple[str, int]],
+        tls: Any = None,
     ) -> None:
+        """`tls`: gRPC's server credentials; None: plain text."""
         self.address = ""
+        self._tls = tls
         self._gate = Gate(clock, auth, calls_max=calls_max, streams_max=streams_max, call_max_s=call_max_s)
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -79,7 +82,10 @@ class RpcServer:
         if not host or not port.isdigit():
             raise SetupError(f"cannot listen on {address}: write it as HOST:PORT")
         try:
-            bound = self._server.add_insecure_port(address)
+            if self._tls is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._tls)
         except RuntimeError:
             bound = 0  # older gRPC answers 0 instead
         if not bound:
