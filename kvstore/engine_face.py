@@ -21,6 +21,7 @@ from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, KVStoreError, SetupError
 from kvstore.getting import Buffers
 from kvstore.keys import Chain, Tokens
+from kvstore.needs import LayerReady
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult
@@ -42,7 +43,7 @@ class Done:
     """One finished operation. `error` is a wrong argument, told late; `value` is None then."""
 
     ticket: int
-    value: HitPlan | GetResult | PutResult | None
+    value: HitPlan | GetResult | PutResult | int | None
     error: KVStoreError | None = None
 
 
@@ -108,14 +109,29 @@ class EngineClient:
         least: Fidelity = Fidelity.EXACT,
         after: Sequence[CommitToken] = (),
         *,
+        recompute_tokens_per_s: float | None = None,
         timeout_s: float | None = None,
     ) -> int | None:
         """A ticket for a `HitPlan`; None when too much is in flight."""
-        return self._submit(lambda: self.client.match(spec, prefix, shards, least, after, timeout_s=timeout_s))
+        options = {"recompute_tokens_per_s": recompute_tokens_per_s, "timeout_s": timeout_s}
+        return self._submit(lambda: self.client.match(spec, prefix, shards, least, after, **options))
 
-    def submit_get(self, plan: HitPlan, into: Buffers | None = None, *, timeout_s: float | None = None) -> int | None:
-        """A ticket for a `GetResult`. The buffers belong to the service until it is done."""
-        return self._submit(lambda: self.client.get(plan, into, timeout_s=timeout_s))
+    def submit_get(
+        self,
+        plan: HitPlan,
+        into: Buffers | None = None,
+        *,
+        layers: range | None = None,
+        on_layer: Callable[[LayerReady], object] | None = None,
+        timeout_s: float | None = None,
+    ) -> int | None:
+        """A ticket for a `GetResult`. The buffers belong to the service until it is done. `on_layer` is called in the
+        client's thread: let it set a flag or an event, no more."""
+        return self._submit(lambda: self.client.get(plan, into, layers=layers, on_layer=on_layer, timeout_s=timeout_s))
+
+    def submit_prefetch(self, plan: HitPlan, *, timeout_s: float | None = None) -> int | None:
+        """A ticket for the number of blocks that are in memory near by."""
+        return self._submit(lambda: self.client.prefetch(plan, timeout_s=timeout_s))
 
     def submit_put(
         self,

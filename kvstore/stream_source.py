@@ -102,7 +102,7 @@ class Arrivals:
     ) -> None:
         self._pool, self._asked, self._ordered, self._arrived = pool, asked, ordered, arrived
         self._blocks: list[_Arriving | None] = []
-        self._landing: deque[asyncio.Task[Landed]] = deque()
+        self._landing: deque[asyncio.Task[None]] = deque()
         for piece in ordered:
             piece.problem = "missing"
 
@@ -110,10 +110,13 @@ class Arrivals:
         """Mutates. Corrupt where the stream is none: it is of no more use then."""
         if not self._blocks:
             self._blocks = [self._announced(piece, info) for piece, info in self._infos(frame)]
-        self._landing.append(asyncio.ensure_future(self._pool.run(self._land, frame)))
+        self._landing.append(asyncio.ensure_future(self._come(frame)))
         while self._landing and (len(self._landing) >= FRAMES_AHEAD or self._landing[0].done()):
-            self._note(await asyncio.shield(self._landing[0]))
+            await asyncio.shield(self._landing[0])
             self._landing.popleft()
+
+    async def _come(self, frame: bytes) -> None:
+        self._note(await self._pool.run(self._land, frame))
 
     def _infos(self, frame: bytes) -> list[tuple[Piece, worker_pb2.BlockInfo]]:
         infos = _header(frame)[0].blocks
@@ -191,7 +194,7 @@ class Arrivals:
                 continue
             for chunk in range(first, first + count):
                 item.missing.pop(chunk, None)
-            item.piece.chunks = next(iter(item.missing), first + count)  # they come in order
+            item.piece.chunks = next(iter(item.missing), len(chunks(self._asked.spec, item.piece.shard)))
         self._arrived()
 
     async def settle(self) -> None:
@@ -208,9 +211,7 @@ class Arrivals:
             if task.cancelled():
                 continue
             error = task.exception()
-            if error is None:
-                self._note(task.result())
-            elif not isinstance(error, DataError):
+            if error is not None and not isinstance(error, DataError):
                 raise error
         if cancelled:
             raise asyncio.CancelledError

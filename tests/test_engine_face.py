@@ -16,6 +16,7 @@ from kvstore.client import GetResult, KVClient
 from kvstore.config import ClientConfig
 from kvstore.engine_face import Done, EngineClient
 from kvstore.errors import BadRequest, NotGranted
+from kvstore.needs import LayerReady
 from kvstore.plan import HitPlan
 from kvstore.spec import Shard
 from kvstore.store_blocks import PutResult
@@ -77,6 +78,16 @@ async def test_submit_and_poll(cluster: MiniCluster) -> None:
             got = client.wait(ticket, 5.0)
             assert got is not None and isinstance(got.value, GetResult)
             check(match.value, got.value, 5)
+            told: list[LayerReady] = []
+            ticket = client.submit_get(match.value, layers=range(1, 2), on_layer=told.append)
+            assert ticket is not None
+            got = client.wait(ticket, 5.0)
+            assert got is not None and isinstance(got.value, GetResult) and got.value.blocks == 5
+            assert told == [LayerReady(1, 5)]
+            ticket = client.submit_prefetch(match.value)
+            assert ticket is not None
+            ready = client.wait(ticket, 5.0)
+            assert ready is not None and ready.value == 5
         assert client.poll() == []
 
     await engine(cluster, work)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvstore.auth import Authenticator, load_policy
+from kvstore.checksum import xxh3
 from kvstore.spawn import LocalProcess, LocalSpawner
 from kvstore.system import RealClock
 from kvstore.transport.base import CallContext
@@ -25,7 +26,7 @@ from kvstore.wire import common_pb2, coordinator_pb2
 
 POLL_S = 0.02
 START_S = 30.0
-GET, PUT = b"G", b"P"
+GET, PUT, CHECKED = b"G", b"P", b"C"
 
 
 class Child:
@@ -79,6 +80,15 @@ class RawSocket:
         for target in targets:
             _fill(self._socket, target)
 
+    def get_checked(self, first: int, targets: Sequence[memoryview]) -> None:
+        """`get` with a checksum before each block, verified here: as a data channel of our own beside gRPC would."""
+        self._socket.sendall(CHECKED + bytes([first // len(targets)]))
+        told = memoryview(bytearray(8))
+        for target in targets:
+            _fill(self._socket, told)
+            _fill(self._socket, target)
+            assert xxh3(target) == int.from_bytes(told, "little")
+
     def put(self, first: int, sources: Sequence[memoryview]) -> None:
         """Over the server's blocks `first`..; it says when it has them."""
         self._socket.sendall(PUT + bytes([first // len(sources)]))
@@ -112,8 +122,10 @@ def serve_socket(ready: str, block_bytes: int, together: int, count: int) -> Non
     order = bytearray(2)
     while _fill(peer, memoryview(order)):
         mine = blocks[order[1] * together : (order[1] + 1) * together]
-        if order[:1] == GET:
+        if order[:1] in (GET, CHECKED):
             for block in mine:
+                if order[:1] == CHECKED:
+                    peer.sendall(xxh3(block).to_bytes(8, "little"))
                 peer.sendall(block)
         else:
             for block in mine:

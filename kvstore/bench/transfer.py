@@ -32,7 +32,11 @@ from kvstore.keys import Chain
 from kvstore.local_cluster import LocalCluster
 from kvstore.plan import HitPlan
 from kvstore.system import RealClock
+from kvstore.transport.base import Credentials
 from kvstore.transport.malloc import keep_freed_memory
+from kvstore.transport.methods import PROTOCOL_VERSION, WORKER
+from kvstore.transport.rpc import GrpcTransport
+from kvstore.wire import common_pb2
 
 ROUNDS, ROUNDS_LONG = 8, 48
 ROOM_BYTES = 3 * COLD_BYTES
@@ -211,13 +215,21 @@ class Bench:
         async def raw_put(number: int) -> None:
             raw.put(number * together, memory.slice_of(memory.sources, number))
 
+        async def raw_checked(number: int) -> None:
+            await channel.unary(WORKER["Hello"], hello, timeout_s=5.0)  # what would bring the ticket
+            raw.get_checked(number * together, memory.slice_of(memory.copies, number))
+
         async def get(number: int) -> None:
             await self.get(by, number)
 
         async def put(number: int) -> None:
             await self.put(by, number)
 
-        turns = {"socket_get": raw_get, "get": get, "socket_put": raw_put, "put": put}
+        hello = common_pb2.HelloRequest(protocol=PROTOCOL_VERSION)
+        channel = await GrpcTransport(RealClock(), tune_malloc=False).connect(
+            self.cluster.workers[0].address, Credentials()
+        )
+        turns = {"socket_get": raw_get, "get": get, "raw_channel": raw_checked, "socket_put": raw_put, "put": put}
         apart = self.shape.slices // len(turns)
 
         async def between(name: str, number: int) -> None:
@@ -229,9 +241,11 @@ class Bench:
                 await self.fresh(by, (number + apart) % self.shape.slices)
 
         seconds = await take_turns(turns, between, self.shape.slices, rounds)
+        await channel.close()
         for name, values in seconds.items():
             report.result(f"tcp_{name}{suffix}", rates(self.nbytes, values), "GB/s")
         for name, bar in (("get", 0.5), ("put", 0.4)):
             bars = {"at_least": bar} if suffix else {}
             ours, theirs = f"tcp_{name}{suffix}", f"tcp_socket_{name}{suffix}"
             report.ratio(f"tcp_{name}_vs_socket{suffix}", ours, theirs, **bars)
+        report.ratio(f"tcp_raw_channel_vs_socket{suffix}", f"tcp_raw_channel{suffix}", f"tcp_socket_get{suffix}")

@@ -141,7 +141,7 @@ class Fleet:
         assert node.process is not None
         order = list(self.addresses)
         self.rng.shuffle(order)
-        config = client(tuple(order), node.namespace, workers)
+        config = client(tuple(order), node.namespace, workers, watch=self.rng.random() < 0.5)
         node.runtime = await KVClient.connect(config, node.system, self.network.transport(node.process))
         return node.runtime
 

@@ -95,9 +95,12 @@ class Shape:
         )
 
 
-def client(coordinators: tuple[str, ...], namespace: str, workers: tuple[str, ...] = ()) -> ClientConfig:
+def client(
+    coordinators: tuple[str, ...], namespace: str, workers: tuple[str, ...] = (), *, watch: bool = False
+) -> ClientConfig:
     """Of a client. Its staging is small: a put takes several commits."""
     return ClientConfig(
+        watch=watch,
         coordinators=coordinators,
         workers=workers,
         namespace=namespace,
