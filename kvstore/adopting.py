@@ -67,6 +67,9 @@ class Adopting:
             return str(error)
         if header.namespace != namespace_digest(namespace):
             return "the header names another namespace"
+        least = self.stack.codec_rules(namespace).least
+        if header.fidelity < least:
+            return f"the namespace takes nothing below {least.name.lower()}"
         if len(data) != header.stored_length:
             return f"a record of {header.stored_length} bytes, not {len(data)}"
         if header.raw_length > self.stack.config.block_bytes_max:

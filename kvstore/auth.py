@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvstore import codec_rules
+from kvstore.codec_rules import CodecRules
 from kvstore.config import ClientConfig, ServerConfig
 from kvstore.errors import ConfigError, NotGranted, SetupError, Unauthenticated
 from kvstore.quotas import Quotas
@@ -44,6 +46,7 @@ class NamespaceRules:
     redis_secret_file: str = ""  # empty: derived from the cluster token
     quotas: Quotas = field(default_factory=Quotas)  # table `quotas`
     copies: Copies = field(default_factory=Copies)  # keys `copies`, `hot_copies`, `hot_bytes`
+    codecs: CodecRules = field(default_factory=CodecRules)  # keys of `kvstore.codec_rules`
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +231,7 @@ def _known(table: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
 
 def _rules(name: str, table: dict[str, Any], path: str) -> NamespaceRules:
     where = f"{path}: namespaces.{name}"
-    _known(table, ("redis_secret_file", "quotas", *(f.name for f in fields(Copies))), where)
+    _known(table, ("redis_secret_file", "quotas", *(f.name for f in fields(Copies)), *codec_rules.KEYS), where)
     secret = table.get("redis_secret_file", "")
     if not isinstance(secret, str):
         raise ConfigError(f"{where}.redis_secret_file must be the path of a file")
@@ -236,7 +239,8 @@ def _rules(name: str, table: dict[str, Any], path: str) -> NamespaceRules:
     if not isinstance(quotas, dict):
         raise ConfigError(f"{where}.quotas must be a table, [namespaces.{name}.quotas]")
     _known(quotas, tuple(f.name for f in fields(Quotas)), f"{where}.quotas")
-    return NamespaceRules(secret, _numbers(Quotas, quotas, f"{where}.quotas"), _copies(table, where))
+    bounds = _numbers(Quotas, quotas, f"{where}.quotas")
+    return NamespaceRules(secret, bounds, _copies(table, where), codec_rules.parse(table, where))
 
 
 def _numbers(kind: type[N], table: dict[str, Any], where: str) -> N:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvstore.arena import Slot
 from kvstore.errors import TierDown, TierFull
-from kvstore.format import Record, encode_record, expect
+from kvstore.format import ENTRY_DTYPE, HEADER_BYTES, Record, encode_record, expect, trim_record
 from kvstore.header import Header
 from kvstore.room import Room
 from kvstore.shared import Finder
+from kvstore.spec import ModelSpec, Shard
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location
 from kvstore.types import Buffer
@@ -35,6 +38,7 @@ class Moving:
     namespace: str
     header: Header
     parts: Sequence[Buffer]
+    encode_s: float = 0.0  # where it was encoded on the way
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +50,14 @@ def verified(view: memoryview, header: Header) -> None:
     record = Record.parse(view)
     expect(record.header, header)
     record.verify()
+
+
+def lowered(view: memoryview, planes: int) -> tuple[Header, list[Buffer]]:
+    """Thread: a record with at most so many planes; as it lies where it has no more."""
+    record = Record.parse(view)
+    if int(record.table["plane"].max()) < planes:
+        return record.header, [view]
+    return trim_record(record, planes)
 
 
 class NoRoom(TierFull):
@@ -77,13 +89,14 @@ class Carrier:
         if destination == stack.REDIS:
             await self._to_redis(ticket)
         else:
-            moving = await self._source(row, ticket.level, raw=residency.levels[destination].raw)
+            moving = await self._source(row, ticket.level, destination)
             location = await self._write(ticket, destination, moving)
             if residency.gone(row) or residency.present(row, destination):
                 stack.tiers[destination].free(moving.namespace, moving.header, location)
             else:
                 residency.replace_header(row, moving.header)
-                stack.add(row, destination, location)
+                stack.add(row, destination, location, moving.header.stored)
+                self._count(moving, destination)
         if not residency.gone(row) and residency.present(row, ticket.level) and not residency.pinned(row):
             leaves = not residency.elsewhere(row, ticket.level)
             stack.drop(row, ticket.level)
@@ -91,19 +104,20 @@ class Carrier:
 
     async def _to_redis(self, ticket: Ticket) -> None:
         """To a holder of its own. What Redis has already is not sent again."""
-        residency, row = self.stack.residency, ticket.row
+        stack, residency, row = self.stack, self.stack.residency, ticket.row
         assert self.finder is not None
         header, namespace = residency.header(row), residency.namespace(row)
         found = await self.finder.find(namespace, header.shard, header.key)
-        known = found is not None and found[0].fidelity >= header.fidelity
+        known = found is not None and found[0].fidelity >= stack.worth_in(stack.REDIS, namespace, header)
         if known or residency.gone(row) or not residency.present(row, ticket.level):
             return
-        moving = await self._source(row, ticket.level, raw=False)
+        moving = await self._source(row, ticket.level, stack.REDIS)
         location = await self.finder.redis.write(namespace, moving.header, moving.parts)
+        self._count(moving, stack.REDIS)
         if residency.gone(row):  # purged, or replaced by a better copy, while it was sent
             self.finder.redis.free(namespace, moving.header, location)
 
-    async def _source(self, row: int, level: int, *, raw: bool) -> Moving:
+    async def _source(self, row: int, level: int, destination: int) -> Moving:
         """The block's bytes as a destination wants them. Corrupt when they no longer are what was committed."""
         stack, residency = self.stack, self.stack.residency
         pool = stack.system.pool
@@ -118,17 +132,33 @@ class Carrier:
                 await stack.tiers[level].read(namespace, header, location, view)
             except TierDown as error:
                 raise SourceDown(str(error)) from error
+        planes = stack.codec_rules(namespace).planes_in(stack.tier_of(destination))
         if not residency.levels[level].raw:
             if tier is None:
                 await pool.run(verified, view, header)
-            return Moving(namespace, header, [view])
-        if raw:
+            return Moving(namespace, *await pool.run(lowered, view, planes))
+        if destination != stack.REDIS and residency.levels[destination].raw:
             return Moving(namespace, header, [view])
         model = stack.model(header)
         assert model is not None, "a raw block of a model that no put has taught"
-        spec, shard = model
-        made, parts = await pool.run(encode_record, header.unencoded(), view, spec, shard, stack.codec(spec, shard))
-        return Moving(namespace, made, parts)
+        codecs = stack.codecs(namespace, *model)
+        made, parts, took = await pool.run(self._encode, header.unencoded(), view, *model, codecs, planes)
+        return Moving(namespace, made, parts, took)
+
+    def _encode(
+        self, header: Header, view: memoryview, spec: ModelSpec, shard: Shard, codecs: Sequence[int], planes: int
+    ) -> tuple[Header, list[Buffer], float]:
+        """Thread: a record of raw bytes, and the seconds it took."""
+        clock = self.stack.system.clock
+        begin = clock.monotonic()
+        made, parts = encode_record(header, view, spec, shard, codecs, planes)
+        return made, parts, clock.monotonic() - begin
+
+    def _count(self, moving: Moving, destination: int) -> None:
+        """What codecs made of it, for the status."""
+        if moving.header.chunk_count:
+            table = np.frombuffer(moving.parts[0], ENTRY_DTYPE, moving.header.chunk_count, HEADER_BYTES)
+            self.stack.codec_use.written(self.stack.tier_of(destination), table, moving.encode_s)
 
     async def _write(self, ticket: Ticket, destination: int, moving: Moving) -> Location:
         stack, tier = self.stack, self.stack.arena_tier(destination)

@@ -221,18 +221,24 @@ class KVClient:
         *,
         first: int = 0,
         layers: range | None = None,
+        planes: int = 0,
         on_layer: Callable[[LayerReady], object] | None = None,
         timeout_s: float | None = None,
     ) -> GetResult:
         """Deliver the plan's blocks from depth `first` on into `into[shard][depth]`, or into new numpy uint8 arrays.
 
-        `layers`: only these of the model; a block's memory has their bytes then. `on_layer` is called in this loop for
-        each layer, in order, as soon as all blocks have it; what was told stands, but only the result says which blocks
-        came whole. Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the
+        `layers`: only these of the model; a block's memory has their bytes then. `planes`: only so many leading planes
+        of nested blocks, if the plan's `least` accepts what they are worth; 0: all. `on_layer` is called in this loop
+        for each layer, in order, as soon as all blocks have it; what was told stands, but only the result says which
+        blocks came whole. Every retry is within one deadline; what is not there by then is a miss. Nobody writes to the
         buffers after this has returned. UsageError for buffers that do not fit.
         """
         self._check_process()
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
+        if planes < 0 or (planes and Fidelity(min(planes, Fidelity.EXACT)) < plan.least):
+            raise BadRequest(
+                f"{planes} planes are worth less than {plan.least.name.lower()}: look up with a lower least"
+            )
         result, needs = prepare(plan, into, first, layers)
         if not needs:
             return result
@@ -249,6 +255,7 @@ class KVClient:
             counters=self.counters,
             end=self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE),
             layers=layers,
+            planes=planes,
             rates=self.rates,
             progress=None if on_layer is None else Progress(plan, needs, first, on_layer),
         )

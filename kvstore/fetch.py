@@ -26,7 +26,7 @@ from kvstore.spec import Shard
 from kvstore.stream_source import read_remote
 from kvstore.targets import Target
 from kvstore.transport.methods import WORKER_LOCAL
-from kvstore.types import Tier
+from kvstore.types import Fidelity, Tier
 
 Failed = tuple[str, bytes, bytes]
 """(holder, stored shard, key) that failed."""
@@ -73,6 +73,7 @@ class Fetch:
         end: float,
         rates: Rates,
         layers: range | None = None,
+        planes: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._plan, self._needs = plan, needs
@@ -84,6 +85,7 @@ class Fetch:
             plan.spec,
             plan.least,
             layers=layers,
+            planes=planes,
             layerwise=progress is not None,
             verify=config.verify_memory,
         )
@@ -124,7 +126,7 @@ class Fetch:
 
         stored = need.shard in self._runs and have(need.shard)  # then nothing is better
         chosen = [need.shard] if stored else ways(need.shard, self._stored, self._covers[need.shard], have)
-        need.failed, need.tier = not chosen, None
+        need.failed, need.tier, need.fidelity = not chosen, None, Fidelity.EXACT
         key, spec = self._plan.keys[need.depth], self._plan.spec
         chosen = [shard for shard in chosen if shard.overlap(need.wanted) is not None]  # only layers that are asked for
         target = need.target
@@ -205,6 +207,7 @@ class Fetch:
         del need.open[id(piece)], self._owners[id(piece)]
         if piece.tier is not None:
             need.tier = max(need.tier or piece.tier, piece.tier)
+            need.fidelity = min(need.fidelity, piece.fidelity)
         if need.open:
             return []  # others still write to the target: begin anew only when they are done
         if need.delivered and need.aside is not None:

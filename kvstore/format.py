@@ -48,6 +48,7 @@ __all__ = [
     "expect",
     "grouped",
     "trim_record",
+    "worth",
 ]
 
 ENTRY_DTYPE = np.dtype(
@@ -127,28 +128,34 @@ def chunk_data(record: Record, index: int) -> memoryview:
 
 
 def encode_record(
-    header: Header, raw: Buffer, spec: ModelSpec, shard: Shard, codec: int | Sequence[int]
+    header: Header,
+    raw: Buffer,
+    spec: ModelSpec,
+    shard: Shard,
+    codec: int | Sequence[int],
+    planes: int = codecs.PLANES_MAX,
 ) -> tuple[Header, list[Buffer]]:
     """(header of the record, parts to write back to back) of a block's raw bytes.
 
-    `codec`: of every chunk, or one for each; its fallbacks are tried where it does not take a chunk, raw last. Parts
-    may be views of `raw`: keep it until they are written. The header's `stored` is the least fidelity of the chunks.
-    Corrupt when `raw` no longer has the header's copy_id (0: computed here); BadRequest for a wrong length.
+    `codec`: of every chunk, or one for each; its fallbacks are tried where it does not take a chunk, raw last. At most
+    `planes` leading planes of a chunk are kept. Parts may be views of `raw`: keep it until they are written. The
+    header's `stored` is the least fidelity of the chunks. Corrupt when `raw` no longer has the header's copy_id (0:
+    computed here); BadRequest for a wrong length.
     """
     view = _raw_view(header, raw, spec, shard)
     pieces = chunks(spec, shard)
     wanted = [codec] * len(pieces) if isinstance(codec, int) else list(codec)
-    made = encode_planes(view, pieces, wanted)
+    made = [mine[:planes] for mine in encode_planes(view, pieces, wanted)]
     count = sum(map(len, made))
     table = np.zeros(count, ENTRY_DTYPE)
     parts: list[Buffer] = []
     offset, at = HEADER_BYTES + count * ENTRY_BYTES, 0
     for plane in range(max(map(len, made))):
         raw_from: int | None = None  # raw chunks in a row become one part
-        for piece, planes in zip(pieces, made, strict=True):
-            if len(planes) <= plane:
+        for piece, mine in zip(pieces, made, strict=True):
+            if len(mine) <= plane:
                 continue
-            part = planes[plane]
+            part = mine[plane]
             if part.codec == codecs.RAW:
                 raw_from = piece.offset if raw_from is None else raw_from
             else:
@@ -160,7 +167,7 @@ def encode_record(
             at, offset = at + 1, offset + len(part.data)
         if raw_from is not None:
             parts.append(view[raw_from:])
-    stored = min(codecs.fidelity_of(planes[0].codec, len(planes)) for planes in made)
+    stored = min(codecs.fidelity_of(mine[0].codec, len(mine)) for mine in made)
     sealed, head = _sealed(replace(header, stored=stored), xxh3(view), table, offset)
     return sealed, [head, *parts]
 
@@ -239,9 +246,10 @@ def grouped(rows: Sequence[Entry], pieces: Sequence[Chunk]) -> list[list[Entry]]
     return found
 
 
-def decode_record(record: Record, spec: ModelSpec, shard: Shard, target: memoryview) -> None:
-    """Fill `target` (block_bytes long) with the raw bytes. Corrupt unless every checksum, the fidelity and, of an exact
-    record, the copy_id hold.
+def decode_record(record: Record, spec: ModelSpec, shard: Shard, target: memoryview, planes: int = 0) -> Fidelity:
+    """Fill `target` (block_bytes long) with the raw bytes, from `planes` leading planes of each chunk (0: all); what
+    they are worth. Corrupt unless every checksum of what is read, the fidelity and, where they are exact, the copy_id
+    hold.
 
     On an error `target` holds anything. The copy_id is of what arrived in `target`, so that a source reused while it
     was read can't pass. What a lossy record decodes to has no checksum of its own: its chunks have.
@@ -252,15 +260,27 @@ def decode_record(record: Record, spec: ModelSpec, shard: Shard, target: memoryv
     rows: list[Entry] = record.table.tolist()
     pieces = chunks(spec, shard)
     by_chunk = grouped(rows, pieces)
+    stored = header.stored
+    if planes:
+        by_chunk = [mine[:planes] for mine in by_chunk]
+        stored = min(stored, *(worth(mine) for mine in by_chunk))
     in_memory_form = header.stored_length - header.data_start == header.raw_length
     if in_memory_form and not np.any(record.table["codec"]):
         copy_id = copy_and_checksum(record.view[header.data_start :], target)
     else:
         spans = [[(row[8], row[9]) for row in mine] for mine in by_chunk]
-        _decode(record.view, by_chunk, spans, pieces, header.stored, target)
-        copy_id = xxh3(target) if header.stored == Fidelity.EXACT else header.copy_id
+        _decode(record.view, by_chunk, spans, pieces, stored, target)
+        copy_id = xxh3(target) if stored == Fidelity.EXACT else header.copy_id
     if copy_id != header.copy_id:
         raise Corrupt("the decoded block does not have the checksum of its copy")
+    return stored
+
+
+def worth(rows: Sequence[Entry]) -> Fidelity:
+    """Of a chunk with these planes. UnknownFormat for a codec that this build does not know."""
+    if rows[0][5] not in codecs.KNOWN:
+        raise UnknownFormat(f"chunk codec {rows[0][5]} is unknown to this build")
+    return codecs.fidelity_of(rows[0][5], len(rows))
 
 
 def decode_chunks(
@@ -343,7 +363,7 @@ def _decode(
     coded = []
     for rows, places, piece in zip(by_chunk, spans, pieces, strict=True):
         row = rows[0]
-        if row[5] in codecs.KNOWN and codecs.fidelity_of(row[5], len(rows)) < stored:
+        if worth(rows) < stored:
             raise Corrupt(f"chunk of layer {row[0]}, component {row[1]} has less fidelity than its block claims")
         if row[5] == codecs.RAW and row[9] == piece.nbytes:
             (start, length), place = places[0], target[piece.offset : piece.offset + piece.nbytes]

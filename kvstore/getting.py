@@ -16,7 +16,7 @@ from kvstore.pieces import layers_before
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from kvstore.targets import target_of
-from kvstore.types import Tier
+from kvstore.types import Fidelity, Tier
 
 Buffers = Sequence[Sequence[Any]]
 """[needed shard][depth] -> memory for one raw block: a writable contiguous buffer, or a list of buffers that follow
@@ -32,6 +32,7 @@ class GetResult:
     buffers: list[list[Any]] = field(default_factory=list)
     tiers: list[list[Tier | None]] = field(default_factory=list)
     bytes: int = 0  # delivered, raw
+    fidelity: Fidelity = Fidelity.EXACT  # the worst of what came: `computed_on` of what is computed on it
 
 
 def prepare(plan: HitPlan, into: Buffers | None, first: int, layers: range | None) -> tuple[GetResult, list[Need]]:
@@ -64,6 +65,7 @@ def conclude(plan: HitPlan, result: GetResult, needs: Sequence[Need], first: int
         if need.delivered and need.tier is not None:
             result.tiers[need.index][need.depth] = need.tier
             result.bytes += need.target.nbytes
+            result.fidelity = min(result.fidelity, need.fidelity)
             served[need.tier] += 1
     for tier, blocks in served.items():
         counters[f"hits_{tier.name.lower()}"] += blocks

@@ -8,7 +8,7 @@ from kvstore.arena import Slot
 from kvstore.header import Header
 from kvstore.seams import Segment
 from kvstore.stack import Stack
-from kvstore.types import Tier
+from kvstore.types import Fidelity, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,14 @@ class Holds:
         self._held[id] = Held(self.stack.system.clock.monotonic() + self.stack.config.hold_max_s)
         return id
 
-    def take(self, id: int, row: int, header: Header, tier: Tier | None = None, *, pinned: bool = False) -> Placed:
-        """Pin a block that lies in the arena under a hold; `pinned`: the caller's pin becomes the hold's. Mutates.
+    def take(self, id: int, row: int, least: Fidelity, tier: Tier | None = None, *, pinned: bool = False) -> Placed:
+        """Pin a block that lies in the arena, worth at least so much, under a hold; `pinned`: the caller's pin becomes
+        the hold's. Mutates.
 
         `tier` is what served it, where that is not the level it lies at.
         """
         stack = self.stack
-        level = stack.mapped(row)
+        level = stack.mapped(row, least)
         assert level is not None, f"row {row} is not in the arena"
         held, slot = self._held[id], stack.slot(row, level)
         assert slot is not None
@@ -81,6 +82,7 @@ class Holds:
         held.rows.append(row)
         generation = stack.arena.hold(slot)
         held.slots.append(slot)
+        header = stack.residency.rows.header_at(row, level)
         raw, segment = stack.residency.levels[level].raw, stack.arena.segment(slot.segment)
         return Placed(
             header=header.unencoded() if raw else header,

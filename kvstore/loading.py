@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from kvstore.budget import Budget
-from kvstore.carrier import verified
+from kvstore.carrier import lowered, verified
 from kvstore.checksum import xxh3
 from kvstore.errors import Corrupt, TierDown, UnknownFormat
 from kvstore.format import expect
@@ -111,10 +111,14 @@ class Loading:
             for level in range(len(stack.tiers)):
                 if residency.gone(row):
                     break
-                at = stack.mapped(row)  # brought there while we looked elsewhere
+                at = stack.mapped(row, least)  # brought there while we looked elsewhere
                 if at is not None:
                     found = Loaded(row, residency.levels[at].tier)
-                elif residency.present(row, level) and await self._raise(row, level):
+                elif (
+                    residency.present(row, level)
+                    and residency.rows.worth(row, level) >= least
+                    and await self._raise(row, level, least)
+                ):
                     found = Loaded(row, residency.levels[level].tier)
                 if found is not None:
                     break
@@ -123,15 +127,18 @@ class Loading:
                 residency.unpin(row)
         return found
 
-    async def _raise(self, row: int, level: int) -> bool:
-        """Copy a block from a level into the arena; whether it is there now."""
+    async def _raise(self, row: int, level: int, least: Fidelity) -> bool:
+        """Copy a block, or what of its planes `least` needs, from a level into the arena; whether it is there now."""
         stack, residency = self.stack, self.stack.residency
         target = stack.HOT if residency.levels[level].raw else stack.HOST
         header, namespace = residency.header(row), residency.namespace(row)
-        location = residency.location(row, level)
-        residency.work(row, writing=target)
+        location, worse = residency.location(row, level), residency.present(row, target)
+        residency.work(row, writing=None if worse else target)
         try:
-            place = await self._fetch(stack.tiers[level], target, namespace, header, location)
+            if target == stack.HOST and least < residency.rows.worth(row, level) and stack.nested(namespace, header):
+                place = await self._fetch_planes(stack.tiers[level], namespace, header, location, int(least))
+            else:
+                place = await self._fetch(stack.tiers[level], target, namespace, header, location)
         except (Corrupt, UnknownFormat):
             stack.damaged(row, level)
             return False
@@ -139,13 +146,17 @@ class Loading:
             stack.counters["loads_down"] += 1
             return False
         finally:
-            residency.done(row, writing=target)
+            residency.done(row, writing=None if worse else target)
         if place is None:
             return False
+        stored = Fidelity.EXACT if target == stack.HOT else stack.stored_at(place)
+        here = not residency.gone(row) and residency.present(row, target)
+        if here and residency.elsewhere(row, target) and residency.rows.worth(row, target) < stored:
+            stack.drop(row, target, evicted=False, force=True)  # fewer planes of the same copy
         if residency.gone(row) or residency.present(row, target):
             stack.tiers[target].free(namespace, header, place)
             return not residency.gone(row)
-        stack.add(row, target, place)
+        stack.add(row, target, place, stored)
         stack.counters["loads"] += 1
         return True
 
@@ -174,6 +185,26 @@ class Loading:
         finally:
             self.budget.give(location.length)
 
+    async def _fetch_planes(
+        self, tier: TierStore, namespace: str, header: Header, location: Location, planes: int
+    ) -> Location | None:
+        """The same into the host tier, of a nested block with so many leading planes: memory for no more."""
+        stack = self.stack
+        await self.budget.take(location.length)
+        try:
+            view = memoryview(bytearray(location.length))
+            await tier.read(namespace, header, location, view)
+            await stack.system.pool.run(verified, view, header)
+            made, parts = await stack.system.pool.run(lowered, view, planes)
+            nbytes = sum(len(part) for part in parts)
+            place = await self.movement.room.wait(stack.HOST, namespace, nbytes, stack.config.load_wait_s)
+            if place is None:
+                stack.counters["loads_no_room"] += 1
+                return None
+            return await stack.host.fill(namespace, made, place, parts)
+        finally:
+            self.budget.give(location.length)
+
     # ---- from Redis
 
     async def _shared(self, id: BlockId, root: bytes, least: Fidelity) -> Loaded | None:
@@ -196,7 +227,7 @@ class Loading:
         if place is None:
             return None
         row = residency.find(id.namespace, id.shard, id.key)
-        if row is not None and stack.mapped(row) is not None and residency.fidelity(row) >= header.fidelity:
+        if row is not None and stack.mapped(row, least) is not None and residency.fidelity(row) >= header.fidelity:
             stack.host.free(id.namespace, header, place)  # put here meanwhile
         else:
             if row is not None:

@@ -66,10 +66,10 @@ def _runs(
     for depth, row in enumerate((*rows, None), first):
         here: tuple[Tier, Fidelity] | None = None
         if row is not None and residency.fidelity(row) >= least:
-            here = residency.levels[residency.top(row)].tier, residency.fidelity(row)
+            here = residency.levels[residency.rows.best(row)].tier, residency.fidelity(row)
         if here != kind:
             if kind is not None:
                 yield MatchRun(holder, shard, kind[0], kind[1], start, depth - start, nbytes)
             start, kind, nbytes = depth, here, 0
         if row is not None and here is not None:
-            nbytes += residency.location(row, residency.top(row)).length
+            nbytes += residency.location(row, residency.rows.best(row)).length

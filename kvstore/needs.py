@@ -10,7 +10,7 @@ from kvstore.pieces import Piece, layers_before, span_of
 from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from kvstore.targets import Target
-from kvstore.types import Tier
+from kvstore.types import Fidelity, Tier
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class Need:
     failed: bool = False
     shown: bool = False  # the caller was told of layers of it
     tier: Tier | None = None  # the slowest that served a piece of it
+    fidelity: Fidelity = Fidelity.EXACT  # the worst of its pieces
 
     @property
     def delivered(self) -> bool:

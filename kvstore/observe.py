@@ -181,4 +181,16 @@ def tier_object(tier: common_pb2.TierStatus) -> dict[str, Any]:
         "blocks": tier.blocks,
         "ratio": round(tier.raw_bytes / tier.used, 3) if tier.used else None,
         "state": tier.state,
+        "codecs": {use.codec: codec_object(use) for use in tier.codecs},
+    }
+
+
+def codec_object(use: common_pb2.CodecUse) -> dict[str, Any]:
+    """What one codec made of a tier's chunks since the start. Pure."""
+    return {
+        "chunks": use.chunks,
+        "raw_bytes": use.raw_bytes,
+        "ratio": round(use.raw_bytes / use.stored_bytes, 3) if use.stored_bytes else None,
+        "encode_s": round(use.encode_s, 3),
+        "decode_s": round(use.decode_s, 3),
     }

@@ -41,10 +41,9 @@ class Opening:
             for index, (shard, key) in enumerate(wanted):
                 row = residency.find(namespace, shard, key)
                 good = row is not None and residency.fidelity(row) >= least
-                if row is not None and good and stack.mapped(row) is not None:
-                    header = residency.header(row)
-                    if header.root == root:
-                        hold.blocks[index] = self.holds.take(hold.id, row, header)
+                if row is not None and good and stack.mapped(row, least) is not None:
+                    if residency.rows.root_of(row) == root:
+                        hold.blocks[index] = self.holds.take(hold.id, row, least)
                 elif good or (redis and self.stack.redis is not None):
                     away.append(index)
             if away:
@@ -73,9 +72,9 @@ class Opening:
         found = await self.loading.load(BlockId(namespace, *wanted), root, least, redis=redis)
         if found is None:
             return
-        header = residency.header(found.row)
-        if header.root == root and self.stack.mapped(found.row) is not None and self.holds.alive(hold.id):
-            hold.blocks[index] = self.holds.take(hold.id, found.row, header, found.tier, pinned=True)
+        mapped, same = self.stack.mapped(found.row, least), residency.rows.root_of(found.row) == root
+        if same and mapped is not None and self.holds.alive(hold.id):
+            hold.blocks[index] = self.holds.take(hold.id, found.row, least, found.tier, pinned=True)
         else:
             residency.unpin(found.row)
 

@@ -35,6 +35,7 @@ class Piece:
     tried: dict[str, None] = field(default_factory=dict)  # holders
     tier: Tier | None = None  # that served it; set when delivered
     problem: str = ""  # why the last attempt failed
+    fidelity: Fidelity = Fidelity.EXACT  # of what came, and of what that was computed on
     copy_id: int = 0  # of the copy that the chunks here are of; 0: none came yet
     chunks: int = 0  # of the stored block: all that are wanted before this one are here
     scratch: memoryview | None = None  # a raw block of `shard`, where it can't go to `target` as it comes
@@ -95,6 +96,7 @@ class Asked:
     least: Fidelity
     redis: bool = True  # look into Redis for what the worker itself does not hold: it may just have moved there
     layers: range | None = None  # of the model; None: all
+    planes: int = 0  # leading planes of nested chunks; 0: all there are
     layerwise: bool = False  # the caller waits for layers, in order
     verify: bool = False  # sum raw blocks in this host's memory, too
     _names: dict[Shard, tuple[bytes, bytes, bytes, int, int]] = field(default_factory=dict, compare=False, repr=False)
@@ -144,6 +146,7 @@ def bound(asked: Asked, piece: Piece, packed: Buffer) -> Header:
         raise Corrupt("the block is not the one asked for")
     if header.fidelity < asked.least:
         raise Corrupt("the worker gave a block of less fidelity than asked for")
+    piece.fidelity = header.fidelity
     return header
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.budget import Budget
 from kvstore.errors import Corrupt, UnknownFormat
 from kvstore.format import Record, decode_record, expect
@@ -12,13 +15,15 @@ from kvstore.movement import Movement
 from kvstore.spec import ModelSpec, Shard
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location
+from kvstore.types import Fidelity, Tier
 
 
-def decoded(view: memoryview, header: Header, spec: ModelSpec, shard: Shard, target: memoryview) -> None:
-    """Thread: the raw bytes of a record. Corrupt unless it is that very copy."""
+def decoded(view: memoryview, header: Header, spec: ModelSpec, shard: Shard, target: memoryview) -> NDArray[np.void]:
+    """Thread: the raw bytes of a record into `target`; its table. Corrupt unless it is that very copy."""
     record = Record.parse(view)
     expect(record.header, header)
     decode_record(record, spec, shard, target)
+    return record.table.copy()
 
 
 class Promotion:
@@ -40,6 +45,8 @@ class Promotion:
         stack, residency = self.stack, self.stack.residency
         if self._closed or residency.present(row, stack.HOT) or residency.writing(row, stack.HOT):
             return
+        if residency.present(row, stack.HOST) and residency.rows.worth(row, stack.HOST) < Fidelity.EXACT:
+            return  # its stored chunks are all there is to know: raw bytes in hot would have to be encoded again
         header, namespace = residency.header(row), residency.namespace(row)
         model, slot = stack.model(header), stack.slot(row, stack.HOST) if residency.present(row, stack.HOST) else None
         place = None
@@ -73,7 +80,9 @@ class Promotion:
         stack, residency = self.stack, self.stack.residency
         namespace, kept = residency.namespace(row), False
         try:
-            await stack.system.pool.run(decoded, source, header, *model, stack.hot.view(place))
+            begin = stack.system.clock.monotonic()
+            table = await stack.system.pool.run(decoded, source, header, *model, stack.hot.view(place))
+            stack.codec_use.decoded(Tier.HOST, table, stack.system.clock.monotonic() - begin)
             if not residency.gone(row) and not residency.present(row, stack.HOT):
                 stack.hot.filled()
                 stack.add(row, stack.HOT, place)

@@ -73,6 +73,9 @@ class Putting:
             return f"a block of this shard has {size} bytes, not {source.nbytes}"
         if size > self.stack.config.block_bytes_max:
             return f"a block of {size} bytes: at most {self.stack.config.block_bytes_max} (block_bytes_max) are taken"
+        least = self.stack.codec_rules(namespace).least
+        if header.computed_on < least:
+            return f"the namespace takes nothing below {least.name.lower()}: this was computed on less"
         if header.stored != Fidelity.EXACT:
             return "raw bytes are stored exactly: the header says otherwise"
         return ""

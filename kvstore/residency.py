@@ -16,7 +16,7 @@ from kvstore.family import Family, top_of
 from kvstore.header import Header
 from kvstore.key_table import KeyTable
 from kvstore.policy import Eligible, Lru, Policy
-from kvstore.rows import NONE, RECORD_BYTES, Rows
+from kvstore.rows import ALL_PLANES, NONE, RECORD_BYTES, Rows
 from kvstore.types import BlockId, Fidelity, Location, Tier
 
 
@@ -114,7 +114,7 @@ class Residency:
         return self.rows.busy[row] > 0
 
     def top(self, row: int) -> int:
-        """The fastest level that has it: what is announced. Only for a block that is somewhere."""
+        """The fastest level that has it. Only for a block that is somewhere."""
         return top_of(self.rows.present[row])
 
     def elsewhere(self, row: int, level: int) -> bool:
@@ -140,8 +140,7 @@ class Residency:
     def victim(self, level: int, *, force: bool = False) -> int | None:
         """Who leaves a level next; None where nobody may.
 
-        `force`: where every block has children in the way, the policy's first goes all the same. Loses nothing if it
-        only moves down; if it was the last copy, its subtree is next in line.
+        `force`: where every block has children in the way, the policy's first goes all the same; its subtree is next.
         """
         row = self.secondaries[level].victim(self._eligible[level])
         if row is None:
@@ -220,9 +219,7 @@ class Residency:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location, *, leaf_first: bool) -> int:
         """A new block with its first copy; its row. Mutates."""
-        space = self._spaces.get((namespace, header.shard))
-        if space is None:
-            space = self.space(namespace, header)
+        space = self.space(namespace, header)
         index, rows, key = self._index[space], self.rows, header.key
         row = rows.take()
         rows.space[row] = space
@@ -231,11 +228,11 @@ class Residency:
         index.add(key, row)
         if leaf_first:
             self.family.join(row, header.parent, index.get(header.parent) if header.depth else None, key)
-        self.add(row, level, location)
+        self.add(row, level, location, header.stored)
         return row
 
-    def add(self, row: int, level: int, location: Location) -> None:
-        """A copy is complete at a level. Mutates."""
+    def add(self, row: int, level: int, location: Location, stored: Fidelity = Fidelity.EXACT) -> None:
+        """A copy, worth `stored`, is complete at a level. Mutates."""
         rows, bit, length = self.rows, 1 << level, location.length
         present = rows.present[row]
         assert not present & bit and not rows.gone[row], f"row {row} is at level {level} already, or gone"
@@ -243,6 +240,9 @@ class Residency:
         rows.present[row] = present | bit
         rows.segment[level][row], rows.offset[level][row] = location.segment, location.offset
         rows.length[level][row] = length
+        rows.planes[level][row] = (1 << stored) - 1
+        if stored != rows.stored(row):
+            rows.settle_fidelity(row)
         granule = self._granules[level]
         footprint = -(-length // granule) * granule
         self.used[level] += footprint
@@ -281,11 +281,14 @@ class Residency:
             self.family.moved(row, before, self.family.stays(row) if present else 0)
         if not present:
             self._remove(row)
+        elif rows.planes[top_of(present)][row] != ALL_PLANES:
+            rows.settle_fidelity(row)
         return location
 
     def replace_header(self, row: int, header: Header) -> None:
-        """The same copy, now with the header of its record. Mutates."""
+        """The same copy, now with the header of its record; what it is worth its levels say. Mutates."""
         self.rows.set_header(row, header)
+        self.rows.settle_fidelity(row)
 
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
@@ -337,24 +340,22 @@ class Residency:
 
     def leave(self, row: int, level: int) -> None:
         """Its copy there is being moved down: no victim any more, still readable. Mutates."""
-        before, bit = self.family.stays(row), 1 << level
         assert self.staying(row, level), f"row {row} is not at level {level}, or leaving already"
-        self.rows.leaving[row] |= bit
-        footprint = self.levels[level].footprint(self.rows.length[level][row])
-        self.leaving_bytes[level] += footprint
-        self._held_by[self.rows.space[row]][level] -= footprint
-        self.family.moved(row, before, self.family.stays(row))
+        self._turn(row, level, 1)
 
     def stay(self, row: int, level: int) -> None:
         """The move failed, or the block was pinned meanwhile. Mutates."""
-        before, bit = self.family.stays(row), 1 << level
-        assert self.rows.leaving[row] & bit, f"row {row} is not leaving level {level}"
-        self.rows.leaving[row] &= ~bit
-        footprint = self.levels[level].footprint(self.rows.length[level][row])
-        self.leaving_bytes[level] -= footprint
-        self._held_by[self.rows.space[row]][level] += footprint
-        self.family.moved(row, before, self.family.stays(row))
+        assert self.rows.leaving[row] >> level & 1, f"row {row} is not leaving level {level}"
+        self._turn(row, level, -1)
         self._ready(row)
+
+    def _turn(self, row: int, level: int, sign: int) -> None:
+        before = self.family.stays(row)
+        self.rows.leaving[row] ^= 1 << level
+        footprint = sign * self.levels[level].footprint(self.rows.length[level][row])
+        self.leaving_bytes[level] += footprint
+        self._held_by[self.rows.space[row]][level] -= footprint
+        self.family.moved(row, before, self.family.stays(row))
 
     # ---- inside
 

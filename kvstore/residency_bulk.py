@@ -92,6 +92,7 @@ def _place(
     column(rows.present)[at] = 1 << level
     for kept, numbers in zip((rows.segment[level], rows.offset[level], rows.length[level]), places, strict=True):
         column(kept)[at] = numbers
+    column(rows.planes[level])[at] = (1 << headers["stored"].astype(np.int64)) - 1
     residency.used[level] += int(_footprints(residency, level, places[2]).sum())
     residency.raw_bytes[level] += int(headers["raw_length"].astype(np.int64).sum())
     residency.blocks[level] += len(at)

@@ -35,6 +35,9 @@ def _check_row(residency: Residency, row: int) -> None:
     assert rows.busy[row] or not (rows.writing[row] or rows.leaving[row]), f"row {row} moves, but nobody moves it"
     assert rows.pins[row] >= 0 and rows.busy[row] >= 0
     assert (rows.fidelity[row], rows.raw[row], rows.depth[row]) == (header.fidelity, header.raw_length, header.depth)
+    copies = [rows.planes[level][row] for level in range(rows.levels) if rows.present[row] >> level & 1]
+    assert all(planes in (1, 3, 7) for planes in copies), f"row {row}: a plane without those before it"
+    assert header.stored == max(copies).bit_length(), f"row {row} is said to be worth what no copy is"
     for rank, policies in enumerate(residency._ranks):
         for level, policy in enumerate(policies):
             here = rows.present[row] >> level & 1 and rows.secondary[row] == rank

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ _RECORD = struct.Struct("<16s16s16sQQIIHBB")
 RECORD_BYTES = _RECORD.size
 KEY_END, PARENT_END = 16, 32
 """In a record: the key, then the parent's key."""
+
+ALL_PLANES = (1 << Fidelity.EXACT) - 1
+"""Of an exact copy."""
 
 _FIDELITIES = {int(fidelity): fidelity for fidelity in Fidelity}
 
@@ -59,6 +63,7 @@ class Rows:
         self.segment = [array("i") for _ in range(levels)]
         self.offset = [array("q") for _ in range(levels)]
         self.length = [array("I") for _ in range(levels)]
+        self.planes = [array("B") for _ in range(levels)]  # bitmap: bit f - 1 where the copy is worth fidelity f
         self.records = bytearray()  # RECORD_BYTES a row
         self._digests: list[tuple[bytes, bytes]] = []  # by space: digests of its namespace and shard
         self._roots: list[bytes] = []
@@ -67,7 +72,7 @@ class Rows:
         self._columns = (
             self.present, self.writing, self.leaving, self.used, self.gone, self.leaf_first, self.orphan,
             self.secondary, self.fidelity, self.space, self.root, self.pins, self.busy, self.depth, self.raw,
-            *self.below, *self.segment, *self.offset, *self.length,
+            *self.below, *self.segment, *self.offset, *self.length, *self.planes,
         )  # fmt: skip
         self._links = (self.parent, self.child, self.next, self.prev, self.same)
 
@@ -134,6 +139,35 @@ class Rows:
             key, parent, self._roots[self.root[row]], group, self.depth[row], namespace, shard, copy_id,
             _FIDELITIES[computed_on], _FIDELITIES[stored], tokens, self.raw[row], chunks, stored_length, 0, checksum,
         )  # fmt: skip
+
+    def settle_fidelity(self, row: int) -> None:
+        """What the block is worth, from its copies: the header's `stored` is the best of theirs. Mutates."""
+        present = self.present[row]
+        best = max(self.planes[level][row].bit_length() for level in range(self.levels) if present >> level & 1)
+        self.records[(row + 1) * RECORD_BYTES - 1] = best
+        self.fidelity[row] = min(best, self.records[(row + 1) * RECORD_BYTES - 2])
+
+    def worth(self, row: int, level: int) -> Fidelity:
+        """Fidelity of the copy at a level, whatever the block was computed on."""
+        return _FIDELITIES[self.planes[level][row].bit_length()]
+
+    def header_at(self, row: int, level: int) -> Header:
+        """The header, `stored` that of the copy at a level."""
+        header, stored = self.header(row), self.worth(row, level)
+        return header if header.stored == stored else replace(header, stored=stored)
+
+    def best(self, row: int) -> int:
+        """The fastest level that has it at its best fidelity: what is announced."""
+        present = self.present[row]
+        top = (present & -present).bit_length() - 1
+        if self.planes[top][row] == ALL_PLANES:
+            return top
+        levels = [level for level in range(self.levels) if present >> level & 1]
+        return max(levels, key=lambda level: (self.planes[level][row], -level))
+
+    def stored(self, row: int) -> int:
+        """The best fidelity of its copies."""
+        return self.records[(row + 1) * RECORD_BYTES - 1]
 
     def root_of(self, row: int) -> bytes:
         return self._roots[self.root[row]]

@@ -43,7 +43,8 @@ def runs_held(residency: Residency, namespace: str) -> Iterator[Run]:
     order = np.lexsort((depth, group[:, 1], group[:, 0], space[mine]))
     mine, record, depth, group = mine[order], record[order], depth[order], group[order]
     present = np.frombuffer(rows.present, np.uint8)[mine].astype(np.int64)
-    level = np.log2(np.maximum(present & -present, 1)).astype(np.int64)  # the fastest that has it
+    worth = np.stack([np.frombuffer(column, np.uint8)[mine] for column in rows.planes])
+    level = np.where(present >> np.arange(rows.levels)[:, None] & 1, worth, 0).argmax(axis=0)  # as `Rows.best`
     lengths = np.stack([np.frombuffer(column, np.uint32) for column in rows.length])
     kind = (space[mine].astype(np.int64) << 16) | (level << 8) | np.frombuffer(rows.fidelity, np.uint8)[mine]
     root = np.frombuffer(rows.root, np.int32)[mine]

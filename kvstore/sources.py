@@ -152,9 +152,11 @@ def _decode(asked: Asked, item: Opened) -> bool:
         return True
     record = Record.parse(item.view)
     expect(record.header, header)
+    if record.header.fidelity < asked.least:
+        raise Corrupt("the worker gave a block of less fidelity than asked for")
     whole = piece.shard == piece.wanted and piece.target.whole is not None
     raw = piece.target.whole if whole and piece.target.whole is not None else memoryview(bytearray(header.raw_length))
-    decode_record(record, asked.spec, piece.shard, raw)
+    piece.fidelity = min(header.computed_on, decode_record(record, asked.spec, piece.shard, raw, asked.planes))
     if not whole:
         piece.fill(asked.spec, raw)
     return True

@@ -15,7 +15,9 @@ import numpy as np
 from kvstore.arena import PAGE_BYTES, Arena, Slot
 from kvstore.catalog import Catalog
 from kvstore.changes import Changes
-from kvstore.codecs import codec_for
+from kvstore.codec_rules import CodecRules
+from kvstore.codec_use import CodecUse
+from kvstore.codecs import NESTED
 from kvstore.config import StoreConfig
 from kvstore.header import Header
 from kvstore.header_columns import kinds
@@ -32,7 +34,7 @@ from kvstore.tiers.base import Location, Recovered, TierStats, TierStore
 from kvstore.tiers.found import RecoveredRecords
 from kvstore.tiers.host import ArenaTier, HostTier
 from kvstore.tiers.hot import ALIGNMENT, DevicePool, HotTier
-from kvstore.types import Tier
+from kvstore.types import Fidelity, Tier
 
 FREE_GROUPS = ("sliding", "state")
 """Kinds of group whose old blocks are as good victims as leaves: nobody needs them to reach the later ones."""
@@ -55,6 +57,7 @@ class Stack:
         ssd: TierStore | None,
         redis: SharedTier | None,
         quotas: Mapping[str, Quotas] | None = None,
+        codecs: Mapping[str, CodecRules] | None = None,
     ) -> None:
         self.system = system
         self.config = config
@@ -79,6 +82,9 @@ class Stack:
         if ssd is not None:
             levels.append(Level(Tier.SSD, ssd.capacity, PAGE_BYTES))
         self.residency = Residency(levels, lambda: make_policy(config.policy))
+        self.codec_use = CodecUse()
+        self._codec_rules = dict(codecs or {})
+        self._codecs: dict[tuple[str, bytes, bytes], tuple[int, ...]] = {}
         self.quota = QuotaGate(self.residency, system.clock, quotas or {})
 
     # ---- questions
@@ -88,12 +94,16 @@ class Stack:
         tier = self.tiers[level]
         return tier if isinstance(tier, ArenaTier) else None
 
-    def mapped(self, row: int) -> int | None:
-        """The fastest level of a block that readers can map."""
+    def mapped(self, row: int, least: Fidelity = Fidelity.COMPACT) -> int | None:
+        """The fastest level of a block that readers can map, of those whose copy is worth at least so much."""
         for level in (self.HOT, self.HOST):
-            if self.residency.present(row, level):
+            if self.residency.present(row, level) and self.residency.rows.worth(row, level) >= least:
                 return level
         return None
+
+    def stored_at(self, place: Location) -> Fidelity:
+        """What the record says of itself that lies in the host tier, verified."""
+        return Header.unpack(self.host.view(place)).stored
 
     def slot(self, row: int, level: int) -> Slot | None:
         """Where a copy lies in the arena; None where it does not."""
@@ -108,15 +118,35 @@ class Stack:
         spec, shard = self.catalog.spec(header.root), self.catalog.shard(header.shard)
         return None if spec is None or shard is None else (spec, shard)
 
-    def codec(self, spec: ModelSpec, shard: Shard) -> int:
-        """The configured codec for a shard's elements."""
-        group = spec.groups[shard.group]
-        paged = group.kind in ("opaque", "state")
-        return codec_for(self.config.codec, group.page_dtype if paged else spec.dtype)
+    def codec_rules(self, namespace: str) -> CodecRules:
+        return self._codec_rules.get(namespace, CodecRules())
+
+    def codecs(self, namespace: str, spec: ModelSpec, shard: Shard) -> tuple[int, ...]:
+        """The codec of every chunk of a shard on leaving hot."""
+        name = (namespace, spec.root, shard.digest)
+        found = self._codecs.get(name)
+        if found is None:
+            found = self._codecs[name] = self.codec_rules(namespace).codecs(spec, shard, self.config.codec)
+        return found
+
+    def nested(self, namespace: str, header: Header) -> bool:
+        """Whether a namespace's blocks of this shard may have planes."""
+        model = self.model(header)
+        return model is not None and NESTED in self.codecs(namespace, *model)
+
+    def tier_of(self, destination: int) -> Tier:
+        return Tier.REDIS if destination == self.REDIS else self.residency.levels[destination].tier
+
+    def worth_in(self, destination: int, namespace: str, header: Header) -> Fidelity:
+        """What a block would be worth in a tier after a move there."""
+        model, rules = self.model(header), self.codec_rules(namespace)
+        if model is None or (destination < self.REDIS and self.residency.levels[destination].raw):
+            return header.fidelity
+        return min(header.fidelity, rules.fidelity_in(self.tier_of(destination), self.codecs(namespace, *model)))
 
     def announced(self, row: int) -> Added:
-        """What others are told of a block: the fastest tier that has it whole."""
-        header, level = self.residency.header(row), self.residency.top(row)
+        """What others are told of a block: its best fidelity, and the fastest tier that has it so."""
+        header, level = self.residency.header(row), self.residency.rows.best(row)
         return Added(
             header.root,
             header.shard,
@@ -151,7 +181,7 @@ class Stack:
 
     def takes(self, destination: int, namespace: str, nbytes: int) -> bool:
         """Whether a block of so many bytes is within the namespace's quota of a destination at all. Pure."""
-        tier = Tier.REDIS if destination == self.REDIS else self.residency.levels[destination].tier
+        tier = self.tier_of(destination)
         bound = self.quota.of(namespace).tier(tier)
         return not bound or nbytes + REDIS_EXTRA_BYTES * (tier == Tier.REDIS) <= bound
 
@@ -189,16 +219,16 @@ class Stack:
             kept[name] += len(at)
         return kept
 
-    def add(self, row: int, level: int, location: Location) -> None:
-        """One more copy of a block. Mutates."""
-        before = self.residency.top(row)
-        self.residency.add(row, level, location)
+    def add(self, row: int, level: int, location: Location, stored: Fidelity = Fidelity.EXACT) -> None:
+        """One more copy of a block, worth `stored`. Mutates."""
+        before = self._said(row)
+        self.residency.add(row, level, location, stored)
         self._moved(row, before)
 
     def drop(self, row: int, level: int, *, evicted: bool = True, force: bool = False) -> None:
         """Give up a copy and free its space; with the last one the block is gone. Mutates."""
         residency = self.residency
-        header, namespace, before = residency.header(row), residency.namespace(row), residency.top(row)
+        header, namespace, before = residency.header(row), residency.namespace(row), self._said(row)
         last = residency.rows.present[row] == 1 << level
         location = residency.drop(row, level, evicted=evicted, force=force)
         self.tiers[level].free(namespace, header, location)
@@ -220,7 +250,10 @@ class Stack:
             if self.residency.present(row, level):
                 self.drop(row, level, evicted=evicted, force=True)
 
-    def _moved(self, row: int, before: int) -> None:
-        tiers = self.residency.levels
-        if tiers[self.residency.top(row)].tier != tiers[before].tier:
+    def _said(self, row: int) -> tuple[Tier, int]:
+        """What others know: tier and fidelity."""
+        return self.residency.levels[self.residency.rows.best(row)].tier, self.residency.rows.fidelity[row]
+
+    def _moved(self, row: int, before: tuple[Tier, int]) -> None:
+        if self._said(row) != before:
             self.changes.push(self.residency.namespace(row), self.announced(row))

@@ -19,6 +19,7 @@ from kvstore.answers import Match
 from kvstore.budget import Budget
 from kvstore.catalog import Catalog
 from kvstore.changes import Changes, Subscriber
+from kvstore.codec_rules import CodecRules
 from kvstore.config import StoreConfig
 from kvstore.copies import Copies, Inspected
 from kvstore.errors import TierError
@@ -84,13 +85,14 @@ class TieredStore:
         holder: str = "",
         announce_queue: int = ANNOUNCE_QUEUE,
         quotas: Mapping[str, Quotas] | None = None,
+        codecs: Mapping[str, CodecRules] | None = None,
     ) -> None:
-        """`holder`: what `match` calls this worker. `announce_queue`: changes kept per namespace. `quotas`: of those
-        namespaces that have bounds of their own."""
+        """`holder`: what `match` calls this worker. `announce_queue`: changes kept per namespace. `quotas`,
+        `codecs`: of those namespaces that have their own."""
         self.system, self.config, self.catalog, self.holder = system, config, catalog, holder
         self.changes = Changes(announce_queue)
         self._finder = None if redis is None else Finder(redis)
-        self.stack = Stack(system, config, catalog, self.changes, ssd=ssd, redis=redis, quotas=quotas)
+        self.stack = Stack(system, config, catalog, self.changes, ssd=ssd, redis=redis, quotas=quotas, codecs=codecs)
         self.arena = self.stack.arena
         quota = self.stack.quota
         self.staging = Staging(

@@ -20,7 +20,7 @@ from kvstore.seams import Pool
 from kvstore.transport import frames
 from kvstore.transport.base import Channel
 from kvstore.transport.methods import WORKER
-from kvstore.types import Tier
+from kvstore.types import Fidelity, Tier
 from kvstore.wire import worker_pb2
 
 FRAMES_AHEAD = 4
@@ -51,6 +51,7 @@ async def read_remote(
         least=int(asked.least),  # type: ignore[arg-type]
         redis=asked.redis,
     )
+    request.planes = asked.planes
     if asked.layers is not None:
         request.layer_first, request.layer_count = asked.layers.start, len(asked.layers)
     for index, piece in enumerate(ordered):
@@ -172,7 +173,7 @@ class Arrivals:
 
     def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview) -> int:
         spec, first = self._asked.spec, part.first_chunk
-        count = decode_chunks(part.table, data, spec, item.piece.shard, item.raw, first)
+        count = decode_chunks(part.table, data, spec, item.piece.shard, item.raw, first, item.header.stored)
         if not item.direct and item.span is not None and count:
             span = item.span
             low, high = max(first, span.first_chunk), min(first + count, span.first_chunk + len(span.chunks))
@@ -231,7 +232,8 @@ class Arrivals:
         was checked by itself."""
         problems = []
         for item in whole:
-            same = self._asked.layers is not None or xxh3(item.raw) == item.header.copy_id
+            lossy = item.header.stored < Fidelity.EXACT  # its chunks have sums, what they decode to has none
+            same = lossy or self._asked.layers is not None or xxh3(item.raw) == item.header.copy_id
             if same and item.span is None:
                 item.piece.fill(self._asked.spec, item.raw)
             problems.append("" if same else "Corrupt")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from kvstore.arena import generation_at
 from kvstore.catalog import Catalog
+from kvstore.codec_rules import CodecRules
 from kvstore.config import StoreConfig
 from kvstore.format import Record, decode_record
 from kvstore.quotas import Quotas
@@ -49,9 +50,12 @@ class Rig:
         spec: ModelSpec | None = None,
         catalog: Catalog | None = None,
         quotas: Mapping[str, Quotas] | None = None,
+        codecs: Mapping[str, CodecRules] | None = None,
     ) -> Rig:
+        """`codecs`: by default the namespace allows any fidelity."""
+        codecs = {NAMESPACE: CodecRules(least=Fidelity.COMPACT)} if codecs is None else codecs
         system, catalog = system or fake_system(), catalog or Catalog()
-        store = TieredStore(system, config, catalog, ssd=ssd, redis=redis, holder="me", quotas=quotas)
+        store = TieredStore(system, config, catalog, ssd=ssd, redis=redis, holder="me", quotas=quotas, codecs=codecs)
         rig = cls(store, system, catalog, spec or small_spec())
         store.subscribe(lambda namespace, seq, change: rig.told.setdefault(namespace, []).append((seq, change)))
         return rig

@@ -52,7 +52,7 @@ class TestSsd:
 
     async def test_records_move_down_unchanged(self, rig: Rig, ssd: FaultyTier) -> None:
         await filled(rig)
-        codec = rig.store.stack.codec(rig.spec, rig.whole)
+        [codec] = set(rig.store.stack.codecs(NAMESPACE, rig.spec, rig.whole))
         for _, header, record in ssd.kept.values():
             assert record == sample(header.depth, codec=codec).record
 

@@ -13,6 +13,7 @@ from itertools import groupby
 from kvstore.arena import PAGE_BYTES
 from kvstore.budget import Budget
 from kvstore.catalog import Catalog
+from kvstore.codec_use import Use
 from kvstore.config import Config
 from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
 from kvstore.header import Header
@@ -245,6 +246,7 @@ class Node:
                 hits=stats.hits,
                 writes=stats.writes,
                 errors=stats.errors,
+                codecs=[_codec(name, use) for name, use in self.store.stack.codec_use.of(stats.tier).items()],
             )
             for stats in self.store.stats()
         ]
@@ -256,6 +258,17 @@ class Node:
             counters={**self.store.counters, **self.counters},
             pid=os.getpid(),
         )
+
+
+def _codec(name: str, use: Use) -> common_pb2.CodecUse:
+    return common_pb2.CodecUse(
+        codec=name,
+        chunks=use.chunks,
+        raw_bytes=use.raw_bytes,
+        stored_bytes=use.stored_bytes,
+        encode_s=use.encode_s,
+        decode_s=use.decode_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from kvstore.arena import generation_at
 from kvstore.checksum import xxh3
-from kvstore.codecs import RAW
+from kvstore.codecs import PLANES_MAX, RAW
 from kvstore.errors import DataError
-from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Record
+from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Entry, Record, grouped, worth
+from kvstore.header import Header
 from kvstore.layout import chunks
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store import Placed
@@ -52,14 +53,17 @@ class Outgoing:
         layers: range | None,
         chunk_bytes_max: int,
         resume: Mapping[int, tuple[int, int]] | None = None,
+        planes: int = 0,
     ) -> None:
-        """`resume`: block -> (copy id, first chunk) of those the reader has in part."""
+        """`resume`: block -> (copy id, first chunk) of those the reader has in part. `planes`: of nested chunks; 0: all
+        there are."""
         self._spec, self._shards, self._placed = spec, shards, placed
         self._later = later  # blocks after those placed that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
         self._bases = [sum(group.layers for group in spec.groups[:index]) for index in range(len(spec.groups))]
-        self._records: dict[int, Record] = {}
+        self._records: dict[int, tuple[Record, list[list[Entry]]]] = {}
         self._resume = resume or {}
+        self._planes = planes or PLANES_MAX
         self.lost: dict[int, None] = {}
 
     def begin(self) -> tuple[bytes, list[list[Part]]]:
@@ -73,7 +77,7 @@ class Outgoing:
                 continue
             info = worker_pb2.BlockInfo(
                 state=worker_pb2.BLOCK_FOUND,
-                header=placed.header.pack(),
+                header=self._header(block, placed.header).pack(),
                 tier=int(placed.tier),  # type: ignore[arg-type]
             )
             header.blocks.append(info)
@@ -102,6 +106,12 @@ class Outgoing:
                 return frame
             self.lost.update(dict.fromkeys(reused))
 
+    def _header(self, block: int, header: Header) -> Header:
+        """What the planes that are sent make of a block."""
+        if block not in self._records:
+            return header
+        return replace(header, stored=min(header.stored, *(worth(mine) for mine in self._records[block][1])))
+
     def _view(self, placed: Placed) -> memoryview:
         return placed.segment.view[placed.offset : placed.offset + placed.length]
 
@@ -121,10 +131,12 @@ class Outgoing:
                 record = Record.parse(self._view(placed))
             except DataError:
                 return None
-            if len(record.table) != len(pieces):
+            try:
+                rows = [mine[: self._planes] for mine in grouped(record.table.tolist(), pieces)]
+            except DataError:
                 return None
-            self._records[block] = record
-            sizes = record.table["stored"].tolist()
+            self._records[block] = record, rows
+            sizes = [sum(row[9] for row in mine) for mine in rows]
         if max(sizes) > self._chunk_bytes_max or not self._current(block):
             return None
         base = self._bases[shard.group]
@@ -161,10 +173,9 @@ class Outgoing:
             table = _raw_entries(self._spec, shard)[part.first : part.first + part.count].copy()
             table["xxh3"] = [xxh3(view[piece.offset : piece.offset + piece.nbytes]) for piece in mine]
             return table.tobytes(), [view[mine[0].offset : mine[-1].offset + mine[-1].nbytes]]
-        record = self._records[part.block]
-        rows = record.table[part.first : part.first + part.count]
-        spans = zip(rows["offset"].tolist(), rows["stored"].tolist(), strict=True)
-        return rows.tobytes(), [record.view[offset : offset + stored] for offset, stored in spans]
+        record, by_chunk = self._records[part.block]
+        rows = [row for planes in by_chunk[part.first : part.first + part.count] for row in planes]
+        return np.array(rows, ENTRY_DTYPE).tobytes(), [record.view[row[8] : row[8] + row[9]] for row in rows]
 
 
 @lru_cache(maxsize=64)

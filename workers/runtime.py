@@ -132,6 +132,7 @@ class WorkerRuntime:
             holder=self.identity.worker,
             announce_queue=config.worker.announce_queue,
             quotas=self._quotas(),
+            codecs={name: rules.codecs for name, rules in self._policy.namespaces.items()},
         )
         self._cleanup.append("store")
         await self.store.start()

@@ -145,6 +145,7 @@ class WorkerService(PinCalls):
                     later=len(wanted) - now,
                     layers=layers or None,
                     chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
+                    planes=request.planes,
                     resume={part.block: (part.copy_id, part.first_chunk) for part in request.resume},
                 )
                 async with aclosing(self._stream(outgoing)) as stream:

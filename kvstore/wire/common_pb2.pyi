@@ -15,6 +15,22 @@ TIER_REDIS: Tier
 TIER_SSD: Tier
 TIER_UNSPECIFIED: Tier
 
+class CodecUse(_message.Message):
+    __slots__ = ["chunks", "codec", "decode_s", "encode_s", "raw_bytes", "stored_bytes"]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_S_FIELD_NUMBER: _ClassVar[int]
+    RAW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    chunks: int
+    codec: str
+    decode_s: float
+    encode_s: float
+    raw_bytes: int
+    stored_bytes: int
+    def __init__(self, codec: _Optional[str] = ..., chunks: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., encode_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
+
 class CommitToken(_message.Message):
     __slots__ = ["epoch", "seq", "worker"]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -218,9 +234,10 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ["blocks", "capacity", "detail", "errors", "hits", "raw_bytes", "state", "tier", "used", "writes"]
+    __slots__ = ["blocks", "capacity", "codecs", "detail", "errors", "hits", "raw_bytes", "state", "tier", "used", "writes"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +248,7 @@ class TierStatus(_message.Message):
     WRITES_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     capacity: int
+    codecs: _containers.RepeatedCompositeFieldContainer[CodecUse]
     detail: str
     errors: int
     hits: int
@@ -239,7 +257,7 @@ class TierStatus(_message.Message):
     tier: Tier
     used: int
     writes: int
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., used: _Optional[int] = ..., capacity: _Optional[int] = ..., blocks: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., writes: _Optional[int] = ..., errors: _Optional[int] = ...) -> None: ...
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., used: _Optional[int] = ..., capacity: _Optional[int] = ..., blocks: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., writes: _Optional[int] = ..., errors: _Optional[int] = ..., codecs: _Optional[_Iterable[_Union[CodecUse, _Mapping]]] = ...) -> None: ...
 
 class TierUse(_message.Message):
     __slots__ = ["quota", "tier", "used"]
