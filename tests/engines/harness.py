@@ -72,6 +72,14 @@ class Engine:
         """{"ids", "reasons", "logprobs" where asked for, "counters": the connector's sums since the start}."""
         return self.ask({"do": "run", "prompts": list(prompts), "tokens": tokens, "logprobs": logprobs})
 
+    def finds(self, prompts: Sequence[list[int]]) -> None:
+        """Waits until this engine's own lookups find every whole block: its view follows in a moment."""
+        tokens = sum((len(ids) - 1) // 64 * 64 for ids in prompts)
+        wait_until(
+            lambda: self.ask({"do": "lookups", "prompts": list(prompts)})["tokens"] == tokens,
+            what="finding what was stored in the engine's view",
+        )
+
     def settled(self, **least: float) -> dict[str, float]:
         """Runs tiny requests until the connector has counted at least so much: saves end after their request."""
         end = time.monotonic() + 30

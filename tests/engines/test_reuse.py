@@ -54,6 +54,7 @@ def test_the_negative_control_zeroed_blocks_change_the_output(
     spec, shards = stored_under(one)
     asyncio.run(_poison(store.client_config(0), spec, shards, asked))
     found_by_all(store, spec, shards, asked)
+    one.finds(asked)
     answer = one.run(asked)
     assert answer["counters"]["tokens_loaded"] == whole_blocks(asked)
     assert all(mine != its for mine, its in zip(answer["ids"], reference["ids"], strict=True))

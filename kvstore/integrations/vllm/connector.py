@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -73,6 +74,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._loads, self._saves = transfer.is_kv_consumer, transfer.is_kv_producer
         self._stopped = False
         self._page_count = kv_cache_config.num_blocks
+        if role == KVConnectorRole.SCHEDULER and "watch" not in transfer.kv_connector_extra_config:
+            client = replace(client, watch=True)  # the one process of an engine that looks up
         self._face = self._client(client)
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
