@@ -282,6 +282,13 @@ class TieredStore:
         residency = self.stack.residency
         return sum(len(residency.keys(namespace, shard)) for shard in residency.shards(namespace))
 
+    def roomy(self, namespace: str) -> bool:
+        """Whether one more block evicts nobody: the slowest local tier is below its high watermark, and the namespace
+        below its quota of it. Pure."""
+        residency, level = self.stack.residency, self.stack.REDIS - 1
+        below = residency.used[level] < self.config.high_watermark * residency.levels[level].capacity
+        return below and self.stack.quota.over(namespace, level, 1) <= 0
+
     def quotas(self, namespace: str) -> Quotas:
         """What bounds a namespace here, beside the worker's own bounds. Pure."""
         return self.stack.quota.of(namespace)

@@ -177,7 +177,11 @@ class Puller:
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            await self.pull(self._next())
+            job = self._next()
+            if self._node.store.roomy(job.namespace):
+                await self.pull(job)
+            else:
+                self.counters["pulls_vetoed"] += 1  # a second copy is not worth somebody's only one
 
     def _next(self) -> Job:
         """The job whose turn it is, out of the line. There is one. Mutates."""
