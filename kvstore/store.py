@@ -124,6 +124,7 @@ class TieredStore:
             raise
         self.movement.growth.poke()
         self.movement.pump()
+        self.putting.start()
 
     def _take_in(self, recovered: Sequence[Recovered]) -> None:
         """What the SSD tier kept from an earlier process. Others learn of it by snapshot."""
