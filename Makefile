@@ -9,7 +9,7 @@ PROTOS := $(wildcard proto/kvstore/wire/*.proto)
 
 ENGINES := .venv-engines
 
-.PHONY: help setup demo test test-long test-quick test-engines test-engines-quick check format proto proto-check sim clean
+.PHONY: help setup demo test test-long test-quick test-engines test-engines-quick check format proto proto-check sim sim-mutants clean
 
 help:
 	@echo "make demo      set up, then watch two replicas share KV through a Ray cluster (under 4 minutes)"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-engines   the tests with a real vLLM on this CPU, in an environment of their own (2.5 GB, minutes)"
 	@echo "make test-long the long proofs: 200 kills in the middle of spilling and the like"
 	@echo "make check     format, lint, types, layers, generated code"
-	@echo "make sim       the cluster simulation over 200 seeds (SEEDS=n, FIRST=n)"
+	@echo "make sim       the cluster simulation, seed after seed for ever (SEEDS=n, FIRST=n)"
+	@echo "make sim-mutants   each safeguard of the design taken out in turn: the simulation must notice"
 	@echo "make proto     regenerate kvstore/wire from proto/"
 	@echo "make setup     only the virtual environment"
 
@@ -72,10 +73,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-SEEDS ?= 200
+SEEDS ?= 0
 FIRST ?= 0
 sim: setup
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST)
+
+sim-mutants: setup
+	$(BIN)/python -m tests.sim --mutants
 
 # Generated with the oldest supported protoc, so that engines with an older protobuf can import the client.
 $(PROTOC_VENV)/.installed: tests/oldest-tools.txt

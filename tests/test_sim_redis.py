@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 
+from kvstore.config import StoreConfig
 from kvstore.errors import TierDown
+from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_index import Space
 from kvstore.tiers.redis_scripts import ELECT, ENTER, MARK, PUT, REMOVE, RESIGN, TOUCH, Script
-from tests.redis_helpers import Raw
+from tests.contracts.records import NAMESPACE, catalog_of, sample
+from tests.redis_helpers import Raw, put, secret_of
 from tests.sim.loop import run
 from tests.sim.network import MemoryNetwork
 from tests.sim.redis_data import Data
 from tests.sim.redis_server import SimLink, SimRedis
+from tests.sim.system import sim_system
 
 pytest_plugins = ["tests.redis_fixtures"]
 
@@ -118,6 +123,31 @@ def test_a_twin_that_differs_is_seen(raw: Raw, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("tests.sim.redis_data.cost", lambda entry: 1)
     with pytest.raises(AssertionError):
         test_every_script_has_its_twin(raw, 0)
+
+
+def test_an_index_that_goes_back_in_time_is_read_anew() -> None:
+    """A restart from an older dump, so fast that nobody met a closed door."""
+
+    async def main() -> None:
+        network = MemoryNetwork(1)
+        redis, process = SimRedis(network), network.boot("w")
+        config = replace(StoreConfig(), redis_url="redis://redis", redis_bytes=1 << 20)
+        system = sim_system(process, 1)
+        tier = RedisTier(system, config, catalog_of(), secret_of, lambda url, timeout_s: SimLink(redis, process, 1.0))
+        await tier.start()
+        await put(tier, sample(0))
+        assert len(await tier.snapshot(NAMESPACE)) == 1
+        dump = redis.data.snapshot()
+        await put(tier, sample(1))
+        assert len(await tier.changes(NAMESPACE) or ()) == 1
+        redis.stop()
+        redis.start(dump)
+        assert await tier.changes(NAMESPACE) is None
+        assert len(await tier.snapshot(NAMESPACE)) == 1
+        assert await tier.changes(NAMESPACE) == []
+        await tier.close()
+
+    run(main())
 
 
 def test_a_call_fails_as_the_real_link_says() -> None:

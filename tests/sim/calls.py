@@ -269,6 +269,9 @@ async def pump(call: Call, method: Method, requests: AsyncIterator[Any]) -> None
             await call.up.put(request if method.request is None else request.SerializeToString())
             if not method.client_stream:
                 break
+            if method.name == "Announce" and call.client.on_announce is not None:
+                call.network.later(0.0, call.client.on_announce)
+                call.client.on_announce = None
         if not method.client_stream and not count:
             raise BadRequest(f"{method.name} needs one request")
         call.up.finish()

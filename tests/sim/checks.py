@@ -33,6 +33,7 @@ class Checks:
             _bounds(worker)
         for witness in self.fleet.witnesses():
             witness.check_holds()
+            witness.check_moves()
             witness.check_pins()
         for coordinator in self.fleet.live_coordinators():
             for namespace in NAMESPACES:
@@ -54,6 +55,10 @@ class Checks:
             if known < self._epochs.get(name, 0):
                 raise Violation(f"I7: {coordinator.address} took epoch {known} of {worker} after a newer one")
             self._epochs[name] = known
+            for namespace in NAMESPACES:
+                for receiver in registry.inboxes[namespace].receivers():
+                    if receiver.holder == worker and receiver.epoch < known:
+                        raise Violation(f"I7: {coordinator.address} listens to an older life of {worker}")
             if known not in epochs:
                 continue  # not registered yet, or this life began a moment ago
             for namespace in NAMESPACES:

@@ -49,6 +49,8 @@ class SimProcess:
         self.slow_s = 0.0  # at most what a byte mover takes; 0: as usual
         self.slowed = 0  # how often it was made slow
         self.mappings: list[Any] = []  # `tests.sim.memory.Mapping`: what it has mapped of others
+        self.on_announce: Callable[[], None] | None = None  # called once, when it has sent an announcement
+        self.on_read: Callable[[], None] | None = None  # called once, when it begins to read what it has mapped
         self._paused_at = 0.0
         self._parked: list[_Cell] = []
 

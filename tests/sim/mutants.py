@@ -89,7 +89,7 @@ async def _free_first(self: Carrier, ticket: Ticket, destination: int) -> None:
         await _carry(self, ticket, destination)
         return
     moving = await self._source(row, ticket.level, raw=residency.levels[destination].raw)
-    if residency.gone(row) or not residency.present(row, ticket.level):
+    if residency.gone(row) or not residency.present(row, ticket.level) or residency.pinned(row):
         return
     moving.parts = [bytes(part) for part in moving.parts]
     stack.drop(row, ticket.level)

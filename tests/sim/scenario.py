@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from random import Random
 from unittest import mock
 
-from kvstore import sources
+from kvstore import arena, bulk, sources
 from kvstore.client import KVClient
 from kvstore.keys import Chain
 from kvstore.pinning import Pin
@@ -26,8 +27,14 @@ from workers import outgoing
 LATE_S = 0.5  # what a call may take beyond its deadline: virtual time, so only its own delays
 PEACE_S = 60.0
 CHECK_S = 0.5
-TURNS = 14  # requests a client
-MESSAGE_BYTES = 4 << 10  # of a Get: a few blocks, so that things happen between two messages
+TURNS = 10  # requests a client
+SCALE = (
+    (sources, "INLINE_BYTES", 0),  # small reads take their time, too
+    (outgoing, "MESSAGE_BYTES", 4 << 10),  # a few blocks, so that things happen between two messages of a Get
+    (arena, "UNIT_BYTES", arena.PAGE_BYTES),  # so that neighbours do not keep a block's space from being used again
+    (bulk, "UNIT_BYTES", arena.PAGE_BYTES),
+)
+"""Bounds that are no configuration, as small as the blocks here are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +169,6 @@ class Scenario:
             raise Violation(f"I6: after a minute of peace {wrong or 'a coordinator says it is incomplete'}")
         await self._idle()
         self.checks.blocks()
-        for worker in fleet.live_workers():
-            self.seen["pulled"] += worker.node.counters["pulled_blocks"]
-            self.seen["marked"] += worker.node.counters["marked_secondary"]
-            self.seen["over_quota"] += worker.store.use("other").evicted
         self.seen["blocks_at_the_end"] += sum(w.store.blocks("default") for w in fleet.live_workers())
 
     async def _idle(self) -> None:
@@ -238,8 +241,9 @@ class Timer:
 
 def play(scenario: Scenario) -> None:
     """Once. Violation, SimError or whatever the code raised tells what went wrong."""
-    inline = mock.patch.object(sources, "INLINE_BYTES", 0)  # small reads take their time, too
-    with inline, mock.patch.object(outgoing, "MESSAGE_BYTES", MESSAGE_BYTES):
+    with ExitStack() as stack:
+        for module, name, value in SCALE:
+            stack.enter_context(mock.patch.object(module, name, value))
         run(scenario.play(), processes=scenario.fleet.network.processes)
 
 

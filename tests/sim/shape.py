@@ -49,8 +49,8 @@ class Shape:
             hot_bytes=rng.choice([64, 128]) * KIB,
             ssd_bytes=(rng.choice([0, 256]) if redis else rng.choice([256, 384])) * KIB,
             redis=redis,
-            redis_bytes=rng.choice([48, 256]) * KIB,
-            redis_ttl_s=rng.choice([8.0, 3_600.0]),
+            redis_bytes=rng.choice([64, 512]) * KIB,
+            redis_ttl_s=rng.choice([8.0, 3_600.0, 3_600.0]),
             announce_queue=rng.choice([8, 64, 1 << 16]),
             announce_batch=rng.choice([4, 4096]),
             hold_max_s=rng.choice([0.2, 2.0]),
@@ -91,16 +91,22 @@ class Shape:
         """Of every coordinator."""
         return Config(
             server=ServerConfig(bind=f"127.0.0.1:{PORT}", coordinators=coordinators, namespaces_file=NAMESPACES_FILE),
-            coordinator=CoordinatorConfig(lease_s=self.lease_s, hint_again_s=1.0),
+            coordinator=CoordinatorConfig(lease_s=self.lease_s),
         )
 
 
 def client(
-    coordinators: tuple[str, ...], namespace: str, workers: tuple[str, ...] = (), *, watch: bool = False
+    coordinators: tuple[str, ...],
+    namespace: str,
+    workers: tuple[str, ...] = (),
+    *,
+    watch: bool = False,
+    pull_through: bool = False,
 ) -> ClientConfig:
     """Of a client. Its staging is small: a put takes several commits."""
     return ClientConfig(
         watch=watch,
+        pull_through=pull_through,
         coordinators=coordinators,
         workers=workers,
         namespace=namespace,

@@ -70,6 +70,9 @@ class SimPool:
         seen, share = list(self._process.mappings), self._rng.random()
         for mapping in seen:
             mapping.look(0.0, share)
+        hook, self._process.on_read = self._process.on_read, None
+        if hook is not None:
+            hook()
         await asyncio.sleep(self._delay())
         for mapping in seen:
             mapping.look(share, 1.0)

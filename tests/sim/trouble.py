@@ -21,12 +21,13 @@ class Trouble:
         self._tasks: dict[asyncio.Task[None], None] = {}
         self.over = False
         self._kinds = [
-            self._crash_worker, self._crash_worker, self._crash_coordinator, self._crash_client, self._cut, self._cut,
-            self._pause, self._pause, self._slow, self._slow, self._slow_reader, self._slow_reader,
+            self._crash_worker, self._crash_worker, self._drain, self._crash_coordinator, self._crash_client,
+            self._cut, self._cut,
+            self._pause, self._pause, self._slow, self._slow_reader, self._pause_reader, self._pause_reader,
             self._disk, self._disk, self._clock,
         ]  # fmt: skip
         if fleet.redis is not None:
-            self._kinds += [self._redis_dies, self._redis_forgets, self._redis_hangs, self._redis_full]
+            self._kinds += [self._redis, self._redis]
 
     async def run(self) -> None:
         """Until `over`; two troubles may overlap."""
@@ -40,6 +41,9 @@ class Trouble:
                 task.result()
         for task in list(self._tasks):
             await task
+        for node in self._fleet.coordinators:
+            if not node.up:
+                await self._fleet.start_coordinator(node)
 
     def _note(self, trouble: str) -> None:
         self._seen[trouble] += 1
@@ -59,22 +63,66 @@ class Trouble:
         if node is None or node.runtime is None:
             return
         if self._rng.random() < 0.5:
-            self._fleet.power_off(node)
-            self._note("power_losses")
+            if not await self._power_loss(node):
+                return
         else:
             self._fleet.crash(node)
         self._note("worker_crashes")
         await self._wait(0.05, 0.05, 1.0, 5.0)
         await self._fleet.start_worker(node)
 
+    async def _power_loss(self, node: Node) -> bool:
+        """With an announcement on its way, which will come when the next life is known; whether it happened."""
+        assert node.process is not None
+        process, sent = node.process, asyncio.Event()
+        process.on_announce = sent.set
+        try:
+            async with asyncio.timeout(2.0):
+                await sent.wait()
+        except TimeoutError:
+            process.on_announce = None
+        if node.process is not process or not node.up or process.paused or node.runtime is None:
+            return False
+        self._fleet.power_off(node)
+        self._note("power_losses")
+        return True
+
     async def _crash_coordinator(self) -> None:
-        node = self._any(self._fleet.coordinators)
-        if node is None or node.runtime is None:
+        """Or leaves; one that was not there yet comes."""
+        node = self._rng.choice(self._fleet.coordinators)
+        if node.up and (node.runtime is None or node.process is None or node.process.paused):
             return
+        if not node.up:
+            if node.process is None:
+                await self._fleet.start_coordinator(node)
+                self._note("coordinators_joined")
+            return
+        if self._rng.random() < 0.3 and node.process is not None:
+            runtime, node.runtime = node.runtime, None
+            await asyncio.wait([node.process.spawn(runtime.stop())], timeout=5.0)
+            self._note("coordinators_left")
         self._fleet.crash(node)
         self._note("coordinator_crashes")
         await self._wait(0.05, 1.0, 5.0)
         await self._fleet.start_coordinator(node)
+
+    async def _drain(self) -> None:
+        """A worker is emptied, stops, and comes back."""
+        node = self._any(self._fleet.workers)
+        if node is None or node.runtime is None or node.process is None:
+            return
+        process, runtime = node.process, node.runtime
+        await asyncio.wait([process.spawn(runtime.drain(2.0))], timeout=10.0)
+        if node.process is not process or not node.up:
+            return
+        node.runtime = node.witness = None
+        await asyncio.wait([process.spawn(runtime.stop())], timeout=10.0)
+        if node.process is not process or not node.up:
+            return
+        self._note("drains")
+        self._fleet.crash(node)
+        await self._wait(0.05, 1.0)
+        await self._fleet.start_worker(node)
 
     async def _crash_client(self) -> None:
         node = self._any(self._fleet.clients)
@@ -119,6 +167,31 @@ class Trouble:
         await self._wait(0.5)
         process.slow_s = 0.0
 
+    async def _pause_reader(self) -> None:
+        """A reader stands still in the middle of a copy, and its connection may end: what it reads is used again."""
+        node = self._any(self._fleet.clients)
+        if node is None or node.process is None or node.process.on_read is not None:
+            return
+        process, stopped = node.process, asyncio.Event()
+
+        def stop() -> None:
+            if not process.paused:
+                process.pause()
+                stopped.set()
+
+        process.on_read = stop
+        try:
+            async with asyncio.timeout(3.0):
+                await stopped.wait()
+        except TimeoutError:
+            process.on_read = None
+            return
+        self._note("stopped_readers")
+        if self._rng.random() < 0.5:
+            self._fleet.network.hang_up(process)
+        await self._wait(0.5, 1.5, 3.0)
+        process.resume()
+
     async def _clock(self) -> None:
         """Somebody sets a wall clock."""
         node = self._any(self._fleet.workers)
@@ -156,6 +229,10 @@ class Trouble:
             disk.failing.clear()
 
     # --- Redis -------------------------------------------------------------------------------------------------------
+
+    async def _redis(self) -> None:
+        kinds = [self._redis_dies, self._redis_dies, self._redis_forgets, self._redis_hangs, self._redis_full]
+        await self._rng.choice(kinds)()
 
     async def _redis_dies(self) -> None:
         redis = self._fleet.redis

@@ -13,6 +13,7 @@ from kvstore.checksum import xxh3
 from kvstore.errors import DataError
 from kvstore.format import Record, expect
 from kvstore.holds import Placed
+from kvstore.runs import Change, Removed
 from kvstore.store import TieredStore
 from tests.sim.oracle import Oracle, Violation
 from tests.sim.shape import NAMESPACES
@@ -24,8 +25,11 @@ class Witness:
     def __init__(self, store: TieredStore) -> None:
         self.store = store
         self._held: dict[int, list[tuple[Placed, int]]] = {}  # hold -> (block, checksum of its bytes when taken)
-        holds = store.opening.holds
-        self._watch(holds)
+        self._moving: dict[tuple[str, bytes, bytes], None] = {}  # on their way to a lower tier of this worker
+        self._problems: list[str] = []
+        self._watch(store.opening.holds)
+        self._watch_moves(store.movement._carrier)
+        store.subscribe(self._changed)
 
     def _watch(self, holds: Any) -> None:
         take: Callable[..., Placed] = holds.take
@@ -42,6 +46,38 @@ class Witness:
             return end(id)
 
         holds.take, holds.end = taken, ended
+
+    def _watch_moves(self, carrier: Any) -> None:
+        carry, residency = carrier.carry, self.store.stack.residency
+
+        async def carried(ticket: Any, destination: int) -> None:
+            if destination == self.store.stack.REDIS or residency.gone(ticket.row):
+                await carry(ticket, destination)
+                return
+            header = residency.header(ticket.row)
+            id = (residency.namespace(ticket.row), header.shard, header.key)
+            self._moving[id] = None
+            try:
+                await carry(ticket, destination)
+            finally:
+                self._moving.pop(id, None)
+
+        carrier.carry = carried
+
+    def _changed(self, namespace: str, seq: int, change: Change) -> None:
+        """I4: what is on its way down is gone at no instant, unless somebody wanted it gone."""
+        if isinstance(change, Removed) and (namespace, change.shard, change.key) in self._moving:
+            self._problems.append("I4: a block was nowhere while it moved to a lower tier")
+
+    def _wanted_gone(self) -> bool:
+        """Whether blocks may have gone for another reason than room."""
+        counters = self.store.stack.counters
+        return bool(counters["purged"] or counters["corrupt"] or counters["replaced"])
+
+    def check_moves(self) -> None:
+        """I4, since the last time."""
+        if self._problems and not self._wanted_gone():
+            raise Violation(self._problems[0])
 
     def check_holds(self) -> None:
         """I2, at any moment."""
@@ -75,8 +111,7 @@ class Witness:
 
     def check_pins(self) -> None:
         """I2: what is pinned is there, unless its bytes were damaged, or it was purged, or a better copy came."""
-        counters = self.store.stack.counters
-        if counters["corrupt"] or counters["replaced"] or counters["purged"]:
+        if self._wanted_gone():
             return
         for pin in self.store.pins._pins.values():
             if any(self.store.stack.residency.gone(row) for row in pin.rows):

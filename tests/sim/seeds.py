@@ -1,0 +1,10 @@
+"""Seeds that found something, each with a sentence. They are played again with every change.
+
+What a seed holds changes with the code that runs in it, so each bug has a test of its own besides.
+"""
+
+FOUND: dict[int, str] = {
+    3: "The delta with a model's dictionary was lost on a stream, and every later block of the model was skipped.",
+    4: "A connection to a hanging worker failed after everybody had given up waiting, and its error went unseen.",
+    17: "A worker whose disk had just failed could not stop: the failed write's traceback still held its buffer.",
+}
