@@ -246,12 +246,15 @@ class RedisIndex:
 
     async def changes(self, space: Space) -> list[Change] | None:
         """What changed since the snapshot or the last call, at most CHANGES_MAX; None when that is not known any more
-        (no snapshot yet, too far behind, another incarnation): take a snapshot."""
+        (no snapshot yet, too far behind, another incarnation, an older dump): take a snapshot."""
         if space.mark is None:
             return None
         incarnation, number, last = space.mark
         keys = [space.key("meta"), space.key("changes")]
         now = await self.run(MARK, keys, [])  # before the stream is read: what it counts is in the stream
+        if now[1] < number:  # the index went back in time: Redis came up again with an older dump
+            space.mark = None
+            return None
         (reply,) = await self._call(["XREAD", "COUNT", CHANGES_MAX, "STREAMS", keys[1], last])
         if isinstance(reply, ReplyError):
             raise TierDown(f"Redis refuses: {reply}")
