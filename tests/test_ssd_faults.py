@@ -239,3 +239,18 @@ def test_direct_io_of_any_length_and_address(tmp_path: Path, system: System, nby
         assert not read_record(file, 8192 + padded(nbytes), target, spare), "beyond the end"
     source.release()
     file.close()
+
+
+def test_a_buffer_that_a_failed_write_still_refers_to_stops_nobody() -> None:
+    """As a traceback does that nobody has collected yet: closing the log must go on."""
+    bounce = Bounce()
+    buffer = bounce.take(1)
+    seen = memoryview(buffer)[:1]
+    bounce.give(buffer)
+    bounce.close()
+    assert bounce.idle_bytes == 0 and len(seen) == 1
+    crowded = Bounce(kept_bytes=0)
+    another = crowded.take(1)
+    still = memoryview(another)
+    crowded.give(another)
+    assert len(still) == len(another)

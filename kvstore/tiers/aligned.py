@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Bounce:
     def give(self, buffer: mmap.mmap) -> None:
         size = len(buffer)
         if self.idle_bytes + size > self._kept_bytes:
-            buffer.close()
+            _unmap(buffer)
             return
         self.idle_bytes += size
         self._idle.setdefault(size, []).append(buffer)
@@ -61,9 +62,15 @@ class Bounce:
     def close(self) -> None:
         for buffers in self._idle.values():
             for buffer in buffers:
-                buffer.close()
+                _unmap(buffer)
         self._idle.clear()
         self.idle_bytes = 0
+
+
+def _unmap(buffer: mmap.mmap) -> None:
+    """While the traceback of a failed read or write refers to it, its memory goes with that."""
+    with suppress(BufferError):
+        buffer.close()
 
 
 def straight(parts: Sequence[Buffer]) -> bool:
