@@ -10,8 +10,10 @@ from coordinator.registry import Registry
 from coordinator.service import CoordinatorService
 from kvstore.auth import Authenticator, load_policy
 from kvstore.config import Config
+from kvstore.metrics import coordinator_page
 from kvstore.seams import System
 from kvstore.transport.base import Server, Transport
+from kvstore.transport.http import MetricsServer
 from kvstore.wire import common_pb2
 
 TICKS_A_LEASE = 12
@@ -45,7 +47,8 @@ class CoordinatorRuntime:
             peers=peers,
             namespaces_digest=self._policy.digest,
         )
-        self._server: Server | None = None
+        self._servers: list[Server] = []
+        self.metrics_address = ""
         self._ticking: asyncio.Task[None] | None = None
 
     @property
@@ -56,8 +59,17 @@ class CoordinatorRuntime:
     async def start(self) -> None:
         """Serving when it returns. SetupError when the address can't be bound."""
         auth = Authenticator(self._policy, os.getuid())
-        self._server = await self._transport.serve(self._config.server.bind, {"Coordinator": self.service}, auth)
-        self.service.info.address = self._config.server.advertise or self._server.address
+        config = self._config.server
+        self._servers.append(await self._transport.serve(config.bind, {"Coordinator": self.service}, auth))
+        self.service.info.address = config.advertise or self._servers[0].address
+        if config.metrics_bind:
+            figures = MetricsServer(
+                lambda: coordinator_page(self.service.whole_status()),
+                lambda: self.service.whole_status().complete,
+                auth,
+            )
+            self._servers.append(await figures.start(config.metrics_bind))
+            self.metrics_address = figures.address
         self._ticking = asyncio.create_task(self._tick())
 
     async def _tick(self) -> None:
@@ -73,6 +85,6 @@ class CoordinatorRuntime:
         if ticking is not None:
             ticking.cancel()
             await asyncio.wait([ticking])
-        server, self._server = self._server, None
-        if server is not None:
+        servers, self._servers = self._servers, []
+        for server in reversed(servers):
             await server.close(self._config.server.stop_grace_s)

@@ -135,6 +135,15 @@ class CoordinatorService:
         self, request: common_pb2.StatusRequest, context: CallContext
     ) -> coordinator_pb2.CoordinatorStatus:
         """What heartbeats said; of other namespaces a client sees nothing."""
+        return self.current(context)
+
+    def whole_status(self) -> coordinator_pb2.CoordinatorStatus:
+        """What an operator sees. Pure."""
+        namespace = next(iter(self._registry.inboxes))
+        return self.current(CallContext(identity="operator", role="node", namespace=namespace, peer=""))
+
+    def current(self, context: CallContext) -> coordinator_pb2.CoordinatorStatus:
+        """`status` of now. Pure."""
         now = self._system.clock.monotonic()
         whole = context.role == "node"
         workers = []

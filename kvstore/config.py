@@ -75,6 +75,7 @@ class ServerConfig:
     tls_cert_file: str = ""  # PEM; with the key: TLS on the gRPC port
     tls_key_file: str = ""
     tls_client_ca_file: str = ""  # callers must show a certificate of this authority
+    metrics_bind: str = ""  # HOST:PORT of /metrics, /healthz and /readyz; empty: none
     node: str = ""  # a name for people; empty: the host name
     message_bytes_max: int = 8 * MIB
     calls_max: int = 256  # at a time

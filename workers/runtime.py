@@ -15,12 +15,14 @@ from kvstore.config import Config
 from kvstore.errors import SetupError
 from kvstore.identity import Identity, claim
 from kvstore.membership import Member
+from kvstore.metrics import worker_page
 from kvstore.quotas import NONE, Quotas
 from kvstore.runs import Change, Run
 from kvstore.seams import System
 from kvstore.store import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
+from kvstore.transport.http import MetricsServer
 from kvstore.wire import common_pb2, coordinator_pb2
 from workers.announcer import Announcer, Source
 from workers.draining import Draining
@@ -96,6 +98,7 @@ class WorkerRuntime:
         self._servers: list[Server] = []
         self._ticking: asyncio.Task[None] | None = None
         self._cleanup: list[str] = []  # what was started, in order
+        self.metrics_address = ""
 
     @property
     def address(self) -> str:
@@ -152,6 +155,10 @@ class WorkerRuntime:
         self._servers.append(await self._transport.serve_local(path, LocalService(self.node, self.prefetching), auth))
         self.node.socket = path
         self._cleanup.append("node")
+        if config.server.metrics_bind:
+            figures = MetricsServer(lambda: worker_page(self.node.status()), lambda: "announcer" in self._cleanup, auth)
+            self._servers.append(await figures.start(config.server.metrics_bind))
+            self.metrics_address = figures.address
         self.announcer = self._new_announcer(StoreSource(self.node), self.puller.hinted)
         self.store.subscribe(self._changed)
         self.announcer.start()

@@ -73,6 +73,7 @@ def add(commands: Any) -> None:
 def _server_flags(made: argparse.ArgumentParser) -> None:
     setting(made, "--bind", "server.bind", "HOST:PORT", "address to listen on, port 0: any")
     setting(made, "--token-file", "server.token_file", "FILE", "cluster token, needed beyond loopback")
+    setting(made, "--metrics-bind", "server.metrics_bind", "HOST:PORT", "serve /metrics, /healthz and /readyz there")
     setting(made, "--namespaces", "server.namespaces_file", "FILE", "identities and namespaces")
     setting(made, "--node", "server.node", "NAME", "name of this machine, for people")
     json_flag(made)
@@ -90,7 +91,8 @@ def run_worker(arguments: argparse.Namespace) -> int:
     runtime = WorkerRuntime(config, system, server_transport(config, system))
 
     def ready() -> dict[str, Any]:
-        return {"role": "worker", "id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}
+        said = {"role": "worker", "id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}
+        return said | ({"metrics": runtime.metrics_address} if runtime.metrics_address else {})
 
     try:
         return asyncio.run(_serve(runtime, config, arguments, ready, runtime))
@@ -108,7 +110,8 @@ def run_coordinator(arguments: argparse.Namespace) -> int:
     runtime = CoordinatorRuntime(config, system, server_transport(config, system))
 
     def ready() -> dict[str, Any]:
-        return {"role": "coordinator", "id": runtime.id, "address": runtime.address}
+        said = {"role": "coordinator", "id": runtime.id, "address": runtime.address}
+        return said | ({"metrics": runtime.metrics_address} if runtime.metrics_address else {})
 
     try:
         return asyncio.run(_serve(runtime, config, arguments, ready))
