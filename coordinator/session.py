@@ -11,7 +11,7 @@ from kvstore.convert import chunk_from_wire, delta_from_wire, entry_from_wire
 from kvstore.directory import Directory
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.membership import Accepted, Fenced, State, Unknown
-from kvstore.plan import is_redis
+from kvstore.plan import ENGINE_HOLDER, is_redis
 from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec
@@ -146,7 +146,7 @@ class Session:
     def _hints(self, worker: str) -> list[Reply]:
         """What a worker should copy or may give up first, after the view that this is good for."""
         repair = self._registry.repair
-        if is_redis(worker):
+        if is_redis(worker) or worker.startswith(ENGINE_HOLDER):
             return []
         if self._view == repair.digest:
             return repair.hints(worker)

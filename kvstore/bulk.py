@@ -62,7 +62,7 @@ class Raws:
         good = self._good_headers()
         for index in np.flatnonzero(~good).tolist():
             self._refuse(index)
-        for index in np.flatnonzero(~self.refused).tolist():
+        for index in np.flatnonzero(~self.refused).tolist() if self.asked.verify else ():
             item = self.opened[index]
             if not intact(self.asked, item.view, item.piece.copy_id):
                 item.piece.problem, self.refused[index] = "Corrupt", True
@@ -81,14 +81,15 @@ class Raws:
     def _good_headers(self) -> NDArray[np.bool_]:
         asked, first = self.asked, self.opened[0].piece
         packed = [item.block.header for item in self.opened]
+        nbytes = asked.names(first.shard)[4]
         right = [
-            len(header) == HEADER_BYTES and item.block.length == self._nbytes
+            len(header) == HEADER_BYTES and item.block.length == nbytes
             for item, header in zip(self.opened, packed, strict=True)
         ]
         if not all(right):
             return np.zeros(len(packed), bool)  # one by one: somebody answers nonsense
         rows = np.frombuffer(b"".join(packed), HEADER_DTYPE)
-        root, namespace, shard, tokens, nbytes = asked.names(first.shard)
+        root, namespace, shard, tokens, _ = asked.names(first.shard)
         keys = np.frombuffer(b"".join(item.piece.key for item in self.opened), _KEY)
         fidelity = np.minimum(rows["computed_on"], rows["stored"])
         checks = np.array([short_check(header) for header in packed], np.uint32)
@@ -104,10 +105,6 @@ class Raws:
             if good[index] and not self.opened[index].piece.begin(copy_id):
                 self.refused[index] = True
         return good
-
-    @property
-    def _nbytes(self) -> int:
-        return self.asked.names(self.opened[0].piece.shard)[4]
 
     def _refuse(self, index: int) -> None:
         item = self.opened[index]

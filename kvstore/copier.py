@@ -6,17 +6,28 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from kvstore.checksum import copy_and_checksum
-from kvstore.seams import Pool
+from kvstore.checksum import copy_and_checksum_all, prepare
+from kvstore.seams import Pool, System
 
 TURN_BYTES = 8 << 20
 
 Job = tuple[memoryview, memoryview, "asyncio.Future[int]"]
 
 
+async def prepared(system: System) -> None:
+    """Have the fast way of copying at hand. The slow one serves until then, and where a thread of its own may do it,
+    nobody waits."""
+    pool = system.pool if system.own_pool is None else system.own_pool(1)
+    try:
+        await pool.run(prepare)
+    finally:
+        if pool is not system.pool:
+            pool.close()
+
+
 def copy_all(jobs: list[Job]) -> list[int]:
     """Thread: every source into its target; the checksums."""
-    return [copy_and_checksum(source, target) for source, target, _ in jobs]
+    return copy_and_checksum_all([(source, target) for source, target, _ in jobs])
 
 
 class Copier:

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from kvstore.config import ClientConfig
 from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
@@ -94,7 +95,9 @@ class Fetch:
         self._runs: dict[Shard, list[PlanRun]] = {shard: [] for shard in self._stored}
         for run in sorted(plan.runs, key=self._distance):
             self._runs[run.shard].append(run)
-        shards = list(dict.fromkeys(need.shard for need in needs))
+        self._last: Shard | None = None
+        self._last_runs: list[PlanRun] = []
+        shards = list(dict.fromkeys(shard for shard, _ in groupby(need.shard for need in needs)))
         covers = [make_plan(plan.spec, [shard], self._stored).covers[0] for shard in shards]
         self._covers = dict(zip(shards, covers, strict=True))
         self._owners: dict[int, Need] = {}  # piece identity -> its need, while open
@@ -124,11 +127,12 @@ class Fetch:
         def have(shard: Shard) -> bool:
             return shard not in need.lost and self._next(shard, need.depth, ()) is not None
 
-        stored = need.shard in self._runs and have(need.shard)  # then nothing is better
+        stored = bool(self._runs_of(need.shard)) and have(need.shard)  # then nothing is better
         chosen = [need.shard] if stored else ways(need.shard, self._stored, self._covers[need.shard], have)
         need.failed, need.tier, need.fidelity = not chosen, None, Fidelity.EXACT
         key, spec = self._plan.keys[need.depth], self._plan.spec
-        chosen = [shard for shard in chosen if shard.overlap(need.wanted) is not None]  # only layers that are asked for
+        if need.wanted is not need.shard:  # only layers that are asked for
+            chosen = [shard for shard in chosen if shard.overlap(need.wanted) is not None]
         target = need.target
         if target.whole is None and any(span_of(spec, shard, need.wanted) is None for shard in chosen):
             need.aside = bytearray(target.nbytes)
@@ -139,10 +143,16 @@ class Fetch:
             self._owners[id(piece)] = need
         return pieces
 
+    def _runs_of(self, shard: Shard) -> list[PlanRun]:
+        """Who has a stored shard, the nearest first. Neighbours mostly share one object: its hash is taken once."""
+        if shard is not self._last:
+            self._last, self._last_runs = shard, self._runs.get(shard, [])
+        return self._last_runs
+
     def _next(self, shard: Shard, depth: int, tried: Sequence[str] | dict[str, None]) -> str | None:
         """The nearest holder of a stored block that was not tried and did not fail lately."""
         key, failed, holders = self._plan.keys[depth], self._failed, self._plan.holders
-        for run in self._runs[shard]:
+        for run in self._runs_of(shard):
             holder = run.holder
             if not run.first_depth <= depth < run.first_depth + run.count or holder in tried:
                 continue
@@ -219,8 +229,11 @@ class Fetch:
         limit = max(1, self._config.inflight_bytes_max // 4)
         batches: list[list[Piece]] = [[]]
         nbytes = 0
+        last: Shard | None = None
+        size = 0
         for piece in pieces:
-            size = self._sizes[piece.shard]
+            if piece.shard is not last:
+                last, size = piece.shard, self._sizes[piece.shard]
             if batches[-1] and (nbytes + size > limit or len(batches[-1]) >= CALL_BLOCKS_MAX):
                 batches.append([])
                 nbytes = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
-from kvstore.copier import Copier
+from kvstore.copier import Copier, prepared
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.header import Header
 from kvstore.layout import block_bytes
@@ -32,6 +32,11 @@ class Putting:
         self.movement = movement
         self.copier = Copier(stack.system.pool, stack.config.threads)
         self._puts: dict[BlockId, asyncio.Future[None]] = {}
+        self._preparing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to prepare what makes copies fast. Mutates; never waits."""
+        self._preparing = asyncio.get_running_loop().create_task(prepared(self.stack.system))
 
     @property
     def busy(self) -> bool:
@@ -136,3 +141,6 @@ class Putting:
         """Wait for what is being copied: at most one block each."""
         while self._puts:
             await asyncio.wait(list(self._puts.values()))
+        preparing, self._preparing = self._preparing, None
+        if preparing is not None:
+            await preparing

@@ -124,6 +124,7 @@ class TieredStore:
             raise
         self.movement.growth.poke()
         self.movement.pump()
+        self.putting.start()
 
     def _take_in(self, recovered: Sequence[Recovered]) -> None:
         """What the SSD tier kept from an earlier process. Others learn of it by snapshot."""
@@ -281,6 +282,13 @@ class TieredStore:
         """Blocks held of one namespace."""
         residency = self.stack.residency
         return sum(len(residency.keys(namespace, shard)) for shard in residency.shards(namespace))
+
+    def roomy(self, namespace: str) -> bool:
+        """Whether one more block evicts nobody: the slowest local tier is below its high watermark, and the namespace
+        below its quota of it. Pure."""
+        residency, level = self.stack.residency, self.stack.REDIS - 1
+        below = residency.used[level] < self.config.high_watermark * residency.levels[level].capacity
+        return below and self.stack.quota.over(namespace, level, 1) <= 0
 
     def quotas(self, namespace: str) -> Quotas:
         """What bounds a namespace here, beside the worker's own bounds. Pure."""

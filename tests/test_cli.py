@@ -13,6 +13,7 @@ from kvstore.cli.main import main, parser
 from tests.fleet_helpers import Running, json_of, kvstore, one_line
 
 LISTED = ("up", "down", "status", "doctor", "demo", "worker", "coordinator", "replay", "purge", "inspect", "bench")
+LISTED += ("drain",)
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -60,6 +61,10 @@ def test_help_gives_examples(capsys: pytest.CaptureFixture[str], name: str) -> N
         (("coordinator", "--bind", "0.0.0.0:0"), "--token-file"),
         (("coordinator", "--config", "absent.toml"), "cannot read the configuration absent.toml"),
         (("purge", "--root", "xyz"), "32 hexadecimal digits"),
+        (("purge", "--revision", "v1"), "give --root, or --model"),
+        (("drain",), "WORKER"),
+        (("drain", "w", "--timeout", "-1"), "give seconds"),
+        (("drain", "w", "--coordinators", "127.0.0.1:1"), "no coordinator answers at 127.0.0.1:1"),
         (("inspect", "absent"), "absent is no folder"),
         (("status", "--coordinators", "127.0.0.1:1"), "no coordinator answers at 127.0.0.1:1"),
         (("purge", "--coordinators", "127.0.0.1:1"), "no coordinator answers at 127.0.0.1:1"),
@@ -133,6 +138,8 @@ def test_a_worker_starts_announces_and_stops_cleanly(folder: Path, tmp_path: Pat
             assert os.path.exists(worker.ready["socket"])
             report = json_of(kvstore(folder, "status", "--json", *where))
             (row,) = report["workers"]
+            unknown = kvstore(folder, "drain", "nobody", *where)
+            assert unknown.returncode == 2 and worker.ready["id"] in one_line(unknown.stderr)
             assert set(row) == {"id", "epoch", "node", "state", "tiers"}
             assert (row["id"], row["node"], row["state"]) == (worker.ready["id"], "here", "alive")
             assert {"hot", "host"} <= set(row["tiers"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,15 @@ from kvstore.keys import Chain
 from kvstore.placement import rank
 from kvstore.spec import Shard
 from tests.service_cluster import MiniCluster, blocks_of, check, found
-from tests.service_helpers import prompt, until
+from tests.service_helpers import prompt
+from tests.service_helpers import until as within
 from workers.runtime import WorkerRuntime
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Patient: on a busy machine leases of 0.6 s run out, and every such change of the members begins a repair anew."""
+    await within(condition, what, 40.0)
+
 
 TWO = "[namespaces.default]\ncopies = 2\n"
 

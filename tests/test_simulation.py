@@ -42,7 +42,7 @@ def test_the_histories_held_what_they_should() -> None:
         assert SEEN[fault] >= 1, f"{fault}: {SEEN}"
     for tier in ("hot", "host", "ssd", "redis"):
         assert SEEN[f"blocks_{tier}"] >= 1, f"{tier}: {SEEN}"
-    for work in ("assembled", "pinned", "lonely_hits"):
+    for work in ("assembled", "pinned", "lonely_hits", "pulled", "marked", "over_quota"):
         assert SEEN[work] >= 10, f"{work}: {SEEN}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvstore.types import Tier
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import shard_from_wire
 from tests.service_cluster import blocks_of, check
-from tests.service_helpers import FULL, LARGE, prompt, until
+from tests.service_helpers import FULL, LARGE, TWO_GROUPS, prompt, until
 from tests.worker_met import SIZE, Met, get_request, meeting, put_block, put_header, raw
 
 
@@ -163,7 +164,7 @@ async def test_bytes_in_flight_are_bounded(met: Met) -> None:
     prefix = prompt(7, 3)
     client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
     await client.put(FULL, prefix, blocks_of(prefix))
-    met.worker.node.sending.capacity = 2 * SIZE
+    met.worker.node.sending.capacity = met.worker.node.sending.waiting_max = 2 * SIZE
     with pytest.raises(BadRequest):
         await met.get(get_request(prefix, 3))
     async with met.worker.node.sending.hold(SIZE, "default", 1.0):
@@ -176,6 +177,27 @@ async def test_bytes_in_flight_are_bounded(met: Met) -> None:
     met.worker.node.receiving.capacity = SIZE - 1
     with pytest.raises(Overloaded):
         await met.put(put_header(put_block(prompt(8, 1), 0)), frames.encode(None, [bytes(SIZE)]))
+
+
+async def test_purge_by_model_and_revision(met: Met) -> None:
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    for revision in ("v1", "v2"):
+        spec = replace(FULL, revision=revision)
+        prefix = prompt(10, 3, spec)
+        await client.put(spec, prefix, blocks_of(prefix))
+    other = prompt(10, 2, TWO_GROUPS)
+    await client.put(TWO_GROUPS, other, blocks_of(other))
+
+    async def purged(**what: str) -> int:
+        return int((await met.call("Purge", worker_pb2.PurgeRequest(**what))).blocks)
+
+    assert await purged(model=FULL.model, revision="v3") == 0
+    assert await purged(model=FULL.model, revision="v2") == 3
+    assert await purged(model=FULL.model) == 3
+    assert met.held() == 2, "another model stays"
+    for wrong in ({"revision": "v1"}, {"model": "full", "root": bytes(16)}):
+        with pytest.raises(BadRequest):
+            await met.call("Purge", worker_pb2.PurgeRequest(**wrong))
 
 
 async def test_status_purge_probe(met: Met) -> None:

@@ -88,17 +88,15 @@ class LocalService(PinCalls):
                 reply.blocks.append(worker_pb2.OpenBlock(state=worker_pb2.BLOCK_MISSING))
                 continue
             self._share(placed, peer, reply, context)
-            reply.blocks.append(
-                worker_pb2.OpenBlock(
-                    state=worker_pb2.BLOCK_FOUND,
-                    tier=int(placed.tier),  # type: ignore[arg-type]
-                    segment=placed.segment_id,
-                    offset=placed.offset,
-                    length=placed.length,
-                    generation=placed.generation,
-                    raw=placed.raw,
-                    header=placed.header.pack(),
-                )
+            reply.blocks.add(
+                state=worker_pb2.BLOCK_FOUND,
+                tier=int(placed.tier),
+                segment=placed.segment_id,
+                offset=placed.offset,
+                length=placed.length,
+                generation=placed.generation,
+                raw=placed.raw,
+                header=placed.header.pack(),
             )
         reply.blocks.extend([worker_pb2.OpenBlock(state=worker_pb2.BLOCK_LATER)] * (len(wanted) - now))
         return reply

@@ -177,7 +177,11 @@ class Puller:
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            await self.pull(self._next())
+            job = self._next()
+            if self._node.store.roomy(job.namespace):
+                await self.pull(job)
+            else:
+                self.counters["pulls_vetoed"] += 1  # a second copy is not worth somebody's only one
 
     def _next(self) -> Job:
         """The job whose turn it is, out of the line. There is one. Mutates."""
@@ -196,13 +200,10 @@ class Puller:
 
     async def pull(self, job: Job) -> Tally:
         """Copy what is missing here of a group; one flight for all who ask at a time. Never raises for a peer."""
-        flight = self._flights.get(job.name)
-        if flight is not None:
+        while (flight := self._flights.get(job.name)) is not None:
             await asyncio.wait([flight])  # it may have been asked for fewer blocks: look again
-        flight = self._flights.get(job.name)
-        if flight is None:
-            flight = self._flights[job.name] = asyncio.create_task(self._pull(job))
-            flight.add_done_callback(lambda done: self._flights.pop(job.name, None))
+        flight = self._flights[job.name] = asyncio.create_task(self._pull(job))
+        flight.add_done_callback(lambda done: self._flights.pop(job.name))
         return await asyncio.shield(flight)
 
     async def _pull(self, job: Job) -> Tally:

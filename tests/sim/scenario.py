@@ -169,6 +169,10 @@ class Scenario:
             raise Violation(f"I6: after a minute of peace {wrong or 'a coordinator says it is incomplete'}")
         await self._idle()
         self.checks.blocks()
+        for worker in fleet.live_workers():
+            self.seen["pulled"] += worker.node.counters["pulled_blocks"]
+            self.seen["marked"] += worker.node.counters["marked_secondary"]
+            self.seen["over_quota"] += worker.store.use("other").evicted
         self.seen["blocks_at_the_end"] += sum(w.store.blocks("default") for w in fleet.live_workers())
 
     async def _idle(self) -> None:

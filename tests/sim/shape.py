@@ -91,7 +91,7 @@ class Shape:
         """Of every coordinator."""
         return Config(
             server=ServerConfig(bind=f"127.0.0.1:{PORT}", coordinators=coordinators, namespaces_file=NAMESPACES_FILE),
-            coordinator=CoordinatorConfig(lease_s=self.lease_s),
+            coordinator=CoordinatorConfig(lease_s=self.lease_s, hint_again_s=1.0),
         )
 
 
