@@ -31,6 +31,10 @@ class CodecRules:
     layers: tuple[tuple[int, int, str], ...] = ()
     planes: Mapping[Tier, int] = field(default_factory=dict)
 
+    def names(self, default: str) -> set[str]:
+        """Every codec that may be used."""
+        return {self.codec or default, *(name for _, _, name in self.layers)}
+
     def planes_in(self, tier: Tier) -> int:
         return self.planes.get(tier, PLANES_MAX)
 
@@ -59,7 +63,7 @@ def parse(table: Mapping[str, Any], where: str) -> CodecRules:
     if codec != "" and codec not in NAMES:
         raise ConfigError(f"{where}.codec = {codec!r}: one of {', '.join(NAMES)}")
     rules = CodecRules(least, codec, _layers(table, where), _planes(table, where))
-    names = {rules.codec or "lossless", *(name for _, _, name in rules.layers)}
+    names = rules.names("lossless")
     for tier in PLANE_TIERS.values():
         for name in sorted(names):
             worst = rules.fidelity_in(tier, (codec_for(name, _EXAMPLE),))

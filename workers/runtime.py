@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvstore.announce import Outbox
 from kvstore.auth import Authenticator, Policy, load_policy, node_credentials
 from kvstore.catalog import Catalog
+from kvstore.codecs.batch import ready
 from kvstore.config import Config
 from kvstore.errors import SetupError
 from kvstore.identity import Identity, claim
@@ -138,6 +139,8 @@ class WorkerRuntime:
             codecs={name: rules.codecs for name, rules in self._policy.namespaces.items()},
         )
         self._cleanup.append("store")
+        used = {n for rules in self._policy.namespaces.values() for n in rules.codecs.names(config.store.codec)}
+        await system.pool.run(ready, used)
         await self.store.start()
         shared = len(self._policy.namespaces) > 1
         self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest, shared=shared)

@@ -74,7 +74,10 @@ def has_encoder() -> bool:
 @cache
 def _encoder() -> tuple[object, object]:
     from transformers import AutoTokenizer, BertModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     spec = find_spec(ENCODER)
     assert spec is not None and spec.origin is not None
     folder = str(Path(spec.origin).parent / "model")

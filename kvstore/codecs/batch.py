@@ -15,7 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.codecs import general
-from kvstore.codecs.registry import BY_FORM_ID, FAST, FORM_IDS, INT4, INT8, NESTED, QUANTISED, RAW, SPLIT, fallbacks
+from kvstore.codecs.registry import (
+    BY_FORM_ID,
+    FAST,
+    FORM_IDS,
+    INT4,
+    INT8,
+    NESTED,
+    QUANTISED,
+    RAW,
+    SPLIT,
+    codec_for,
+    fallbacks,
+)
 from kvstore.errors import Corrupt, UnknownFormat
 from kvstore.layout import Chunk, V
 from kvstore.types import Buffer
@@ -71,6 +83,20 @@ def backend() -> Backend:
 
         return Torch()
     raise UnknownFormat("this chunk's codec needs numba or torch: install one of them")
+
+
+def ready(names: Iterable[str]) -> None:
+    """Compile, or load, what bf16 blocks of these configured names need: a compiler at work holds up all the rest."""
+    zeros = bytes(2 * 64 * 64)
+    for codec in sorted({codec_for(name, QUANTISED) for name in names}):
+        piece = Chunk(0, V, 0, 1, 0, len(zeros), (64, 1, 64), 2, QUANTISED)
+        [planes] = encode(memoryview(zeros), [piece], [codec])
+        data, spans = b"", []
+        for plane in planes:
+            spans.append((len(data), len(plane.data)))
+            data += plane.data
+        coded = Coded(piece, planes[0].codec, planes[0].params, tuple(spans))
+        decode(memoryview(data), [coded], memoryview(bytearray(len(zeros))))
 
 
 # ---- sizes

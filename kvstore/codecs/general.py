@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import struct
+import sys
 import threading
+from types import ModuleType
 
 import lz4.block
 import numpy as np
@@ -21,7 +23,7 @@ PLANE_RAW, PLANE_ZSTD = 0, 1
 _PLANE = struct.Struct("<BI")
 
 SAMPLES = 4
-SAMPLE_BYTES = 2048
+SAMPLE_BYTES = 512
 LEAST_GAIN = 0.03
 """A plane is compressed only where a sample shrinks by more than this: zstd on noise costs more than it saves."""
 
@@ -101,10 +103,24 @@ def _gains(plane: NDArray[np.uint8]) -> bool:
     return len(_compressor().compress(sample)) < len(sample) * (1 - LEAST_GAIN)
 
 
+def _loops() -> ModuleType | None:
+    """Compiled loops over pairs, where numba is there already: for numpy's it is not worth importing."""
+    if "numba" not in sys.modules:
+        return None
+    from kvstore.kernels import planes
+
+    return planes
+
+
 def _split(raw: memoryview, itemsize: int) -> list[NDArray[np.uint8]]:
     """Plane i holds byte i of every element, least significant first. Pairs go by shifts, three times as fast."""
     if itemsize == 2:
-        pairs = np.frombuffer(raw, "<u2", len(raw) // 2)
+        pairs, loops = np.frombuffer(raw, "<u2", len(raw) // 2), _loops()
+        if loops is not None:
+            pairs.flags.writeable = False
+            planes = [np.empty(pairs.size, np.uint8), np.empty(pairs.size, np.uint8)]
+            loops.split(pairs, *planes)
+            return planes
         return [pairs.astype(np.uint8), (pairs >> 8).astype(np.uint8)]
     elements = np.frombuffer(raw, np.uint8, len(raw) // itemsize * itemsize).reshape(-1, itemsize)
     return [np.ascontiguousarray(elements[:, index]) for index in range(itemsize)]
@@ -114,7 +130,10 @@ def _join(planes: list[NDArray[np.uint8]], target: memoryview) -> None:
     """Inverse of `_split`; leaves the bytes after the last whole element alone."""
     itemsize = len(planes)
     if itemsize == 2:
-        pairs = np.frombuffer(target, "<u2", len(target) // 2)
+        pairs, loops = np.frombuffer(target, "<u2", len(target) // 2), _loops()
+        if loops is not None:
+            loops.join(*map(_read_only, planes), pairs)
+            return
         np.bitwise_or(planes[0], planes[1].astype("<u2") << 8, out=pairs)
         return
     elements = np.frombuffer(target, np.uint8, len(target) // itemsize * itemsize).reshape(-1, itemsize)
@@ -122,19 +141,29 @@ def _join(planes: list[NDArray[np.uint8]], target: memoryview) -> None:
         elements[:, index] = plane
 
 
-def encode_split(raw: memoryview, itemsize: int) -> bytes:
-    """The dense codec's bytes, however many they are. Every compressed plane is read back and compared."""
+def _read_only(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    view = plane.view()
+    view.flags.writeable = False  # kernels are compiled once, for that
+    return view
+
+
+def encode_split(raw: memoryview, itemsize: int, *, verify: bool = True) -> bytes:
+    """The dense codec's bytes, however many they are. `verify`: every compressed plane is read back and compared."""
     head: list[bytes] = []
     planes: list[Buffer] = []
     for plane in _split(raw, itemsize):
         method, stored = PLANE_RAW, plane.data
         if _gains(plane):
             packed = memoryview(_compressor().compress(plane.data))
-            if len(packed) < plane.size and _unzstd(packed, plane.size, "plane") == plane.data:  # verified: it is cheap
+            if len(packed) < plane.size and (not verify or _same(packed, plane)):
                 method, stored = PLANE_ZSTD, packed
         head.append(_PLANE.pack(method, len(stored)))
         planes.append(stored)
     return b"".join((*head, *planes, raw[len(raw) // itemsize * itemsize :]))
+
+
+def _same(packed: memoryview, plane: NDArray[np.uint8]) -> bool:
+    return np.array_equal(np.frombuffer(_unzstd(packed, plane.size, "plane"), np.uint8), plane)
 
 
 def decode_split(stored: memoryview, target: memoryview, itemsize: int) -> None:
