@@ -24,6 +24,7 @@ TABLES_MAX = 65535
 SLOT_BYTES = 32
 _FILL_MIN = 0.42  # of the slots, in the mean
 _HUGE = 2 << 20
+_BITS = 63  # of a number that the kernels fill
 _WARM: list[bool] = []
 
 
@@ -46,7 +47,7 @@ def prepare() -> None:
             table.prefix(keys, 1, Fidelity.EXACT)
             slots = table.held(keys, 1, Fidelity.EXACT)[0]
             table.spans(slots, 0, Fidelity.EXACT, 1)
-            table.owners(keys, 1)
+            table.shares(keys, 1)
         table.status[1] = 4
         table.count_dead(1)
         table.sweep(1)
@@ -98,7 +99,7 @@ class BlockTable:
         state[directory.SEED] = seed
         self._report = np.zeros(3, np.int64)
         self._spans = np.empty((1024, 4), np.int64)
-        self._pairs = np.empty((1024, 2), np.int64)
+        self._pairs = np.empty((64, 2), np.int64)
 
     def apply(self, keys: Array, runs: Array, owner: int, room: int) -> tuple[int, int, int]:
         """An owner's changes in order, as `kernels.directory.apply` has them: copies (new, removed, refused)."""
@@ -173,11 +174,15 @@ class BlockTable:
         copies: list[int] = found[:count].tolist()
         return copies
 
-    def owners(self, keys: Array, table: int) -> list[list[int]]:
-        """[index of the key, owner] of all copies of the keys, visible or not."""
-        while (count := self._lookups.owners(self._arrays, keys, table, self._pairs)) < 0:
-            self._pairs = np.empty((2 * len(self._pairs), 2), np.int64)
-        found: list[list[int]] = self._pairs[:count].tolist()
+    def shares(self, keys: Array, table: int) -> dict[int, int]:
+        """Owner -> bitmap of the keys that it has a copy of, bit i for key i, visible or not."""
+        found: dict[int, int] = {}
+        for first in range(0, len(keys), _BITS):
+            some = keys[first : first + _BITS]
+            while (count := self._lookups.shares(self._arrays, some, table, self._pairs)) < 0:
+                self._pairs = np.empty((2 * len(self._pairs), 2), np.int64)
+            for owner, bits in self._pairs[:count].tolist():
+                found[owner] = found.get(owner, 0) | bits << first
         return found
 
     def of_owner(self, owner: int) -> Iterator[tuple[int, bytes, int]]:

@@ -112,7 +112,7 @@ class CoordinatorConfig:
     match_keys_max: int = 16_384
     match_wait_max_s: float = 0.1
     workers_max: int = 4096
-    repair_groups: int = 256  # placement groups looked at in one tick, a twelfth of a lease
+    repair_groups: int = 128  # placement groups looked at in one tick, a twelfth of a lease
     repair_groups_max: int = 1_000_000  # remembered, of namespaces that want more than one copy
     repair_round_s: float = 60.0  # all of them are looked at so often, and when the members change
     hints_max: int = 64  # with one heartbeat's answer

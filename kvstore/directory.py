@@ -233,13 +233,14 @@ class Directory:
 
     def shares(self, shard: bytes, keys: Sequence[bytes]) -> dict[str, int]:
         """Holder -> bitmap of the blocks that it has, bit i for key i. Holders that are hidden too. O(len(keys))."""
-        found: dict[int, int] = {}
         packed = key_array(keys)
+        found: dict[str, int] = {}
         for table in self._spaces.of_shard(shard):
-            for index, owner in self._blocks.owners(packed, table.number):
-                found[owner] = found.get(owner, 0) | 1 << index
-        named = {owner: self._lives.name(owner) for owner in found}
-        return {name: found[owner] for owner, name in named.items() if self._is_current(name, owner)}
+            for owner, bits in self._blocks.shares(packed, table.number).items():
+                name = self._lives.name(owner)
+                if self._is_current(name, owner):
+                    found[name] = found.get(name, 0) | bits
+        return found
 
     def _is_current(self, name: str, owner: int) -> bool:
         life = self._holders.get(name)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.placement import rank
 from kvstore.runs import Run
-from kvstore.types import KEY_BYTES, pack_keys
+from kvstore.types import KEY_BYTES, Keys, pack_keys
 
 Shares = Mapping[str, int]
 """Holder -> bitmap of a group's keys that it has, bit i for key i."""
@@ -83,13 +83,13 @@ class _Group:
     root: bytes
     shard: bytes
     id: bytes
-    keys: bytearray
+    keys: bytes  # back to back
     block_bytes: int
     at: int  # index in the round
     bare_at: float | None = None  # since when some of its keys are nobody's
     told_at: float = float("-inf")  # when pulls were hinted first, of those that may be under way
     told: int = 0  # keys whose pull was hinted since
-    marked: dict[str, int] = field(default_factory=dict)  # holder -> keys it was told to be secondary
+    marked: dict[str, int] | None = None  # holder -> keys it was told to be secondary
 
 
 class Replicas:
@@ -133,15 +133,13 @@ class Replicas:
             if len(self._groups) >= self.groups_max:
                 self.refused += 1
                 return
-            group = _Group(run.root, run.shard, run.group, bytearray(packed), run.stored_bytes, len(self._round))
+            group = _Group(run.root, run.shard, run.group, packed, run.stored_bytes, len(self._round))
             self._groups[name] = group
             self._round.append(group)
             self._shards[run.shard] = None
         elif group.keys != packed:
-            known = set(_keys(group.keys))
-            for key in run.keys:
-                if key not in known:
-                    group.keys += key
+            known = set(Keys(group.keys))
+            group.keys += b"".join(key for key in run.keys if key not in known)
         self._due[name] = None
 
     def asked(self, group: bytes) -> None:
@@ -190,7 +188,7 @@ class Replicas:
         found: list[Pull | Mark],
     ) -> bool:
         """Whether members had to be ranked."""
-        keys = _keys(group.keys)
+        keys = Keys(group.keys)
         have = shares(group.shard, keys)
         held = 0
         for mine in have.values():
@@ -265,10 +263,11 @@ class Replicas:
     ) -> list[Mark]:
         """Copies beyond the wanted number are those of the lowest ranked. Only what changed is told. Mutates."""
         marks: list[Mark] = []
+        marked = group.marked or {}
         first: list[int] = []
         for member in ranked:
             mine = live.get(member, 0)
-            before = group.marked.get(member, 0)
+            before = marked.get(member, 0)
             if not mine and not before:
                 continue
             secondary = mine & _at_least(first, wanted)
@@ -277,13 +276,14 @@ class Replicas:
                 marks.append(Mark(member, group.shard, _packed(keys, secondary & ~before), True))
             if before & mine & ~secondary:
                 marks.append(Mark(member, group.shard, _packed(keys, before & mine & ~secondary), False))
-            group.marked.pop(member, None)
+            marked.pop(member, None)
             if secondary:
-                group.marked[member] = secondary
-        for member in [member for member in group.marked if member not in live]:
-            del group.marked[member]
+                marked[member] = secondary
+        for member in [member for member in marked if member not in live]:
+            del marked[member]
         self._marked.pop((group.shard, group.id), None)
-        if group.marked:
+        group.marked = marked or None
+        if marked:
             self._marked[group.shard, group.id] = None
         return marks
 
@@ -294,21 +294,21 @@ class Replicas:
         self.again()
         for name in self._marked:
             if name in self._groups:
-                self._groups[name].marked.clear()
+                self._groups[name].marked = None
         self._marked.clear()
 
     def forget_marks(self, member: str) -> None:
         """It no longer knows what it was told (another life): it is told again. Mutates. O(marked)."""
         for name in self._marked:
             group = self._groups.get(name)
-            if group is not None and group.marked.pop(member, None) is not None:
+            if group is not None and group.marked is not None and group.marked.pop(member, None) is not None:
                 self._due[name] = None
 
     def _prune(self, group: _Group, held: int) -> bool:
         """Forget keys that nobody has any more; look again if any are left. Mutates."""
-        kept = bytearray(_packed(_keys(group.keys), held))
+        kept = _packed(Keys(group.keys), held)
         name = (group.shard, group.id)
-        group.marked.clear()
+        group.marked = None
         group.told = 0
         self._marked.pop(name, None)
         if kept:
@@ -329,15 +329,10 @@ class Replicas:
         assert len(self._round) == len(self._groups) <= max(self.groups_max, 0)
         for index, group in enumerate(self._round):
             assert group.at == index and self._groups[group.shard, group.id] is group
-            keys = _keys(group.keys)
+            keys = Keys(group.keys)
             assert keys and len(set(keys)) == len(keys), "a key twice in one group"
         assert sum(self._hot.values()) == self.hot_bytes <= max(self.copies.hot_bytes, 0)
         assert self._left <= len(self._round)
-
-
-def _keys(packed: bytes | bytearray) -> list[bytes]:
-    data = bytes(packed)
-    return [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
 
 
 def _packed(keys: Sequence[bytes], mask: int) -> bytes:

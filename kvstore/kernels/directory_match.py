@@ -135,9 +135,9 @@ def spans(a: Arrays, slots: Array, depth: Int, worst: Int, copies: Int, out: Arr
 
 
 @jit
-def owners(a: Arrays, keys: Array, table: Int, out: Array) -> Int:
-    """(index of the key, owner) of every copy of the keys, visible or not: `out` int64 [m, 2]. How many; -1 where they
-    do not fit."""
+def shares(a: Arrays, keys: Array, table: Int, out: Array) -> Int:
+    """Per owner of copies of at most 63 keys, visible or not, a bitmap of the keys it has: `out` int64 [m, 2] receives
+    (owner, bits). How many; -1 where they do not fit."""
     count = 0
     for at in range(len(keys)):
         slot = seek(a, keys[at, 0], keys[at, 1], table)
@@ -145,10 +145,15 @@ def owners(a: Arrays, keys: Array, table: Int, out: Array) -> Int:
             continue
         copy, link = np.int64(a.words[slot, FIRST]), np.int64(-1)
         while copy != 0:
-            if count == len(out):
-                return -1
-            out[count, 0], out[count, 1] = at, (copy >> OWNER_SHIFT) & OWNER_MASK
-            count += 1
+            owner, row = (copy >> OWNER_SHIFT) & OWNER_MASK, 0
+            while row < count and out[row, 0] != owner:
+                row += 1
+            if row == count:
+                if count == len(out):
+                    return -1
+                out[row, 0], out[row, 1] = owner, 0
+                count += 1
+            out[row, 1] |= np.int64(1) << at
             if link < 0:
                 copy, link = np.int64(a.words[slot, SECOND]), np.int64(a.words[slot, NEXT])
             elif link == 0:
