@@ -190,7 +190,7 @@ Sections = Mapping[str, Mapping[str, object]]
 """section -> field -> value: the shape of the TOML file and of overrides."""
 
 CODECS = ("lossless", "dense", "lz4", "zstd", "raw")
-POLICIES = ("lru", "s3fifo")
+POLICIES = ("default", "lru", "s3fifo", "arc")
 _ZERO_OK = {
     "store.ssd_write_bytes_day",
     "store.hot_bytes",

@@ -15,15 +15,21 @@ from typing import Protocol
 
 import numpy as np
 
+from kvstore.arc import Arc
 from kvstore.errors import ConfigError
 from kvstore.s3fifo import S3Fifo
+from kvstore.usage import Hint, Use
 
 Eligible = Callable[[int], bool]
 
 
 class Policy(Protocol):
-    def admit(self, row: int, ident: int, nbytes: int) -> None:
-        """A block came to this level. `ident`: 64 bits of its key and shard; `nbytes`: what it takes here. Mutates."""
+    def begin(self, use: Use, now_s: float) -> None:
+        """A request begins: what comes and is used from now on belongs to it. `now_s` rises. Mutates."""
+
+    def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
+        """A block came to this level. `ident`: 64 bits of its key and shard; `nbytes`: what it takes here; `above`: its
+        parent's ident, 0 for none; `depth`: blocks before it in its prompt. Mutates."""
 
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
@@ -35,7 +41,10 @@ class Policy(Protocol):
         """What `eligible` says of it may have changed. Mutates."""
 
     def next(self, row: int) -> None:
-        """Hint: nobody can reach it any more, it goes before all others. Mutates."""
+        """Nobody can reach it any more, it goes before all others. Mutates."""
+
+    def hint(self, row: int, hint: Hint) -> None:
+        """What a caller says of the request that used it last. Mutates."""
 
     def victim(self, eligible: Eligible) -> int | None:
         """The eligible row to leave next, None where there is none. The answer stays until something changes."""
@@ -76,7 +85,13 @@ class Lru:
         self._reach = 0  # every row with a tick up to here is in the run, in the heap, aside, or gone
         self._heap: list[int] = []  # tick << ROW_BITS | row; void where the tick is another one now, or the row aside
 
-    def admit(self, row: int, ident: int, nbytes: int) -> None:
+    def begin(self, use: Use, now_s: float) -> None:
+        """Recency alone counts."""
+
+    def hint(self, row: int, hint: Hint) -> None:
+        """Recency alone counts."""
+
+    def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
         if row >= len(self._tick):
             grown = max(64, row + 1 - len(self._tick), len(self._tick) // 8)
             self._tick.frombytes(b"\xff" * (8 * grown))
@@ -171,11 +186,27 @@ class Lru:
         self._heap.clear()
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru, "s3fifo": S3Fifo}
+POLICIES = ("default", "lru", "s3fifo", "arc")
+GHOST_BYTES = 64 << 20
+
+
+def make_policies(name: str, levels: int = 1, ghost_bytes: int = GHOST_BYTES) -> tuple[Policy, ...]:
+    """Fresh policies by their configured name, one for each level of a worker; those of `default` learn together.
+
+    `ghost_bytes`: memory for what it remembers of evicted blocks. ConfigError for an unknown name.
+    """
+    if name == "default":
+        from kvstore.learned import Learned  # numba takes its time, so only whoever needs it waits
+        from kvstore.learning import Learning
+
+        learning = Learning(ghost_bytes)
+        return tuple(Learned(learning) for _ in range(levels))
+    makers: dict[str, Callable[[], Policy]] = {"lru": Lru, "s3fifo": S3Fifo, "arc": Arc}
+    if name not in makers:
+        raise ConfigError(f"policy is {name!r}: give one of {', '.join(POLICIES)}")
+    return tuple(makers[name]() for _ in range(levels))
 
 
 def make_policy(name: str) -> Policy:
-    """A fresh policy by its configured name. ConfigError for an unknown one."""
-    if name not in POLICIES:
-        raise ConfigError(f"policy is {name!r}: give one of {', '.join(POLICIES)}")
-    return POLICIES[name]()
+    """The policy of a single level."""
+    return make_policies(name)[0]

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
+from kvstore.usage import Hint, Use
+
 ABSENT = -1
 FIRST_TICK = 1 << 40  # `next` counts down from here, queues count up
 ROW_BITS = 32
@@ -42,7 +44,13 @@ class S3Fifo:
         self._doomed: list[int] = []  # heap: who was hinted
         self._ghosts: dict[int, None] = {}  # identities, oldest first
 
-    def admit(self, row: int, ident: int, nbytes: int) -> None:
+    def begin(self, use: Use, now_s: float) -> None:
+        """Uses alone count."""
+
+    def hint(self, row: int, hint: Hint) -> None:
+        """Uses alone count."""
+
+    def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
         if row >= len(self._tick):
             grown = max(64, row + 1 - len(self._tick), len(self._tick) // 8)
             self._tick.frombytes(b"\xff" * (8 * grown))

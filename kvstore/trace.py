@@ -31,6 +31,7 @@ class Request:
     input_tokens: int
     output_tokens: int
     hash_ids: tuple[int, ...]
+    finish: str = ""  # how the output ended, where the trace tells
 
 
 def read_trace(path: str | Path, requests_max: int | None = None) -> Iterator[Request]:
@@ -92,7 +93,10 @@ def _request(line: str, where: str) -> Request:
         if isinstance(value, bool) or not whole or not 0 <= value < 1 << 53:
             raise UsageError(f"{where}: {key} is {value!r}, not a number of at least 0")
         numbers.append(value)
-    return Request(float(numbers[0]), int(numbers[1]), int(numbers[2]), _hash_ids(fields["hash_ids"], where))
+    finish = fields.get("finish", "")
+    if not isinstance(finish, str):
+        raise UsageError(f"{where}: finish is {finish!r}, not a string")
+    return Request(float(numbers[0]), int(numbers[1]), int(numbers[2]), _hash_ids(fields["hash_ids"], where), finish)
 
 
 def _hash_ids(ids: object, where: str) -> tuple[int, ...]:
