@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvstore.client import GetResult, KVClient
+from kvstore.client import NO_HINT, GetResult, KVClient
 from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, KVStoreError, SetupError
 from kvstore.getting import Buffers
@@ -26,6 +26,7 @@ from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store_blocks import PutResult
 from kvstore.types import CommitToken, Fidelity
+from kvstore.usage import Hint, Use
 
 T = TypeVar("T")
 
@@ -148,6 +149,12 @@ class EngineClient:
         return self._submit(
             lambda: self.client.put(spec, prefix, blocks, first, shard, computed_on, timeout_s=timeout_s)
         )
+
+    def submit_hint(
+        self, spec: ModelSpec, prefix: Chain | Tokens, hint: Hint = NO_HINT, *, use: Use | None = None
+    ) -> int | None:
+        """A ticket for the number of blocks that the workers hold of it: see `KVClient.hint`."""
+        return self._submit(lambda: self.client.hint(spec, prefix, hint, use=use))
 
     def submit_work(self, work: Callable[[KVClient], Awaitable[T]]) -> Future[T] | None:
         """Several calls of the client as one operation, in its loop: the future ends with it (poll that, there is no

@@ -127,12 +127,13 @@ class Replay:
                 self.outcome.hits += leading
                 self.outcome.asked += len(blocks)
             self.outcome.accesses += len(blocks)
-            policy.begin(self._use(request, len(blocks)), trace.times[request])
+            here = [block for block in reversed(blocks) if present[block]]
+            policy.begin(self._use(request, len(blocks)), trace.times[request], here)
             self._access(blocks)
             if self.knows.session_ends and trace.last_of_session[request]:
-                for block in reversed(blocks):
-                    if present[block]:
-                        policy.hint(block, Hint(ended=True))
+                deepest = next((block for block in reversed(blocks) if present[block]), None)
+                if deepest is not None:
+                    policy.hint(deepest, Hint(ended=True))
             if request % REPORT_REQUESTS == REPORT_REQUESTS - 1:
                 progress(REPORT_REQUESTS)
         return self.outcome

@@ -8,7 +8,7 @@ Admission is the same decision: who was just admitted and has the least to offer
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
 import numpy as np
@@ -33,6 +33,7 @@ class Learned:
         self._rows = array("i")  # on this level, in no order
         self._aside = bytearray()  # by row: 1 where `eligible` refused it and nobody said `ready` since
         self._in_run = bytearray()  # by row: 1 while its key is that of the last run, within its reach
+        self._used = array("q")  # by row: the number of the request that touched it last
         self._front = 0  # `next` counts down from here
         self._doomed: dict[int, int] = {}  # row -> its place before all others
         self._run: list[int] = []  # rows, the next to leave last
@@ -45,9 +46,15 @@ class Learned:
 
     # ---- what happens
 
-    def begin(self, use: Use, now_s: float) -> None:
+    def begin(self, use: Use, now_s: float, rows: Sequence[int] = ()) -> None:
         """Mutates the shared learning: once for all levels."""
         self.learning.begin(use, now_s)
+        for row in rows:
+            self.touch(row)
+
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+        """Mutates the shared learning: once for all levels."""
+        self.learning.follow(row, above, now_s, within_s)
 
     def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
         place = self._place
@@ -56,8 +63,10 @@ class Learned:
             place.frombytes(b"\xff" * (place.itemsize * grown))
             self._aside.extend(bytes(grown))
             self._in_run.extend(bytes(grown))
+            self._used.frombytes(bytes(self._used.itemsize * grown))
         assert place[row] == ABSENT, f"row {row} is admitted twice"
         place[row] = len(self._rows)
+        self._used[row] = 0
         self._rows.append(row)
         self._in_run[row] = 0
         self._fresh.append(row)
@@ -65,6 +74,9 @@ class Learned:
 
     def touch(self, row: int) -> None:
         assert self._place[row] != ABSENT, f"row {row} is touched but absent"
+        if self._used[row] == self.learning.requests:
+            return  # by this request already
+        self._used[row] = self.learning.requests
         self.learning.touch(row)
         self._in_run[row] = 0
         self._fresh.append(row)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.kernels.reuse_events import ADMIT, BEGIN, LEAVE, TELL, TOUCH, apply
+from kvstore.kernels.reuse_events import ADMIT, BEGIN, FOLLOW, LEAVE, NO_ROW, TELL, TOUCH, apply
 from kvstore.kernels.reuse_hazard import first_classes, sweep, write_keys
 from kvstore.kernels.reuse_state import (
     AGE_BINS,
@@ -114,6 +114,14 @@ class Learning:
         session = int.from_bytes(blake2b(use.session, digest_size=8).digest(), "little") if use.session else 0
         output = 0 if use.output_tokens is None else min(use.output_tokens, 1 << 40) + 1
         self._events.extend((BEGIN << 56, _bits(now), session, output << 8 | use.finish, max(0, use.blocks)))
+
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+        """What comes belongs to the request that used `row`, or the block with ident `above`, at most so many seconds
+        ago; else to one that begins now. Mutates."""
+        self._make_way()
+        self._begins += 1
+        self.requests += 1
+        self._events.extend((FOLLOW << 56 | (NO_ROW if row is None else row), above, _bits(now_s), _bits(within_s)))
 
     def admit(self, row: int, ident: int, above: int, depth: int) -> None:
         """A copy of a block came to a level. `above`: its parent's ident, 0 for none. Mutates."""

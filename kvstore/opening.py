@@ -37,15 +37,19 @@ class Opening:
         stack, residency = self.stack, self.stack.residency
         hold = Hold(self.holds.begin(), [None] * len(wanted))
         try:
-            away: list[int] = []
+            away, used = list[int](), list[int]()
             for index, (shard, key) in enumerate(wanted):
                 row = residency.find(namespace, shard, key)
                 good = row is not None and residency.fidelity(row) >= least
+                if row is not None and good:
+                    used.append(row)
                 if row is not None and good and stack.mapped(row, least) is not None:
                     if residency.rows.root_of(row) == root:
                         hold.blocks[index] = self.holds.take(hold.id, row, least)
                 elif good or (redis and self.stack.redis is not None):
                     away.append(index)
+            used.reverse()  # the deepest first, so that no parent is older than its child
+            stack.advice.opened(used, stack.system.clock.monotonic())
             if away:
                 loads = [self._load(hold, index, namespace, root, wanted[index], least, redis) for index in away]
                 for error in await asyncio.gather(*loads, return_exceptions=True):
@@ -79,17 +83,14 @@ class Opening:
             residency.unpin(found.row)
 
     def _served(self, hold: Hold, wanted: Sequence[tuple[bytes, bytes]], namespace: str) -> None:
-        """Count and remember the use, the deepest block first, so that no parent is older than its child."""
+        """Count, and promote what lies below."""
         residency = self.stack.residency
         missed = 0
-        for (shard, key), placed in zip(reversed(wanted), reversed(hold.blocks), strict=True):
+        for placed in hold.blocks:
             if placed is None:
                 missed += 1
                 continue
             self.stack.hits[placed.tier] += 1
-            row = residency.find(namespace, shard, key)
-            if row is not None:
-                residency.touch(row)
         self.stack.counters["misses"] += missed
         for (shard, key), placed in zip(wanted, hold.blocks, strict=True):
             row = residency.find(namespace, shard, key) if placed is not None and not placed.raw else None

@@ -9,7 +9,7 @@ passes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
@@ -24,8 +24,13 @@ Eligible = Callable[[int], bool]
 
 
 class Policy(Protocol):
-    def begin(self, use: Use, now_s: float) -> None:
-        """A request begins: what comes and is used from now on belongs to it. `now_s` rises. Mutates."""
+    def begin(self, use: Use, now_s: float, rows: Sequence[int] = ()) -> None:
+        """A request begins: what comes and is used from now on belongs to it. `now_s` rises; `rows`: its blocks that
+        are here, deepest first, each touched on its own besides. Mutates."""
+
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+        """What comes belongs to the request that used `row`, or the block with ident `above`, at most so many seconds
+        ago; else a new one begins. Mutates."""
 
     def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
         """A block came to this level. `ident`: 64 bits of its key and shard; `nbytes`: what it takes here; `above`: its
@@ -85,7 +90,10 @@ class Lru:
         self._reach = 0  # every row with a tick up to here is in the run, in the heap, aside, or gone
         self._heap: list[int] = []  # tick << ROW_BITS | row; void where the tick is another one now, or the row aside
 
-    def begin(self, use: Use, now_s: float) -> None:
+    def begin(self, use: Use, now_s: float, rows: Sequence[int] = ()) -> None:
+        """Recency alone counts."""
+
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
         """Recency alone counts."""
 
     def hint(self, row: int, hint: Hint) -> None:

@@ -100,6 +100,7 @@ class Putting:
         row = residency.find(id.namespace, id.shard, id.key)
         if row is None or residency.fidelity(row) < header.fidelity:
             return False
+        self.stack.advice.storing(id.namespace, header, self.stack.system.clock.monotonic())
         residency.touch(row)
         return True
 
@@ -130,6 +131,7 @@ class Putting:
                 stack.counters["replaced"] += 1
                 stack.remove(row)
             stack.hot.filled()
+            stack.advice.storing(id.namespace, header, stack.system.clock.monotonic())
             stack.admit(id.namespace, replace(header.unencoded(), copy_id=copy_id), stack.HOT, place)
             kept = True
             return self._end("committed", self.stack.changes.outbox(id.namespace).head)

@@ -17,10 +17,24 @@ from kvstore.payload import Payload, replay_spec, tokens_of
 from kvstore.seams import Clock
 from kvstore.trace import Request
 from kvstore.types import Tier
+from kvstore.usage import Finish, Use
 
 TIERS = ("hot", "host", "ssd", "redis")
 PUT_BLOCKS_MAX = 256  # made and put at a time
 PUT_TRIES, PUT_PAUSE_S = 12, 0.02
+
+
+FINISHES = {"tool_use": Finish.TOOL_USE, "end_turn": Finish.END_TURN, "other": Finish.OTHER}
+
+
+def use_of(request: Request) -> Use:
+    """What a trace tells of a request, as an engine would tell it."""
+    return Use(
+        output_tokens=request.output_tokens,
+        finish=FINISHES.get(request.finish, Finish.UNKNOWN),
+        time_s=request.timestamp_ms / 1000,
+        blocks=len(request.hash_ids),
+    )
 
 
 @dataclass(slots=True)
@@ -128,6 +142,7 @@ class Replay:
         if not request.hash_ids:
             return
         prompt = chain(self._spec, tokens_of(request.hash_ids))
+        await client.hint(self._spec, prompt, use=use_of(request))
         plan = await client.match(self._spec, prompt)
         held = 0
         if plan.blocks:

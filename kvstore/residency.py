@@ -16,7 +16,7 @@ from kvstore.family import Family, top_of
 from kvstore.header import Header
 from kvstore.key_table import KeyTable
 from kvstore.policy import Eligible, Lru, Policy
-from kvstore.rows import ALL_PLANES, NONE, RECORD_BYTES, Rows
+from kvstore.rows import ALL_PLANES, NONE, Rows
 from kvstore.types import BlockId, Fidelity, Location, Tier
 
 
@@ -251,7 +251,8 @@ class Residency:
         self.blocks[level] += 1
         if rows.parent[row] != NONE:
             self.family.moved(row, before, self.family.stays(row))
-        self._ranks[rows.secondary[row]][level].admit(row, self._ident(row), footprint)
+        policy = self._ranks[rows.secondary[row]][level]
+        policy.admit(row, rows.ident(row), footprint, rows.above(row), rows.depth[row])
         if present:
             self._ready(row)
 
@@ -290,9 +291,12 @@ class Residency:
         self.rows.set_header(row, header)
         self.rows.settle_fidelity(row)
 
+    def policies_of(self, row: int) -> tuple[Policy, ...]:  # of the levels where it lies
+        return self._at[self.rows.secondary[row]][self.rows.present[row]]
+
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
-        for policy in self._at[self.rows.secondary[row]][self.rows.present[row]]:
+        for policy in self.policies_of(row):
             policy.touch(row)
 
     def mark_secondary(self, row: int, yes: bool) -> None:
@@ -304,11 +308,12 @@ class Residency:
         assert not rows.gone[row] and rows.present[row], f"row {row} is no block"
         if rows.secondary[row] == yes:
             return
-        left, came, ident = self._ranks[not yes], self._ranks[yes], self._ident(row)
+        left, came = self._ranks[not yes], self._ranks[yes]
         for level, rule in enumerate(self.levels):
             if rows.present[row] >> level & 1:
                 left[level].remove(row, evicted=False)
-                came[level].admit(row, ident, rule.footprint(rows.length[level][row]))
+                nbytes = rule.footprint(rows.length[level][row])
+                came[level].admit(row, rows.ident(row), nbytes, rows.above(row), rows.depth[row])
         rows.secondary[row] = yes
 
     def pin(self, row: int) -> None:
@@ -371,10 +376,6 @@ class Residency:
             self.family.orphans.append({})
         return space
 
-    def _ident(self, row: int) -> int:
-        at = row * RECORD_BYTES  # the first half of the key, as uniform as a hash
-        return int.from_bytes(self.rows.records[at : at + 8], "little") ^ self.rows.space[row]
-
     def _settle(self, row: int) -> None:
         rows = self.rows
         if rows.pins[row] == 0 and rows.busy[row] == 0 and rows.gone[row]:
@@ -384,7 +385,7 @@ class Residency:
             self._ready(row)
 
     def _ready(self, row: int) -> None:
-        for policy in self._at[self.rows.secondary[row]][self.rows.present[row]]:
+        for policy in self.policies_of(row):
             policy.ready(row)
 
     def _remove(self, row: int) -> None:

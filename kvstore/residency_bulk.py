@@ -61,8 +61,12 @@ def take_in(
     residency.held[namespace][level] += int(footprints.sum())
     admit = residency.policies[level].admit
     idents = (headers["key"][:, 0] ^ np.uint64(space)).tolist()
-    for row, ident, nbytes in zip(rows.tolist(), idents, footprints.tolist(), strict=True):
-        admit(row, ident, nbytes)
+    aboves = np.where(headers["depth"] > 0, headers["parent"][:, 0] ^ np.uint64(space), np.uint64(0)).tolist()
+    depths = headers["depth"].tolist()
+    for row, ident, nbytes, above, depth in zip(
+        rows.tolist(), idents, footprints.tolist(), aboves, depths, strict=True
+    ):
+        admit(row, ident, nbytes, above, depth)
 
 
 def _describe(rows: Rows, at: Numbers, headers: Columns, space: int, leaf_first: Mask) -> None:

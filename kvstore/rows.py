@@ -130,6 +130,20 @@ class Rows:
         at = row * RECORD_BYTES
         return bytes(self.records[at + KEY_END : at + PARENT_END])
 
+    def ident(self, row: int) -> int:
+        """64 bits of its key, as uniform as a hash, and its shard: what policies remember it by."""
+        return self.ident_of(self.space[row], self.records[row * RECORD_BYTES : row * RECORD_BYTES + 8])
+
+    def above(self, row: int) -> int:
+        """The ident of its parent, 0 for a root."""
+        at = row * RECORD_BYTES + KEY_END
+        return self.ident_of(self.space[row], self.records[at : at + 8]) if self.depth[row] else 0
+
+    @staticmethod
+    def ident_of(space: int, key: bytes | bytearray) -> int:
+        """Of any block, here or not."""
+        return int.from_bytes(key[:8], "little") ^ space
+
     def header(self, row: int) -> Header:
         key, parent, group, copy_id, checksum, stored_length, chunks, tokens, computed_on, stored = _RECORD.unpack_from(
             self.records, row * RECORD_BYTES

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
 from kvstore.usage import Hint, Use
@@ -44,7 +44,10 @@ class S3Fifo:
         self._doomed: list[int] = []  # heap: who was hinted
         self._ghosts: dict[int, None] = {}  # identities, oldest first
 
-    def begin(self, use: Use, now_s: float) -> None:
+    def begin(self, use: Use, now_s: float, rows: Sequence[int] = ()) -> None:
+        """Uses alone count."""
+
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
         """Uses alone count."""
 
     def hint(self, row: int, hint: Hint) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvstore.advice import Advice
 from kvstore.arena import PAGE_BYTES, Arena, Slot
 from kvstore.catalog import Catalog
 from kvstore.changes import Changes
@@ -21,7 +22,7 @@ from kvstore.codecs import NESTED
 from kvstore.config import StoreConfig
 from kvstore.header import Header
 from kvstore.header_columns import kinds
-from kvstore.policy import make_policy
+from kvstore.policy import make_policies
 from kvstore.quota_gate import QuotaGate
 from kvstore.quotas import Quotas
 from kvstore.residency import Level, Residency
@@ -81,7 +82,9 @@ class Stack:
         levels += [Level(Tier.HOST, self.host.capacity, PAGE_BYTES)]
         if ssd is not None:
             levels.append(Level(Tier.SSD, ssd.capacity, PAGE_BYTES))
-        self.residency = Residency(levels, lambda: make_policy(config.policy))
+        policies = iter(make_policies(config.policy, len(levels), config.ghost_bytes))
+        self.residency = Residency(levels, policies.__next__)
+        self.advice = Advice(self.residency, caller_time=config.caller_time)
         self.codec_use = CodecUse()
         self._codec_rules = dict(codecs or {})
         self._codecs: dict[tuple[str, bytes, bytes], tuple[int, ...]] = {}

@@ -45,6 +45,8 @@ from kvstore.staging import Staging
 from kvstore.tiers.base import Recovered, TierStats, TierStore
 from kvstore.tiers.found import RecoveredRecords
 from kvstore.types import Fidelity, Tier
+from kvstore.usage import Hint
+from kvstore.usage import Use as RequestUse
 
 __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
 
@@ -215,6 +217,23 @@ class TieredStore:
     ) -> Match:
         """What this worker alone can serve, without Redis. BadRequest for a shard that is none of the spec. Pure."""
         return match(self.stack.residency, self.catalog, self.holder, namespace, root, keys, shards, least)
+
+    def advise(self, namespace: str, wanted: Sequence[tuple[bytes, bytes]], use: RequestUse | None, hint: Hint) -> int:
+        """What a caller knows of (shard digest, key) blocks of one prompt, root first; how many of them are here. With
+        `use` a request begins that uses them. Mutates only what the policy knows."""
+        residency, advice = self.stack.residency, self.stack.advice
+        rows, deepest = list[int](), dict[bytes, int]()
+        for shard, key in reversed(wanted):
+            row = residency.find(namespace, shard, key)
+            if row is not None:
+                rows.append(row)
+                deepest.setdefault(shard, row)
+        if use is not None:
+            advice.begin(use, rows, self.system.clock.monotonic())
+        if hint != Hint():
+            for row in deepest.values():
+                advice.hint(row, hint)
+        return len(rows)
 
     def purge(self, namespace: str, root: bytes | None = None) -> int:
         """Forget a namespace's blocks, or those of one model; how many. What readers hold stays until they let go."""

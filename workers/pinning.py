@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kvstore.errors import BadRequest
 from kvstore.transport.base import CallContext
 from kvstore.types import KEY_BYTES
+from kvstore.usewire import hint_from_wire, use_from_wire
 from kvstore.wire import worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
 from workers.node import Node
@@ -54,6 +55,14 @@ class PinCalls:
         for name in _names(request.pins):
             self._node.store.pins.unpin(context.namespace, name)
         return worker_pb2.UnpinReply()
+
+    async def hint(self, request: worker_pb2.HintRequest, context: CallContext) -> worker_pb2.HintReply:
+        """What a caller knows of a prompt's blocks, told to the eviction policy. BadRequest."""
+        digest_from_wire("root", request.root)
+        wanted, _ = wanted_from_wire(request.blocks, self._node.config.worker.keys_max)
+        use = use_from_wire(request.use) if request.HasField("use") else None
+        here = self._node.store.advise(context.namespace, wanted, use, hint_from_wire(request))
+        return worker_pb2.HintReply(blocks=here)
 
 
 def _names(names: Iterable[bytes]) -> list[bytes]:

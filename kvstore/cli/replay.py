@@ -156,7 +156,8 @@ def _fresh(arguments: argparse.Namespace, config: Config, trace: Trace) -> Local
     in_flight = arguments.concurrency * asked.accesses / asked.requests
     chosen = choose_sizes(trace.read(), asked, spec, config.store, given, in_flight)
     note("tiers over all workers: " + ", ".join(f"{t} {size(n)}" for t, n in zip(TIERS, chosen, strict=True)))
-    config = override(config, {"store": store_settings(chosen, arguments.workers, config.store)})
+    settings = store_settings(chosen, arguments.workers, config.store)
+    config = override(config, {"store": settings | {"caller_time": not arguments.pace}})
     return LocalCluster(config, workers=arguments.workers)
 
 

@@ -52,11 +52,10 @@ from kvstore.kernels.reuse_state import (
     log_class,
 )
 
-BEGIN, ADMIT, TOUCH, LEAVE, TELL = range(5)
-WORDS = (5, 3, 1, 1, 5)
-"""Words of an event. The first: kind << 56 | depth or number << 32 | row."""
+BEGIN, ADMIT, TOUCH, LEAVE, TELL, FOLLOW = range(6)
+NO_ROW = 0xFFFFFFFF
+"""Kinds of events. The first word: kind << 56 | depth << 32 | row."""
 
-WORDS_MAX = 5
 assert CLASSES_MAX < 1 << 16
 
 
@@ -129,6 +128,26 @@ def begin(s: Known, now: Any, session: Any, output: Any, finish: Any, blocks: An
 
 
 @jit
+def follow(s: Known, row: Any, above: Any, now: Any, within: Any) -> Any:
+    """What comes belongs to the request that just used a row, or the block `above`, or began without any; where none
+    of them did within so many seconds, to a new one. Mutates."""
+    n, x = s.n, s.x
+    e = np.int64(s.entry[row]) if row != NO_ROW else find(s.slots, s.blocks, above) if above else np.int64(NONE)
+    last = n[NOW_RECORD]
+    x[NOW] = max(x[NOW], now)
+    if e != NONE and s.blocks[e].request != NONE:
+        r = np.int64(s.blocks[e].request)
+        if s.requests[r].time >= x[NOW] - within:
+            if r != last and s.requests[last].count == 0:
+                free_record(s, last)
+            n[NOW_RECORD] = r
+            return
+    elif s.requests[last].count == 0 and s.requests[last].time >= x[NOW] - within:
+        return
+    begin(s, x[NOW], np.uint64(0), -1, 0, 0)
+
+
+@jit
 def in_shadow(s: Known, q: Any) -> Any:
     """The part of a record's entries that LRU of the resident size would still have."""
     n = s.n
@@ -190,7 +209,8 @@ def use(s: Known, e: Any) -> Any:
         let_go(s, e)
     s.blocks[e].request = r
     s.requests[r].count += 1
-    n[WITHIN] += 1
+    if n[EDGE] != NONE and s.requests[r].serial >= s.requests[n[EDGE]].serial:
+        n[WITHIN] += 1
     if np.int64(s.blocks[e].depth) >= s.requests[r].deepest:
         s.requests[r].deepest, s.requests[r].end, s.blocks[e].ended = s.blocks[e].depth, e, r
         s.requests[r].length = max(s.requests[r].length, log_class(np.int64(s.blocks[e].depth) + 1, 2, LENGTHS))
@@ -327,6 +347,9 @@ def apply(s: Known, events: Any, seconds: Any) -> Any:
         elif kind == LEAVE:
             leave(s, row)
             at += 1
+        elif kind == FOLLOW:
+            follow(s, row, events[at + 1], seconds[at + 2], seconds[at + 3])
+            at += 4
         elif kind == BEGIN:
             packed = events[at + 3]
             begin(

@@ -32,6 +32,7 @@ NUMBERS = {
     "Renew": 8,
     "Unpin": 9,
     "Prefetch": 10,
+    "Hint": 11,
 }
 """Method numbers are on the wire: they never change."""
 METHODS = {NUMBERS[method.name]: method for method in WORKER_LOCAL.values()}

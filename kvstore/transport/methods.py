@@ -39,6 +39,7 @@ WORKER = {
         Method("Worker", "Pin", worker_pb2.PinRequest, worker_pb2.PinReply),
         Method("Worker", "Renew", worker_pb2.RenewRequest, worker_pb2.RenewReply),
         Method("Worker", "Unpin", worker_pb2.UnpinRequest, worker_pb2.UnpinReply),
+        Method("Worker", "Hint", worker_pb2.HintRequest, worker_pb2.HintReply),
         Method("Worker", "Prefetch", worker_pb2.PrefetchRequest, worker_pb2.PrefetchReply),
         Method("Worker", "Pull", worker_pb2.PullRequest, worker_pb2.PullReply),
         Method("Worker", "Drain", worker_pb2.DrainRequest, worker_pb2.DrainReply),
@@ -57,6 +58,7 @@ WORKER_LOCAL = {
         Method("WorkerLocal", "Pin", worker_pb2.PinRequest, worker_pb2.PinReply),
         Method("WorkerLocal", "Renew", worker_pb2.RenewRequest, worker_pb2.RenewReply),
         Method("WorkerLocal", "Unpin", worker_pb2.UnpinRequest, worker_pb2.UnpinReply),
+        Method("WorkerLocal", "Hint", worker_pb2.HintRequest, worker_pb2.HintReply),
         Method("WorkerLocal", "Prefetch", worker_pb2.PrefetchRequest, worker_pb2.PrefetchReply),
     )
 }

@@ -14,6 +14,10 @@ BLOCK_MISSING: BlockState
 BLOCK_REFUSED: BlockState
 BLOCK_STATE_UNSPECIFIED: BlockState
 DESCRIPTOR: _descriptor.FileDescriptor
+FINISH_END_TURN: Finish
+FINISH_OTHER: Finish
+FINISH_TOOL_USE: Finish
+FINISH_UNKNOWN: Finish
 
 class BlockInfo(_message.Message):
     __slots__ = ["header", "state", "tier"]
@@ -102,6 +106,34 @@ class GetRequest(_message.Message):
     resume: _containers.RepeatedCompositeFieldContainer[Resume]
     root: bytes
     def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ..., planes: _Optional[int] = ...) -> None: ...
+
+class HintReply(_message.Message):
+    __slots__ = ["blocks"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
+class HintRequest(_message.Message):
+    __slots__ = ["blocks", "ended", "finish", "output_tokens", "priority", "reuse_ms", "root", "ttl_ms", "use"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REUSE_MS_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    USE_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
+    ended: bool
+    finish: Finish
+    output_tokens: int
+    priority: int
+    reuse_ms: int
+    root: bytes
+    ttl_ms: int
+    use: Use
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., use: _Optional[_Union[Use, _Mapping]] = ..., ended: bool = ..., output_tokens: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., reuse_ms: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class InspectReply(_message.Message):
     __slots__ = ["blocks"]
@@ -459,5 +491,22 @@ class UnpinRequest(_message.Message):
     pins: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, pins: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class Use(_message.Message):
+    __slots__ = ["blocks", "finish", "output_tokens", "session", "time_s"]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    finish: Finish
+    output_tokens: int
+    session: bytes
+    time_s: float
+    def __init__(self, session: _Optional[bytes] = ..., output_tokens: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., time_s: _Optional[float] = ..., blocks: _Optional[int] = ...) -> None: ...
+
 class BlockState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = []
+
+class Finish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = []
