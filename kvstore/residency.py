@@ -362,8 +362,6 @@ class Residency:
         self._held_by[self.rows.space[row]][level] -= footprint
         self.family.moved(row, before, self.family.stays(row))
 
-    # ---- inside
-
     def space(self, namespace: str, header: Header) -> int:
         """The number of a (namespace, shard), made on first use. Mutates."""
         space = self._spaces.get((namespace, header.shard))

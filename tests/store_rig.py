@@ -24,7 +24,7 @@ from tests.store_fakes import ManualClock, fake_system
 
 KIB = 1 << 10
 MANY = 120  # blocks: about twice what hot and host of SMALL take
-SMALL = StoreConfig(host_bytes=512 * KIB, hot_bytes=128 * KIB, put_wait_s=10, load_wait_s=10)
+SMALL = StoreConfig(host_bytes=512 * KIB, hot_bytes=128 * KIB, put_wait_s=10, load_wait_s=10, policy="lru")
 # 16 raw blocks of 8 KiB in hot, 48 records in host; waits never end by time, but as soon as nothing moves
 
 
