@@ -18,7 +18,7 @@ from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, Corrupt, Incompatible, KVStoreError, NotGranted, ServiceError, Unauthenticated
 from kvstore.fetch import Failed, Fetch
 from kvstore.getting import Buffers, GetResult, conclude, prepare
-from kvstore.hinting import Hinter
+from kvstore.hinting import NO_HINT, Hinter
 from kvstore.keys import Chain, Tokens, chain
 from kvstore.layer_stream import LayerStream
 from kvstore.layout import block_bytes
@@ -40,7 +40,7 @@ from kvstore.targets import buffer_of
 from kvstore.transport.base import Credentials, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
 from kvstore.types import CommitToken, Fidelity
-from kvstore.usage import Hint, Use
+from kvstore.usage import Hint
 from kvstore.watching import Watching
 from kvstore.wire import common_pb2, worker_pb2
 
@@ -49,8 +49,6 @@ REFUSALS = (NotGranted, Unauthenticated, Incompatible)
 
 PIN_S = 15.0
 """Life of a pin that is not renewed."""
-
-NO_HINT = Hint()
 
 SETTLE_SHARE = 0.05
 """Of a call's time, kept back so that what has arrived when it ends is still counted."""
@@ -81,7 +79,7 @@ class KVClient:
         )  # fmt: skip
         self._prefetcher = Prefetcher(self._links, self.members, self.counters)
         self._pinner = Pinner(system, self._links, self.members, self.counters)
-        self._hinter = Hinter(self._links, self.members, self.counters)
+        self._hinter = Hinter(config, self._links, self.members, self.counters)
         self._putter = Putter(config, system, self._links, self.members, self.counters, self.watching.committed)
 
     @classmethod
@@ -308,22 +306,9 @@ class KVClient:
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
         return await self._prefetcher.prefetch(plan, first=first, timeout_s=timeout_s)
 
-    async def hint(
-        self,
-        spec: ModelSpec,
-        prefix: Chain | Tokens,
-        hint: Hint = NO_HINT,
-        *,
-        use: Use | None = None,
-        shards: Sequence[Shard] | None = None,
-        timeout_s: float | None = None,
-    ) -> int:
-        """Tell the workers what is known of a prompt: with `use`, that a request begins that uses its blocks; with
-        `hint`, what comes after the request that used them last. Advice only; how many (shard, block) pairs they hold.
-        """
-        prompt, needed = self._chain(spec, prefix), self._shards(spec, shards)
-        timeout_s = self.config.match_timeout_s if timeout_s is None else timeout_s
-        return await self._hinter.hint(prompt, needed, use, hint, timeout_s=timeout_s)
+    async def hint(self, spec: ModelSpec, prefix: Chain | Tokens, hint: Hint = NO_HINT, **options: Any) -> int:
+        """Tell the workers what is known of a prompt; options (use, shards, timeout_s): `kvstore.hinting.Hinter`."""
+        return await self._hinter.hint(self._chain(spec, prefix), hint, **options)
 
     # --- pin -------------------------------------------------------------------------------------------------------
 

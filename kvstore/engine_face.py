@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvstore.client import NO_HINT, GetResult, KVClient
+from kvstore.client import GetResult, KVClient
 from kvstore.config import ClientConfig
 from kvstore.errors import BadRequest, KVStoreError, SetupError
 from kvstore.getting import Buffers
+from kvstore.hinting import NO_HINT
 from kvstore.keys import Chain, Tokens
 from kvstore.needs import LayerReady
 from kvstore.plan import HitPlan

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
+from kvstore.config import ClientConfig
 from kvstore.errors import DataError, ServiceError
 from kvstore.keys import Chain
 from kvstore.links import Links
@@ -21,17 +22,30 @@ from kvstore.wireform import shard_to_wire
 WORKERS_MAX = 8
 """That are told at most: those of this host first."""
 
+NO_HINT = Hint()
+
 
 class Hinter:
     """Service trouble is counted: a hint is advice."""
 
-    def __init__(self, links: Links, members: Members, counters: Counter[str]) -> None:
-        self._links, self._members, self._counters = links, members, counters
+    def __init__(self, config: ClientConfig, links: Links, members: Members, counters: Counter[str]) -> None:
+        self._config, self._links, self._members, self._counters = config, links, members, counters
 
     async def hint(
-        self, chain: Chain, shards: Sequence[Shard], use: Use | None, hint: Hint, *, timeout_s: float
+        self,
+        chain: Chain,
+        hint: Hint,
+        *,
+        use: Use | None = None,
+        shards: Sequence[Shard] | None = None,
+        timeout_s: float | None = None,
     ) -> int:
-        """How many (shard, block) pairs the workers told hold, all of them together."""
+        """With `use`: a request begins that uses these blocks. `hint`: what is known of the request that used them
+        last, and of what comes after it. How many (shard, block) pairs the workers told hold, all of them together.
+        """
+        timeout_s = self._config.match_timeout_s if timeout_s is None else timeout_s
+        if shards is None:
+            shards = [Shard.whole(chain.spec, group) for group in range(len(chain.spec.groups))]
         request = hint_to_wire(hint)
         request.root = chain.spec.root
         if use is not None:

@@ -56,7 +56,7 @@ def test_every_call_of_the_proto_is_in_the_table() -> None:
 
 def test_every_local_call_has_its_number_for_ever() -> None:
     first = {"Hello": 1, "Match": 2, "Open": 3, "Release": 4, "Stage": 5, "Commit": 6}
-    assert {**first, "Pin": 7, "Renew": 8, "Unpin": 9, "Prefetch": 10} == local_frames.NUMBERS
+    assert {**first, "Pin": 7, "Renew": 8, "Unpin": 9, "Prefetch": 10, "Hint": 11} == local_frames.NUMBERS
     assert set(local_frames.NUMBERS) == set(WORKER_LOCAL)
 
 
