@@ -102,6 +102,7 @@ class Learning:
         self._judged, self._rounds, self._lru_rounds = 0, 0, 1
         sweep(known, 1.0)
         self.begin(Use(time_s=0.0), 0.0)
+        self.keys(np.zeros(0, np.int32))  # the kernels are loaded here, not under the first request
 
     # ---- what happens
 
