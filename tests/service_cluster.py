@@ -17,11 +17,14 @@ from kvstore.client import GetResult, KVClient
 from kvstore.config import KIB, MIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig, WorkerConfig
 from kvstore.keys import Chain
 from kvstore.plan import HitPlan
+from kvstore.policy import make_policies
 from kvstore.spec import ModelSpec, Shard
 from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
 from tests.service_helpers import payload
 from workers.runtime import WorkerRuntime
+
+make_policies("default")  # its kernels are compiled before any deadline runs
 
 STORE = StoreConfig(
     host_bytes=32 * MIB,
