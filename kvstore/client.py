@@ -172,13 +172,14 @@ class KVClient:
         `recompute_tokens_per_s`: leave out what would take longer to load than to compute anew at that speed.
         """
         needed = self._shards(spec, shards)
-        keys = self._chain(spec, prefix).keys
+        asked = self._chain(spec, prefix)
+        keys = asked.keys
         if not keys:
             return HitPlan(spec, (), needed, least)
         timeout_s = self.config.match_timeout_s if timeout_s is None else timeout_s
         self._putter.tokens.add(after)
         shown = self._putter.tokens.pending()
-        plan = await self._lookup.match(spec, keys, needed, least, after=shown, timeout_s=timeout_s)
+        plan = await self._lookup.match(spec, asked, needed, least, after=shown, timeout_s=timeout_s)
         self._putter.tokens.applied(shown, plan.not_applied)
         if recompute_tokens_per_s is not None:
             if recompute_tokens_per_s <= 0:

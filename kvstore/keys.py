@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from kvstore.errors import BadRequest
 from kvstore.spec import ModelSpec
-from kvstore.types import KEY_BYTES
+from kvstore.types import KEY_BYTES, Keys, pack_keys
 
 Tokens = Sequence[int] | NDArray[np.integer]
 
@@ -120,6 +120,14 @@ class Chain:
 
     spec: ModelSpec
     keys: list[bytes] = field(default_factory=list)
+    _packed: Keys = field(default_factory=lambda: Keys(b""), compare=False, repr=False)
+
+    @property
+    def packed(self) -> Keys:
+        """All keys back to back, as lookups want them. Remembered while none is added."""
+        if len(self._packed) != len(self.keys):
+            self._packed = Keys(pack_keys(self.keys))
+        return self._packed
 
     @property
     def root(self) -> bytes:
@@ -141,6 +149,7 @@ def chain(spec: ModelSpec, tokens: Tokens, extras: Iterable[Extra] = ()) -> Chai
     """Keys of the full blocks of a prompt; tokens after the last full block are not keyed. Pure."""
     builder = ChainBuilder(spec, extras)
     builder.extend(tokens)
+    _ = builder.chain.packed  # now, while the keys are in the cache
     return builder.chain
 
 

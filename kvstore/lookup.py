@@ -9,6 +9,7 @@ from dataclasses import replace
 from kvstore.config import ClientConfig
 from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.fetch import Failed
+from kvstore.keys import Chain
 from kvstore.links import Coordinators, Links
 from kvstore.matching import longest, make_plan
 from kvstore.members import Members
@@ -18,7 +19,7 @@ from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.methods import COORDINATOR
-from kvstore.types import CommitToken, Fidelity, pack_keys
+from kvstore.types import CommitToken, Fidelity
 from kvstore.watching import Watching
 from kvstore.wire import common_pb2
 from kvstore.wireform import plan_from_wire, shard_to_wire, token_to_wire
@@ -54,21 +55,23 @@ class Lookup:
     async def match(
         self,
         spec: ModelSpec,
-        keys: Sequence[bytes],
+        chain: Chain,
         shards: tuple[Shard, ...],
         least: Fidelity,
         *,
         after: Sequence[CommitToken],
         timeout_s: float,
     ) -> HitPlan:
-        keys = keys[:KEYS_MAX]
+        keys, packed = chain.keys, chain.packed
+        if len(keys) > KEYS_MAX:
+            keys, packed = keys[:KEYS_MAX], packed[:KEYS_MAX]
         end = self._system.clock.monotonic() + timeout_s
-        plan = self._watching.match(spec, keys, shards, least, after)
+        plan = self._watching.match(spec, keys, packed, shards, least, after)
         if plan is not None:
             return self._rates.predicted(self._without_failed(plan))
         request = common_pb2.MatchRequest(
             root=spec.root,
-            keys=pack_keys(keys),
+            keys=packed.packed,
             shards=[shard_to_wire(shard) for shard in shards],
             least=int(least),  # type: ignore[arg-type]
         )

@@ -19,7 +19,7 @@ from kvstore.plan import HitPlan, PlanRun
 from kvstore.runs import Run
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec, Shard
-from kvstore.types import CommitToken, Fidelity, Tier
+from kvstore.types import CommitToken, Fidelity, Keys, Tier
 from kvstore.wire import coordinator_pb2
 from kvstore.wireform import member_from_wire
 
@@ -92,9 +92,11 @@ class View:
         """Whether the view need not be told of a commit of this client any more."""
         return token.worker not in self.members or self.applied(token)
 
-    def match(self, spec: ModelSpec, keys: Sequence[bytes], shards: tuple[Shard, ...], least: Fidelity) -> HitPlan:
-        """As a coordinator answers."""
-        found = self.directory.match(spec.root, keys, shards, least)
+    def match(
+        self, spec: ModelSpec, keys: Sequence[bytes], packed: Keys, shards: tuple[Shard, ...], least: Fidelity
+    ) -> HitPlan:
+        """As a coordinator answers. `packed` are the same keys."""
+        found = self.directory.match(spec.root, packed, shards, least)
         runs, holders = [], {}
         for run in found.runs:
             holder = run.holder.removeprefix(OWN)
@@ -104,7 +106,7 @@ class View:
                 runs.append(
                     PlanRun(holder, run.shard, run.tier, run.fidelity, run.first_depth, run.count, run.stored_bytes)
                 )
-        blocks = tuple(keys[: found.blocks])
+        blocks = tuple(keys) if found.blocks == len(keys) else tuple(keys[: found.blocks])
         return HitPlan(spec, blocks, shards, least, tuple(runs), holders, (), self.complete)
 
 

@@ -16,7 +16,7 @@ from kvstore.plan import HitPlan
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.methods import COORDINATOR
-from kvstore.types import CommitToken, Fidelity
+from kvstore.types import CommitToken, Fidelity, Keys
 from kvstore.view import OwnCommits, View
 from kvstore.wire import coordinator_pb2
 from kvstore.writes import Stored
@@ -68,6 +68,7 @@ class Watching:
         self,
         spec: ModelSpec,
         keys: Sequence[bytes],
+        packed: Keys,
         shards: tuple[Shard, ...],
         least: Fidelity,
         after: Sequence[CommitToken],
@@ -80,7 +81,7 @@ class Watching:
             return None
         self._own.tidy(view)
         self._counters["matches_in_view"] += 1
-        return view.match(spec, keys, shards, least)
+        return view.match(spec, keys, packed, shards, least)
 
     def committed(self, stored: Stored, token: CommitToken, keys: list[bytes]) -> None:
         """This client has put blocks: its lookups see them from now on. Mutates."""

@@ -16,7 +16,7 @@ from kvstore.directory import Directory
 from kvstore.errors import Corrupt, Overloaded
 from kvstore.plan import HitPlan
 from kvstore.spec import Shard
-from kvstore.types import CommitToken, Fidelity
+from kvstore.types import CommitToken, Fidelity, Keys
 from kvstore.view import View
 from kvstore.wire import coordinator_pb2
 from kvstore.wireform import member_to_wire
@@ -135,7 +135,7 @@ async def test_own_commits_are_bounded_and_end_with_the_lease() -> None:
     add(CommitToken("w", 1, 13), keys[10:13])
     assert own._blocks == 9 and view.directory.blocks == 9  # the oldest went: at most ten
     assert own.has(CommitToken("w", 1, 13)) and not own.has(CommitToken("w", 1, 14))
-    assert view.match(FULL, keys[4:13], (WHOLE,), Fidelity.EXACT).blocks == 9
+    assert view.match(FULL, keys[4:13], Keys(b"".join(keys[4:13])), (WHOLE,), Fidelity.EXACT).blocks == 9
     clock.now = 5.0
     own.tidy(view)
     assert own._blocks == 0 and view.directory.blocks == 0

@@ -86,11 +86,14 @@ def measure_view(report: Report) -> None:
         keys = Keys(rng.bytes(BLOCKS * KEY_BYTES))
         view.directory.add("w", Run(SPEC.root, whole.digest, Tier.HOT, Fidelity.EXACT, SPEC.root, 0, keys, keys[0], 1))
         if number % (VIEW_ENTRIES // BLOCKS // VIEW_PROMPTS) == 0:
-            prompts.append(list(keys))
+            prompts.append(Chain(SPEC, list(keys)))
     took = []
+    for prompt in prompts:
+        assert len(prompt.packed) == BLOCKS  # as `chain` leaves it
     for turn in range(VIEW_LOOKUPS):
+        prompt = prompts[turn % len(prompts)]
         begin = now()
-        plan = view.match(SPEC, prompts[turn % len(prompts)], (whole,), Fidelity.EXACT)
+        plan = view.match(SPEC, prompt.keys, prompt.packed, (whole,), Fidelity.EXACT)
         took.append((now() - begin) * 1e6)
         assert plan.blocks == BLOCKS
     report.result("local_view_p50", took, "us")
