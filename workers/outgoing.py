@@ -15,7 +15,7 @@ from kvstore.codecs import PLANES_MAX, RAW
 from kvstore.errors import DataError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Entry, Record, grouped, worth
 from kvstore.header import Header
-from kvstore.layout import chunks
+from kvstore.layout import Chunk, chunks
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store import Placed
 from kvstore.transport import frames
@@ -63,6 +63,7 @@ class Outgoing:
         self._bases = [sum(group.layers for group in spec.groups[:index]) for index in range(len(spec.groups))]
         self._records: dict[int, tuple[Record, list[list[Entry]]]] = {}
         self._resume = resume or {}
+        self._alike: dict[Shard, list[tuple[int, Part]]] = {}  # the parts of any raw block of a shard
         self._planes = planes or PLANES_MAX
         self.lost: dict[int, None] = {}
 
@@ -86,6 +87,11 @@ class Outgoing:
         header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
         ordered = [part for layer in sorted(by_layer) for part in by_layer[layer]]
         return frames.encode(header.SerializeToString(), ()), list(_messages(ordered))
+
+    def start(self) -> tuple[bytes, list[list[Part]], bytes | None]:
+        """Runs in a byte mover. `begin`, and the first of the other messages: somebody waits for both."""
+        first, messages = self.begin()
+        return first, messages[1:], self.message(messages[0]) if messages else None
 
     def message(self, parts: Sequence[Part]) -> bytes | None:
         """Runs in a byte mover. A frame; without the blocks whose space was reused while it was copied, and None when
@@ -139,11 +145,21 @@ class Outgoing:
             sizes = [sum(row[9] for row in mine) for mine in rows]
         if max(sizes) > self._chunk_bytes_max or not self._current(block):
             return None
-        base = self._bases[shard.group]
-        found: list[tuple[int, Part]] = []
+        if placed.raw and block not in self._resume:
+            if shard not in self._alike:  # the same for all of them
+                self._alike[shard] = self._cut(block, shard, pieces, sizes, 0)
+            return [(layer, Part(block, part.first, part.count, part.nbytes)) for layer, part in self._alike[shard]]
         copy_id, start = self._resume.get(block, (0, 0))
         if copy_id != placed.header.copy_id:
             start = 0
+        return self._cut(block, shard, pieces, sizes, start)
+
+    def _cut(
+        self, block: int, shard: Shard, pieces: Sequence[Chunk], sizes: Sequence[int], start: int
+    ) -> list[tuple[int, Part]]:
+        """(layer of the model, part) of the layers asked for, from chunk `start` on."""
+        base = self._bases[shard.group]
+        found: list[tuple[int, Part]] = []
         for index in range(start + 1, len(pieces) + 1):
             if index == len(pieces) or pieces[index].layer != pieces[start].layer:
                 layer = base + pieces[start].layer

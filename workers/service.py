@@ -157,20 +157,17 @@ class WorkerService(PinCalls):
     async def _stream(self, outgoing: Outgoing) -> AsyncGenerator[bytes, None]:
         """Frames, the next one being made while one is sent."""
         pool = self._node.system.pool
-        first, messages = await pool.run(outgoing.begin)
-        yield first
+        first, messages, ready = await pool.run(outgoing.start)
         ahead: asyncio.Task[bytes | None] | None = None
         try:
-            for index in range(len(messages) + 1):
-                ready, ahead = ahead, None
-                if index < len(messages):
-                    ahead = asyncio.ensure_future(pool.run(outgoing.message, messages[index]))
+            yield first
+            for parts in messages:
+                ahead = asyncio.ensure_future(pool.run(outgoing.message, parts))
                 if ready is not None:
-                    frame = await ready
-                    if frame is not None:
-                        yield frame
-                if ahead is not None:
-                    await asyncio.shield(ahead)
+                    yield ready
+                ready = await asyncio.shield(ahead)
+            if ready is not None:
+                yield ready
         finally:
             if ahead is not None and not ahead.done():
                 await asyncio.wait([ahead])  # it reads blocks that are held only until now
