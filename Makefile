@@ -15,7 +15,7 @@ help:
 	@echo "make demo      set up, then watch two replicas share KV through a Ray cluster (under 4 minutes)"
 	@echo "make test      set up, then run all tests"
 	@echo "make test-engines   the tests with a real vLLM on this CPU, in an environment of their own (2.5 GB, minutes)"
-	@echo "make test-long the long proofs: 200 kills in the middle of spilling and the like"
+	@echo "make test-long the long proofs: 200 kills in the middle of spilling, 1,000 transfers under faults and the like"
 	@echo "make check     format, lint, types, layers, generated code"
 	@echo "make sim       the cluster simulation, seed after seed for ever (SEEDS=n, FIRST=n)"
 	@echo "make sim-mutants   each safeguard of the design taken out in turn: the simulation must notice"

@@ -92,7 +92,7 @@ async def client(config: ClientConfig, *, elsewhere: bool = False) -> KVClient:
 async def put_slice(into: KVClient, memory: Memory, prompt: Chain, number: int) -> None:
     views = memory.slice_of(memory.sources, number)
     states = (await into.put(prompt.spec, prompt, views)).states
-    assert states == ["committed"] * len(views), states
+    assert states == ["committed"] * len(views), (states, into.counters)
 
 
 async def plan_of(by: KVClient, prompt: Chain) -> HitPlan:
