@@ -31,13 +31,15 @@ Patch = tuple[type, str, Callable[..., Any]]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """`seed` caught it when it was last looked for. `found`: a bug that was there once, and this seed found it."""
+    """`seed` caught it when it was last looked for. `rare`: many seeds go by, so only the long form of the tests looks.
+    `found`: a bug that was there once, and this seed found it."""
 
     name: str
     what: str
     patches: tuple[Patch, ...]
     seed: int = 0
     found: bool = False
+    rare: bool = False
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -181,9 +183,10 @@ def _match_anywhere(self: Directory, root: bytes, keys: Any, shards: Any, least:
 
 MUTANTS = (
     Mutant("reader-generation", "a reader on the same host does not look at generations",
-           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly))),
+           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly)), rare=True),
     Mutant("epoch-fence", "a message of an older life is taken",
-           ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any))),
+           ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any)),
+           rare=True),
     Mutant("copy-flip-free", "a block is freed above before it is written below",
            ((Carrier, "carry", _free_first),)),
     Mutant("gap-snapshot", "a coordinator that misses changes does not ask for a snapshot",
@@ -193,9 +196,9 @@ MUTANTS = (
     Mutant("copy-id", "chunks are put together whichever copy they are of",
            ((Arrivals, "_check", _unchecked), (Piece, "begin", _begin_any))),
     Mutant("announcer-fence", "every worker elected to announce Redis does so under one epoch",
-           ((RedisIndex, "elect", _elect_again),)),
+           ((RedisIndex, "elect", _elect_again),), rare=True),
     Mutant("announcer-name", "a worker that is elected again within its old lease goes on under its old epoch",
-           ((RedisAnnouncer, "_draw", lambda self: setattr(self, "_name", self._worker())),)),
+           ((RedisAnnouncer, "_draw", lambda self: setattr(self, "_name", self._worker())),), rare=True),
     Mutant("contiguity", "blocks behind a gap count as held",
            ((Directory, "match", _match_anywhere),)),
     Mutant("lost-words", "changes whose dictionary was lost on the way are passed over", found=True,

@@ -28,6 +28,8 @@ class Trouble:
         ]  # fmt: skip
         if fleet.redis is not None:
             self._kinds += [self._redis, self._redis]
+        if rng.random() < 0.6:  # a few kinds, again and again, lead further than all of them in turn
+            self._kinds = rng.sample(self._kinds, rng.randrange(2, 6))
 
     async def run(self) -> None:
         """Until `over`; two troubles may overlap."""
@@ -189,7 +191,7 @@ class Trouble:
         self._note("stopped_readers")
         if self._rng.random() < 0.5:
             self._fleet.network.hang_up(process)
-        await self._wait(0.5, 1.5, 3.0)
+        await self._wait(1.0, 2.0, 3.0)
         process.resume()
 
     async def _clock(self) -> None:
