@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvstore.announce import Outbox
 from kvstore.auth import Authenticator, Policy, load_policy, node_credentials
 from kvstore.catalog import Catalog
+from kvstore.checksum import prepare
 from kvstore.codecs.batch import ready
 from kvstore.config import Config
 from kvstore.errors import SetupError
@@ -141,6 +142,7 @@ class WorkerRuntime:
         self._cleanup.append("store")
         used = {n for rules in self._policy.namespaces.values() for n in rules.codecs.names(config.store.codec)}
         await system.pool.run(ready, used)
+        await system.pool.run(prepare)
         await self.store.start()
         shared = len(self._policy.namespaces) > 1
         self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest, shared=shared)
