@@ -90,6 +90,8 @@ class Room:
         self._move_on = move_on  # (row, level): begin to move it down; whether that, or its end, has begun
         self._lines = [FairLine[Waiter]() for _ in stack.tiers]  # those who wait, by level
         self._progress = asyncio.Event()
+        self._served: list[asyncio.Event | None] = [None for _ in stack.tiers]  # the progress after which the line was
+        self._moving = [False for _ in stack.tiers]  # served last, and whether anything was on its way then
 
     def progressed(self) -> None:
         """Something left a level, or a move ended. Mutates: wakes who waits for room."""
@@ -232,10 +234,13 @@ class Room:
 
     async def _wait(self, level: int, namespace: str, waiter: Waiter, wait_s: float) -> Location | None:
         begun = asyncio.get_running_loop().time()
+        first = True
         while waiter.place is None and not waiter.over:
-            moving = self._press(level, self._asked(level, namespace, self._lines[level].nbytes))
-            self._serve(level)  # pressing may have made room at once
-            if waiter.place is not None or not moving:
+            if first or self._served[level] is not self._progress:  # once for all who wait, at each progress
+                self._moving[level] = self._press(level, self._asked(level, namespace, self._lines[level].nbytes))
+                self._serve(level)  # pressing may have made room at once
+                self._served[level], first = self._progress, False
+            if waiter.place is not None or not self._moving[level]:
                 break
             bound = max(wait_s, GROWTH_WAIT_S) if self.stack.arena.asked else wait_s
             async with asyncio.timeout_at(begun + bound):

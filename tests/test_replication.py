@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from kvstore.keys import Chain
 from kvstore.placement import rank
 from kvstore.spec import Shard
-from tests.service_cluster import MiniCluster, blocks_of, check, found
-from tests.service_helpers import prompt
+from kvstore.types import Tier
+from tests.service_cluster import COORDINATOR, MiniCluster, blocks_of, check, found
+from tests.service_helpers import LARGE, prompt
 from tests.service_helpers import until as within
 from workers.runtime import WorkerRuntime
 
@@ -135,3 +137,57 @@ async def test_a_worker_that_drains_takes_no_new_blocks(cluster: MiniCluster) ->
     assert put.states == ["dropped"] * 4
     await until(lambda: only.draining.progress().done, "nobody is there to take anything")
     assert only.draining.progress().blocks_left == 4
+
+
+async def test_a_prefix_that_everybody_asks_for_gets_another_copy(cluster: MiniCluster, tmp_path: Path) -> None:
+    file = rules(tmp_path, '[namespaces.default]\nhot_copies = 2\nhot_bytes = "1GiB"\n')
+    coordinator = await cluster.coordinator(namespaces_file=file)
+    first = await cluster.worker("one", namespaces_file=file)
+    second = await cluster.worker("two", namespaces_file=file)
+    client = await cluster.client()
+    hot, cold = prompt(1, 20), prompt(2, 20)
+    for prefix in (hot, cold):
+        await client.put(prefix.spec, prefix, blocks_of(prefix))
+        await found(client, prefix, 20)
+    for _ in range(2 * COORDINATOR.hot_hits):
+        await client.match(hot.spec, hot)
+    await until(lambda: held(first, hot) == held(second, hot) == 20, "what is asked for most lies on both")
+    assert sorted([held(first, cold), held(second, cold)]) == [0, 20]
+    assert coordinator.registry.repair.counters["pulls_hinted"] >= 1
+
+
+async def test_who_hammers_a_worker_leaves_a_quiet_tenant_all_its_hits(cluster: MiniCluster, tmp_path: Path) -> None:
+    """Over the wire, with a quota: counts only. What the loud one does shows nowhere in the quiet one's status."""
+    text = (
+        '[namespaces.quiet]\n[namespaces.loud]\n[namespaces.loud.quotas]\nhot_bytes = "256KiB"\nhost_bytes = "512KiB"\n'
+    )
+    file = rules(tmp_path, text)
+    await cluster.coordinator(namespaces_file=file)
+    worker = await cluster.worker("one", namespaces_file=file)
+    quiet = await cluster.client(namespace="quiet")
+    loud = await cluster.client(namespace="loud")
+    mine = prompt(1, 20, LARGE)
+    await quiet.put(LARGE, mine, blocks_of(mine))
+    before = worker.store.use("quiet")
+
+    async def hammer(seed: int) -> None:
+        theirs = prompt(seed, 20, LARGE)
+        await loud.put(LARGE, theirs, blocks_of(theirs))
+
+    hammering = asyncio.gather(*(hammer(seed) for seed in range(2, 22)))
+    hits = 0
+    for _ in range(10):
+        plan = await found(quiet, mine, 20)
+        result = await quiet.get(plan)
+        check(plan, result, 20)
+        hits += result.blocks
+    await hammering
+    await worker.store.idle()
+    plan = await quiet.match(LARGE, mine)
+    check(plan, await quiet.get(plan), 20)
+    assert hits == 200
+    assert worker.store.use("quiet") == before, "nothing of it was moved, dropped or evicted"
+    over = worker.store.use("loud")
+    assert over.evicted + over.dropped > 0
+    assert over.tiers[Tier.HOT] <= 256 << 10 and over.tiers[Tier.HOST] <= 512 << 10
+    worker.store.validate()
