@@ -6,14 +6,17 @@ import asyncio
 import os
 from dataclasses import replace
 
+from coordinator.peers import Peers
 from coordinator.registry import Registry
 from coordinator.service import CoordinatorService
-from kvstore.auth import Authenticator, load_policy
+from kvstore.auth import Authenticator, load_policy, node_credentials
 from kvstore.config import Config
+from kvstore.errors import KVStoreError
 from kvstore.metrics import coordinator_page
 from kvstore.seams import System
-from kvstore.transport.base import Server, Transport
+from kvstore.transport.base import Credentials, Server, Transport
 from kvstore.transport.http import MetricsServer
+from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
 from kvstore.wire import common_pb2
 
 TICKS_A_LEASE = 12
@@ -37,19 +40,23 @@ class CoordinatorRuntime:
         )
         engines = replace(config.coordinator, blocks_max=config.coordinator.engine_blocks_max)
         self.engines = Registry(engines, list(copies), system.clock.monotonic(), seed=system.rng.getrandbits(62))
-        peers = [common_pb2.CoordinatorInfo(address=address) for address in config.server.coordinators]
+        self.peers = Peers(
+            common_pb2.CoordinatorInfo(id=self.id, boot_id=self.boot_id),
+            config.server.coordinators,
+            config.coordinator.lease_s,
+            system.clock.monotonic(),
+        )
         self.service = CoordinatorService(
             config.coordinator,
             system,
             self.registry,
             self.engines,
-            info=common_pb2.CoordinatorInfo(id=self.id, boot_id=self.boot_id),
-            peers=peers,
+            peers=self.peers,
             namespaces_digest=self._policy.digest,
         )
         self._servers: list[Server] = []
         self.metrics_address = ""
-        self._ticking: asyncio.Task[None] | None = None
+        self._ticking: list[asyncio.Task[None]] = []
 
     @property
     def address(self) -> str:
@@ -70,7 +77,7 @@ class CoordinatorRuntime:
             )
             self._servers.append(await figures.start(config.metrics_bind))
             self.metrics_address = figures.address
-        self._ticking = asyncio.create_task(self._tick())
+        self._ticking = [asyncio.create_task(self._tick()), asyncio.create_task(self._greet())]
 
     async def _tick(self) -> None:
         while True:
@@ -79,12 +86,41 @@ class CoordinatorRuntime:
             self.engines.tick(now)
             await asyncio.sleep(self._config.coordinator.lease_s / TICKS_A_LEASE)
 
+    async def _greet(self) -> None:
+        """Let the other coordinators know of this one, and find out who lives, once a lease."""
+        lease_s = self._config.coordinator.lease_s
+        credentials = node_credentials(self._config.server, next(iter(self._policy.namespaces)))
+        while True:
+            addresses = self.peers.to_greet(self._system.clock.monotonic())
+            await asyncio.gather(*(self._greet_one(address, credentials, lease_s) for address in addresses))
+            await asyncio.sleep(lease_s * self._system.rng.uniform(0.5, 1.0))
+
+    async def _greet_one(self, address: str, credentials: Credentials, timeout_s: float) -> None:
+        hello = common_pb2.HelloRequest(
+            protocol=PROTOCOL_VERSION, capabilities=CAPABILITIES, software="kvstore", coordinator=self.peers.me
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                channel = await self._transport.connect(address, credentials)
+                try:
+                    reply = await channel.unary(COORDINATOR["Hello"], hello, timeout_s=timeout_s)
+                finally:
+                    await channel.close()
+        except (KVStoreError, TimeoutError):
+            self.registry.counters["peers_silent"] += 1
+            self.peers.silent(address)
+            return
+        answered = common_pb2.CoordinatorInfo(id=reply.id, boot_id=reply.boot_id, address=address)
+        self.peers.heard(answered, self._system.clock.monotonic())
+        self.peers.named(reply.coordinators)
+
     async def stop(self) -> None:
         """Idempotent."""
-        ticking, self._ticking = self._ticking, None
-        if ticking is not None:
-            ticking.cancel()
-            await asyncio.wait([ticking])
+        ticking, self._ticking = self._ticking, []
+        for task in ticking:
+            task.cancel()
+        if ticking:
+            await asyncio.wait(ticking)
         servers, self._servers = self._servers, []
         for server in reversed(servers):
             await server.close(self._config.server.stop_grace_s)

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from coordinator.peers import Peers
 from coordinator.registry import Registry
 from coordinator.scoring import CANDIDATES_MAX, Scoring
 from coordinator.session import Session
@@ -43,23 +44,24 @@ class CoordinatorService:
         registry: Registry,
         engines: Registry,
         *,
-        info: common_pb2.CoordinatorInfo,
-        peers: list[common_pb2.CoordinatorInfo],
+        peers: Peers,
         namespaces_digest: str,
     ) -> None:
         self._config, self._system, self._registry, self._engines = config, system, registry, engines
         self._scoring = Scoring(registry, engines)
-        self.info = info  # the address is set once it is known
+        self.info = peers.me  # the address is set once it is known
         self._peers, self._digest = peers, namespaces_digest
 
     def coordinators(self) -> list[common_pb2.CoordinatorInfo]:
-        """This one, then the others it was told of."""
-        return [self.info, *(peer for peer in self._peers if peer.address != self.info.address)]
+        """This one, then the others that live."""
+        return self._peers.listed(self._system.clock.monotonic())
 
     async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
         """Incompatible for another protocol."""
         if request.protocol != PROTOCOL_VERSION:
             raise Incompatible(f"protocol {request.protocol} is not spoken here: use a build with {PROTOCOL_VERSION}")
+        if request.HasField("coordinator") and context.role == "node":
+            self._peers.heard(request.coordinator, self._system.clock.monotonic())
         return common_pb2.HelloReply(
             protocol=PROTOCOL_VERSION,
             capabilities=CAPABILITIES,
@@ -68,6 +70,7 @@ class CoordinatorService:
             id=self.info.id,
             boot_id=self.info.boot_id,
             host=self._system.host,
+            coordinators=self.coordinators(),
         )
 
     async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:

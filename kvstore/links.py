@@ -186,6 +186,7 @@ class Coordinators:
         self, addresses: Iterable[str], system: System, transport: Transport, credentials: Credentials
     ) -> None:
         self._addresses = dict.fromkeys(addresses)
+        self._configured = dict(self._addresses)
         self._system = system
         self._preferred = ""
         self._channels: Pooled[Channel] = Pooled(
@@ -202,10 +203,17 @@ class Coordinators:
         return any(not self._channels.avoided(address) for address in self._addresses)
 
     def learn(self, coordinators: Iterable[CoordinatorInfo]) -> None:
-        """Remember the addresses a reply named. Mutates; bounded."""
-        for info in coordinators:
-            if info.address and len(self._addresses) < COORDINATORS_MAX:
-                self._addresses.setdefault(info.address)
+        """Remember the addresses a reply named; forget those that failed and that it does not name any more. Those
+        that were configured stay. Mutates; bounded."""
+        named = dict.fromkeys(info.address for info in coordinators)
+        if not named:
+            return
+        for address in [a for a in self._addresses if a not in named and a not in self._configured]:
+            if self._channels.avoided(address):
+                del self._addresses[address]
+        for address in named:
+            if address and len(self._addresses) < COORDINATORS_MAX:
+                self._addresses.setdefault(address)
 
     async def call(self, method: Method, request: Message, *, timeout_s: float) -> Any:
         """The reply of the first that gives one. ServiceError: the last one's where none does, Unavailable at once

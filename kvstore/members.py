@@ -75,6 +75,8 @@ class Members:
         return list(found)
 
     def takers(self) -> dict[str, str]:
-        """Worker id -> address of those that take new blocks from another host."""
-        alive = (member for member in self._table.values() if member.state == State.ALIVE and member.address)
-        return {member.id: member.address for member in alive}
+        """Worker id -> address of those that take new blocks from another host: not of newcomers that are still empty,
+        where there are others."""
+        alive = [member for member in self._table.values() if member.state == State.ALIVE and member.address]
+        settled = [member for member in alive if not member.slow_start]
+        return {member.id: member.address for member in settled or alive}

@@ -25,6 +25,9 @@ from kvstore.wireform import member_to_wire
 COORDINATORS_MAX = 64
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
+BACKOFF_LEASES = 0.3
+"""Of a coordinator's lease: who comes back is told of every worker within one, before it says that it is complete."""
+
 GATHER_S = 0.005
 """Between a change that was told and the next: a message for each block of a prompt would cost more than its put."""
 
@@ -78,6 +81,7 @@ class Announcer:
         self._digest: bytes | None = None
         self._fencing = asyncio.Lock()
         self._streams: dict[str, Stream] = {address: Stream(self, address) for address in dict.fromkeys(coordinators)}
+        self._configured = dict.fromkeys(self._streams)
         self._ids: dict[str, str] = {}  # coordinator id -> the address it is known by
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._started = False
@@ -115,6 +119,16 @@ class Announcer:
             if info.address and not known and len(self._streams) < COORDINATORS_MAX and self._started:
                 stream = self._streams[info.address] = Stream(self, info.address)
                 self._run(stream)
+
+    def dismissed(self, stream: Stream) -> bool:
+        """Whether a coordinator that does not answer is none any more: those that do answer do not name it, and nobody
+        configured it. Then it is forgotten. Mutates."""
+        others = [other for other in self._streams.values() if other is not stream and other.named]
+        if stream.address in self._configured or not others or any(stream.address in other.named for other in others):
+            return False
+        if self._streams.get(stream.address) is stream:
+            del self._streams[stream.address]
+        return True
 
     def view(self) -> dict[str, common_pb2.Member]:
         """Workers that homes are drawn from, by id: all that any coordinator on a standing stream names. Pure."""
@@ -177,11 +191,13 @@ class Stream:
         self._announcer = announcer
         self._snapshots = 0  # begun in the life of this process; grows, so that an older one is void
         self._twin = False
+        self._lease_s = BACKOFF_MAX_S / BACKOFF_LEASES  # of the coordinator, once it has said so
         self._turn = 0
         self._begin()
 
     def _begin(self) -> None:
         """A new connection knows nothing."""
+        self.named: dict[str, None] = {}  # coordinators that this one listed last
         self._epoch = self._announcer.source.member().epoch
         self._introduced = Introduced(self._announcer.source.catalog)
         self._welcome: coordinator_pb2.Welcome | None = None
@@ -205,9 +221,10 @@ class Stream:
                 announcer.disclaim(self.address)
                 self.view = {}
                 announcer.viewed()
-            if self._twin:
+            if self._twin or (self._welcome is None and announcer.dismissed(self)):
                 return
-            delay = BACKOFF_FIRST_S if self._welcome is not None else min(2 * delay, BACKOFF_MAX_S)
+            ceiling = min(BACKOFF_MAX_S, self._lease_s * BACKOFF_LEASES)
+            delay = BACKOFF_FIRST_S if self._welcome is not None else min(2 * delay, ceiling)
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay * announcer.system.rng.uniform(0.5, 1.5)):
                     await announcer.stopping.wait()
@@ -245,6 +262,7 @@ class Stream:
                 return False
             self._sent = dict(reply.welcome.applied)
             self._welcome = reply.welcome
+            self._lease_s = reply.welcome.lease_ms / 1000
         elif kind == "ack":
             self.acked.update(reply.ack.applied)
         elif kind == "snapshot_request":
@@ -254,6 +272,7 @@ class Stream:
             self._announcer.viewed()
         elif kind == "hints" and self._announcer.hinted is not None:
             self._announcer.hinted(reply.hints)
+        self.named = dict.fromkeys(info.address for info in reply.coordinators)
         self._announcer.learn(reply.coordinators)
         self.wake.set()
         return True

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from coordinator.peers import Peers
 from coordinator.registry import SWEEP_SLOTS, Registry
 from coordinator.service import CoordinatorService
 from coordinator.session import Session
@@ -135,8 +136,7 @@ class Rig:
             self.system,
             self.registry,
             Registry(self.config, [NAMESPACE], self.clock.monotonic()),
-            info=info,
-            peers=[],
+            peers=Peers(info, (), self.config.lease_s, self.clock.monotonic()),
             namespaces_digest="",
         )
         self.workers = [Worker(self, number) for number in range(WORKERS)]

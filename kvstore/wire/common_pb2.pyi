@@ -60,9 +60,10 @@ class DictionaryEntry(_message.Message):
     def __init__(self, spec_json: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ["boot_id", "capabilities", "host", "id", "member", "namespaces_digest", "protocol", "software"]
+    __slots__ = ["boot_id", "capabilities", "coordinators", "host", "id", "member", "namespaces_digest", "protocol", "software"]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    COORDINATORS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -71,25 +72,28 @@ class HelloReply(_message.Message):
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     capabilities: _containers.RepeatedScalarFieldContainer[str]
+    coordinators: _containers.RepeatedCompositeFieldContainer[CoordinatorInfo]
     host: str
     id: str
     member: Member
     namespaces_digest: str
     protocol: int
     software: str
-    def __init__(self, protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., namespaces_digest: _Optional[str] = ..., id: _Optional[str] = ..., boot_id: _Optional[str] = ..., host: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., namespaces_digest: _Optional[str] = ..., id: _Optional[str] = ..., boot_id: _Optional[str] = ..., host: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., coordinators: _Optional[_Iterable[_Union[CoordinatorInfo, _Mapping]]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ["capabilities", "namespaces_digest", "protocol", "software"]
+    __slots__ = ["capabilities", "coordinator", "namespaces_digest", "protocol", "software"]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     capabilities: _containers.RepeatedScalarFieldContainer[str]
+    coordinator: CoordinatorInfo
     namespaces_digest: str
     protocol: int
     software: str
-    def __init__(self, protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., namespaces_digest: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., namespaces_digest: _Optional[str] = ..., coordinator: _Optional[_Union[CoordinatorInfo, _Mapping]] = ...) -> None: ...
 
 class HolderRun(_message.Message):
     __slots__ = ["count", "fidelity", "first_depth", "holder", "shard", "stored_bytes", "tier"]
