@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -18,6 +22,7 @@ from kvstore.spec import Shard
 from kvstore.types import Fidelity, Keys, Tier
 from tests.cluster_model import FULL, chain, directory_for, halves, run_of
 
+ROOT = Path(__file__).parent.parent
 WHOLE = Shard.whole(FULL)
 
 
@@ -197,6 +202,35 @@ def test_the_cache_of_compiled_code_is_nobody_elses(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     assert private_folder(tmp_path / "link") is None
     assert private_folder(tmp_path / "no" / "such") is None
+
+
+NOWHERE = """
+import numba.core.caching as caching
+for name, kind in vars(caching).items():
+    if isinstance(kind, type) and issubclass(kind, caching._CacheLocator) and "UserProvided" not in name:
+        kind.from_function = classmethod(lambda cls, function, path: None)
+import numpy
+from kvstore.kernels.moves import move
+there, here = numpy.zeros(4, numpy.uint8), numpy.arange(4, dtype=numpy.uint8)
+move(*(numpy.array([n], numpy.uint64) for n in (there.ctypes.data, here.ctypes.data, 4)))
+assert there.tolist() == [0, 1, 2, 3]
+"""
+
+
+def test_where_nothing_may_be_written_the_code_is_kept_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    """And where somebody else has made that folder, it is compiled without being kept."""
+    folder = tmp_path / f"kvstore-kernels-{os.getuid()}"
+    for public in (False, True):
+        if public:
+            shutil.rmtree(folder)
+            folder.mkdir(mode=0o777)
+            folder.chmod(0o777)
+        env = {**os.environ, "TMPDIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", NOWHERE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert bool(list(folder.rglob("*.nbc"))) is not public
 
 
 def test_bounds_of_the_hash() -> None:

@@ -27,13 +27,15 @@ def jit(function: F) -> F:
         return _cached(function)
     except RuntimeError:  # numba found no folder to write to
         folder = private_folder(Path(tempfile.gettempdir()) / f"kvstore-kernels-{os.getuid()}")
-    if folder is None:
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
-    try:
-        return _cached(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    if folder is not None:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+        try:
+            return _cached(function)
+        except RuntimeError:  # nor there
+            folder = None
+        finally:
+            numba.config.CACHE_DIR = before
+    return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
 
 
 def _cached(function: F) -> F:

@@ -5,12 +5,14 @@ Addresses are plain integers; the caller keeps what lies there alive and in boun
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from kvstore.kernels import jit
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -26,8 +28,11 @@ def _memcpy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
     return types.void(types.uint64, types.uint64, types.uint64), generate
 
 
-@njit("void(uint64[::1], uint64[::1], uint64[::1])", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@jit
 def move(targets: Any, sources: Any, nbytes: Any) -> None:
     """Copy `nbytes[i]` bytes from address `sources[i]` to `targets[i]`, in order. uint64 arrays of one length."""
     for index in range(targets.size):
         _memcpy(targets[index], sources[index], nbytes[index])
+
+
+cast(Any, move).compile("void(uint64[::1], uint64[::1], uint64[::1])")  # now, and not at the first use
