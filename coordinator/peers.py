@@ -71,6 +71,8 @@ class Peers:
 
     def listed(self, now: float) -> list[common_pb2.CoordinatorInfo]:
         """This one, then the others that live as far as is known. Pure."""
+        if not self._peers:
+            return [self.me]
         living = [peer.info for peer in self._peers.values() if now - peer.heard <= self._silent_s]
         found = {info.id or info.address: info for info in living if info.address != self.me.address}
         return [self.me, *found.values()]

@@ -173,7 +173,10 @@ class Registry:
         known, state = self._members.get(id), self.membership.state(id)
         if known is None or state is None:
             return None
-        return replace(known, state=state.value, slow_start=self.membership.slow_start(id, now))
+        slow_start = self.membership.slow_start(id, now)
+        if known.state == state and known.slow_start == slow_start:
+            return known  # nearly always, and a copy would cost every lookup
+        return replace(known, state=state.value, slow_start=slow_start)
 
     def members(self, namespace: str, now: float) -> list[Member]:
         """Workers, and the namespace's own Redis."""

@@ -52,9 +52,9 @@ class CoordinatorService:
         self.info = peers.me  # the address is set once it is known
         self._peers, self._digest = peers, namespaces_digest
 
-    def coordinators(self) -> list[common_pb2.CoordinatorInfo]:
+    def coordinators(self, now: float | None = None) -> list[common_pb2.CoordinatorInfo]:
         """This one, then the others that live."""
-        return self._peers.listed(self._system.clock.monotonic())
+        return self._peers.listed(self._system.clock.monotonic() if now is None else now)
 
     async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
         """Incompatible for another protocol."""
@@ -81,12 +81,13 @@ class CoordinatorService:
         directory = self._registry.inboxes[context.namespace].directory
         found = directory.match(root, keys, shards, least)
         if found.blocks and (spec := directory.spec(root)) is not None:
-            self._registry.repair.asked(context.namespace, keys[: found.blocks], spec.group_blocks)
+            held = keys if found.blocks == len(keys) else keys[: found.blocks]
+            self._registry.repair.asked(context.namespace, held, spec.group_blocks)
         reply = match_to_wire(found, lambda holder: self._registry.member(holder, now))
         reply.not_applied.extend(token_to_wire(token) for token in missing)
         reply.complete = self._registry.complete(context.namespace, now)
         reply.boot_id = self.info.boot_id
-        reply.coordinators.extend(self.coordinators())
+        reply.coordinators.extend(self.coordinators(now))
         self._registry.counters["matches"] += 1
         return reply
 
@@ -106,7 +107,7 @@ class CoordinatorService:
         reply = self._scoring.score(namespace, *self._asked(request), candidates, now)
         reply.complete = self._registry.complete(namespace, now)
         reply.boot_id = self.info.boot_id
-        reply.coordinators.extend(self.coordinators())
+        reply.coordinators.extend(self.coordinators(now))
         self._registry.counters["scores"] += 1
         return reply
 

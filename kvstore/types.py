@@ -83,6 +83,11 @@ class Keys(Sequence[bytes]):
     @overload
     def __getitem__(self, at: slice) -> Keys: ...
     def __getitem__(self, at: int | slice) -> bytes | Keys:
+        if type(at) is int and at >= 0:  # the common case
+            key = self.packed[at * KEY_BYTES : (at + 1) * KEY_BYTES]
+            if key:
+                return key
+            raise IndexError(f"key {at} of {len(self)}")
         if isinstance(at, slice):
             start, stop, step = at.indices(len(self))
             if step != 1:
