@@ -110,6 +110,9 @@ class KVClient:
             await system.pool.run(ready)
             await client._greet()
             if config.watch and config.coordinators:
+                from kvstore.block_table import prepare  # numba
+
+                await system.pool.run(prepare)
                 client.watching.start()
         except BaseException:
             await client.close()

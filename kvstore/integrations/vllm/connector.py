@@ -21,6 +21,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.platforms import current_platform
 
+from kvstore.block_table import prepare
+from kvstore.bulk import ready
 from kvstore.config import ClientConfig
 from kvstore.engine_face import EngineClient
 from kvstore.errors import SetupError
@@ -92,6 +94,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @staticmethod
     def _client(config: ClientConfig) -> EngineClient:
+        """Compiled loops are made, or loaded, first: the first request does not wait for them, nor does connecting."""
+        ready()
+        if config.watch:
+            prepare()
         return EngineClient(config)
 
     @property
