@@ -80,6 +80,9 @@ class Service:
     async def prefetch(self, request: worker_pb2.PrefetchRequest, context: CallContext) -> worker_pb2.PrefetchReply:
         return worker_pb2.PrefetchReply(ready=len(request.parts))
 
+    async def hint(self, request: worker_pb2.HintRequest, context: CallContext) -> worker_pb2.HintReply:
+        return worker_pb2.HintReply()
+
     async def inspect(self, request: worker_pb2.InspectRequest, context: CallContext) -> worker_pb2.InspectReply:
         return worker_pb2.InspectReply()
 
