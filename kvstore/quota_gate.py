@@ -84,11 +84,10 @@ class QuotaGate:
         rows = [row for row in self._rows(namespace, level) if residency.may_leave(row, level)]
         if not rows:
             return []
-        orders = np.fromiter((self._order(row, level) for row in rows), np.int64, len(rows))
+        orders = [self._order(row, level) for row in rows]  # a policy's order may be wider than 64 bits
         keep = min(len(rows), max(BATCH_MIN, len(rows) // BATCH_SHARE))
-        oldest = np.argpartition(orders, keep - 1)[:keep]
-        oldest = oldest[np.argsort(orders[oldest], kind="stable")][::-1]
-        return [(rows[at], int(orders[at])) for at in oldest.tolist()]
+        oldest = sorted(range(len(rows)), key=orders.__getitem__)[:keep]
+        return [(rows[at], orders[at]) for at in reversed(oldest)]
 
     def _rows(self, namespace: str, level: int) -> list[int]:
         """Rows of a namespace with a copy at a level. O(all rows), in C."""
