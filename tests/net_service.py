@@ -60,6 +60,9 @@ class Service:
     async def members(self, request: Any, context: CallContext) -> coordinator_pb2.MembersReply:
         return coordinator_pb2.MembersReply()
 
+    async def score(self, request: coordinator_pb2.ScoreRequest, context: CallContext) -> coordinator_pb2.ScoreReply:
+        return coordinator_pb2.ScoreReply()
+
     async def probe(self, request: Any, context: CallContext) -> worker_pb2.ProbeReply:
         return worker_pb2.ProbeReply()
 
