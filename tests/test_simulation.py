@@ -25,8 +25,8 @@ SEEN: Counter[str] = Counter()
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_invariants_hold(seed: int) -> None:
-    outcome = run_seed(seed)
-    assert outcome.seen["gets"] > 20 and outcome.seen["put_committed"] > 30
+    outcome = run_seed(seed, turns=10)
+    assert outcome.seen["gets"] > 10 and outcome.seen["put_committed"] > 20
     SEEN.update(outcome.seen)
 
 
