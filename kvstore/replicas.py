@@ -119,8 +119,8 @@ class Replicas:
 
     @property
     def waiting(self) -> int:
-        """Groups to be looked at: changed ones, and those left of the round."""
-        return len(self._due) + self._left
+        """Groups to be looked at, now or once more later: changed, told something, or left of the round."""
+        return len(self._due) + self._left + len(self._again)
 
     # ---- changes
 

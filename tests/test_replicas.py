@@ -82,7 +82,7 @@ def test_the_highest_ranked_who_lacks_a_copy_is_told_once() -> None:
     assert isinstance(hint, Pull)
     assert hint.to == next(name for name in rank(key(1, 0), members) if name != "a")
     assert (keys_of(hint), hint.sources) == (content["a"], ("a",))
-    replicas.again()
+    assert replicas.waiting, "it is to be looked at once more, whatever else happens"
     assert look(replicas, content, fleet(*members), AGAIN_S / 2) == [], "told already"
     assert look(replicas, content, fleet(*members), 1.5 * AGAIN_S) == [hint], "told again: it did not happen"
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.convert import spec_to_wire
 from kvstore.keys import Chain
 from kvstore.placement import rank
 from kvstore.spec import Shard
 from kvstore.types import Tier
+from kvstore.wire import common_pb2, coordinator_pb2
+from kvstore.wireform import member_to_wire, shard_to_wire
 from tests.service_cluster import COORDINATOR, MiniCluster, blocks_of, check, found
 from tests.service_helpers import LARGE, prompt
 from tests.service_helpers import until as within
@@ -191,3 +194,34 @@ async def test_who_hammers_a_worker_leaves_a_quiet_tenant_all_its_hits(cluster: 
     assert over.evicted + over.dropped > 0
     assert over.tiers[Tier.HOT] <= 256 << 10 and over.tiers[Tier.HOST] <= 512 << 10
     worker.store.validate()
+
+
+async def test_a_group_that_grows_while_it_waits_is_pulled_whole(cluster: MiniCluster) -> None:
+    """Hints of one group come with the keys that are new: the ones before must not be forgotten."""
+    await cluster.coordinator()
+    first, second = await cluster.worker("one"), await cluster.worker("two")
+    client = await cluster.client(alone=True, workers=(first.socket,))
+    prefix = prompt(5, 8)
+    await client.put(prefix.spec, prefix, blocks_of(prefix))
+    await until(lambda: len(second.announcer.view()) == 2, "the other one is known")
+    shard = Shard.whole(prefix.spec)
+    for part in (prefix.keys[:3], prefix.keys[3:]):
+        second.puller.hinted(
+            coordinator_pb2.Hints(
+                view=second.announcer.view_digest(),
+                dictionary=[spec_to_wire(prefix.spec), common_pb2.DictionaryEntry(shard=shard_to_wire(shard))],
+                holders=[member_to_wire(first.node.member())],
+                pulls=[
+                    coordinator_pb2.PullHint(
+                        namespace="default",
+                        root=prefix.spec.root,
+                        shard=shard.digest,
+                        group=prefix.group(0),
+                        keys=b"".join(part),
+                        sources=[0],
+                    )
+                ],
+            )
+        )
+    await until(lambda: held(second, prefix) == 8, "both parts have come")
+    assert second.node.counters["pulls"] == 1

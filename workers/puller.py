@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstore.auth import node_credentials
 from kvstore.budget import Budget
@@ -167,8 +167,11 @@ class Puller:
         if job.name not in self._waiting and len(self._waiting) >= self._node.config.worker.pull_queue:
             self.counters["pulls_dropped"] += 1  # hinted again later
             return
-        if job.name not in self._waiting:
+        waiting = self._waiting.get(job.name)
+        if waiting is None:
             self._line.push(job.namespace, job.name, len(job.keys) * block_bytes(job.spec, job.shard))
+        else:  # the group has grown since, or is hinted again: all that was asked for, the newer sources
+            job = replace(job, keys=tuple(dict.fromkeys((*waiting.keys, *job.keys))))
         self._waiting[job.name] = job
         self._wake.set()
 
