@@ -84,28 +84,17 @@ def _begin_any(self: Piece, copy_id: int) -> bool:
     return _begin(self, copy_id)
 
 
-async def _free_first(self: Carrier, ticket: Ticket, destination: int) -> None:
+_write = Carrier._write
+
+
+async def _free_first(self: Carrier, ticket: Ticket, destination: int, moving: Any) -> Any:
     """Out of the upper tier, then into the lower one."""
-    stack, residency, row = self.stack, self.stack.residency, ticket.row
-    if destination == stack.REDIS or residency.pinned(row):
-        await _carry(self, ticket, destination)
-        return
-    moving = await self._source(row, ticket.level, raw=residency.levels[destination].raw)
-    if residency.gone(row) or not residency.present(row, ticket.level) or residency.pinned(row):
-        return
-    moving.parts = [bytes(part) for part in moving.parts]
-    stack.drop(row, ticket.level)
-    location = await self._write(ticket, destination, moving)
-    if residency.gone(row):
-        stack.admit(moving.namespace, moving.header, destination, location)
-    elif residency.present(row, destination):
-        stack.tiers[destination].free(moving.namespace, moving.header, location)
-    else:
-        residency.replace_header(row, moving.header)
-        stack.add(row, destination, location)
+    residency, row = self.stack.residency, ticket.row
+    if not residency.gone(row) and residency.present(row, ticket.level) and not residency.pinned(row):
+        moving.parts = [bytes(part) for part in moving.parts]
+        self.stack.drop(row, ticket.level)
+    return await _write(self, ticket, destination, moving)
 
-
-_carry = Carrier.carry
 
 # --- announcements ---------------------------------------------------------------------------------------------------
 
@@ -183,24 +172,25 @@ def _match_anywhere(self: Directory, root: bytes, keys: Any, shards: Any, least:
 
 MUTANTS = (
     Mutant("reader-generation", "a reader on the same host does not look at generations",
-           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly)), rare=True),
+           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly)), seed=4, rare=True),
     Mutant("epoch-fence", "a message of an older life is taken",
            ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any)),
-           rare=True),
+           seed=80, rare=True),
     Mutant("copy-flip-free", "a block is freed above before it is written below",
-           ((Carrier, "carry", _free_first),)),
+           ((Carrier, "_write", _free_first),)),
     Mutant("gap-snapshot", "a coordinator that misses changes does not ask for a snapshot",
            ((Receiver, "offer", _offer_beyond),)),
     Mutant("dead-writer", "the staging memory of a writer that is gone is kept",
            ((Staging, "close", _end_of_staging),)),
     Mutant("copy-id", "chunks are put together whichever copy they are of",
-           ((Arrivals, "_check", _unchecked), (Piece, "begin", _begin_any))),
+           ((Arrivals, "_check", _unchecked), (Piece, "begin", _begin_any)), seed=5),
     Mutant("announcer-fence", "every worker elected to announce Redis does so under one epoch",
-           ((RedisIndex, "elect", _elect_again),), rare=True),
+           ((RedisIndex, "elect", _elect_again),), seed=46, rare=True),
     Mutant("announcer-name", "a worker that is elected again within its old lease goes on under its old epoch",
-           ((RedisAnnouncer, "_draw", lambda self: setattr(self, "_name", self._worker())),), rare=True),
+           ((RedisAnnouncer, "_draw", lambda self: setattr(self, "_name", self._worker())),),
+           seed=178, rare=True),
     Mutant("contiguity", "blocks behind a gap count as held",
-           ((Directory, "match", _match_anywhere),)),
-    Mutant("lost-words", "changes whose dictionary was lost on the way are passed over", found=True,
+           ((Directory, "match", _match_anywhere),), seed=1),
+    Mutant("lost-words", "changes whose dictionary was lost on the way are passed over", seed=45, found=True, rare=True,
            patches=((Session, "_learn", _learn_some), (Stream, "_snapshot", _same_words))),
 )  # fmt: skip
