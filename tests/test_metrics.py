@@ -53,6 +53,13 @@ async def cluster(tmp_path: Path) -> AsyncIterator[MiniCluster]:
         yield made
 
 
+async def ready(address: str) -> None:
+    """A coordinator is complete once a lease has passed and everything its members say is in."""
+    async with asyncio.timeout(20):
+        while (await ask(address, "/readyz"))[0] != 200:
+            await asyncio.sleep(0.01)
+
+
 async def test_what_was_done_shows_in_the_figures(cluster: MiniCluster) -> None:
     coordinator = await cluster.coordinator(metrics_bind="127.0.0.1:0")
     worker = await cluster.worker("a", metrics_bind="127.0.0.1:0")
@@ -71,6 +78,7 @@ async def test_what_was_done_shows_in_the_figures(cluster: MiniCluster) -> None:
     assert mine['kvstore_tier_state{tier="hot",state="ok"}'] == 1
     assert mine['kvstore_tier_state{tier="hot",state="down"}'] == 0
     assert mine[f'kvstore_info{{role="worker",id="{worker.identity.worker}",node="a"}}'] == 1
+    await ready(coordinator.metrics_address)
     _, page = await ask(coordinator.metrics_address, "/metrics")
     its = figures(page)
     assert its["kvstore_directory_blocks"] == 40 and its["kvstore_directory_complete"] == 1
@@ -85,9 +93,7 @@ async def test_health_says_alive_and_ready(cluster: MiniCluster) -> None:
     for address in (coordinator.metrics_address, worker.metrics_address):
         assert await ask(address, "/healthz") == (200, "alive\n")
     assert await ask(worker.metrics_address, "/readyz?verbose") == (200, "ready\n")
-    async with asyncio.timeout(10):
-        while (await ask(coordinator.metrics_address, "/readyz"))[0] != 200:
-            await asyncio.sleep(0.01)
+    await ready(coordinator.metrics_address)
     await worker.stop()
     with pytest.raises(OSError):
         await ask(worker.metrics_address, "/healthz")

@@ -37,7 +37,7 @@ def told(residency: Residency, namespace: str) -> list[Added]:
     """One by one, as a store tells them."""
     found = []
     for row in residency.of(namespace):
-        header, level = residency.header(row), residency.top(row)
+        header, level = residency.header(row), residency.rows.best(row)
         found.append(
             Added(
                 header.root,

@@ -34,6 +34,10 @@ PROMPTS = 10
 SLACK_S = 2.0
 """A busy machine runs nobody for a while; a call that waits for ever is far beyond it."""
 
+THREADS = 2
+POOLED = 3 * THREADS
+"""Threads of a worker that start when they are first needed: byte movers, the SSD tier's for writing and for reading."""
+
 KINDS = ("put", "get", "get", "layers", "pinned", "prefetch")
 FAULTS = {
     "none": 4, "cut": 4, "stop worker": 3, "stop coordinator": 2, "stop client": 2,
@@ -45,7 +49,7 @@ def config() -> Config:
     store = {
         "host_bytes": 24 * MIB, "hot_bytes": 8 * MIB, "segment_bytes": 4 * MIB, "staging_bytes": 8 * MIB,
         "staging_total_bytes": 64 * MIB, "ssd_bytes": 128 * MIB, "ssd_segment_bytes": 8 * MIB, "ssd_sync_s": 0.05,
-        "hold_max_s": 3.0, "pin_max_s": 3.0, "threads": 2,
+        "hold_max_s": 3.0, "pin_max_s": 3.0, "threads": THREADS,
     }  # fmt: skip
     return override(
         Config(),
@@ -231,7 +235,7 @@ async def _nothing_is_left(cluster: LocalCluster, fresh: dict[str, int]) -> None
             used, now = await tiers_used(cluster), held_by(cluster.workers[0].process.pid)
             memory = used.get(Tier.HOT, 0) + used.get(Tier.HOST, 0)
             more = {what: now[what] - fresh[what] for what in fresh}
-            if memory == 0 and now["staging"] == 0 and more["other"] <= 2 and more["threads"] <= 2:
+            if memory == 0 and now["staging"] == 0 and more["other"] <= 2 and more["threads"] <= POOLED:
                 return
             try:
                 await asyncio.sleep(0.1)
