@@ -187,7 +187,9 @@ class Movement:
         del self._tasks[task]
         self.moving_bytes -= ticket.nbytes
         self._carrier.landed(ticket)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            return  # only where the process ends: nothing new is begun
+        if (error := task.exception()) is not None:
             self.stack.counters["moves_crashed"] += 1
             self._stuck[ticket.level] = None
             asyncio.get_running_loop().call_exception_handler({"message": "a move failed", "exception": error})

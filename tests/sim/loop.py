@@ -243,7 +243,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.problems.append(f"{context.get('message')}: {error!r} {what}\n{where}")
 
     def end(self, processes: Sequence[SimProcess] = ()) -> None:
-        """Let every process run again, cancel all tasks, close."""
+        """Let every process run again, cancel all tasks, close. SimError where one does not end."""
         self._closing = True
         self._steps = 0
 
@@ -260,6 +260,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 for task in tasks:
                     task.cancel()
                 self.run_until_complete(asyncio.wait(tasks, timeout=60.0))
+            else:
+                raise SimError(f"these can't be cancelled: {self.waiting()}")
             self.run_until_complete(self.shutdown_asyncgens())
         finally:
             self.close()
