@@ -36,7 +36,7 @@ SLACK_S = 2.0
 
 THREADS = 2
 POOLED = 3 * THREADS
-"""Threads of a worker that start when they are first needed: byte movers, the SSD tier's for writing and for reading."""
+"""Threads of a worker that start when first needed: byte movers, the SSD tier's for writing and for reading."""
 
 KINDS = ("put", "get", "get", "layers", "pinned", "prefetch")
 FAULTS = {
