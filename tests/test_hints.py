@@ -19,7 +19,7 @@ from kvstore.usage import Finish, Hint, Use
 from kvstore.usewire import hint_from_wire, hint_to_wire, use_from_wire, use_to_wire
 from kvstore.wire import worker_pb2
 from tests.residency_blocks import header_of
-from tests.service_cluster import MiniCluster, blocks_of
+from tests.service_cluster import STORE, MiniCluster, blocks_of
 from tests.test_cluster_small import FULL, cluster, found, prompt  # noqa: F401 - the fixture
 
 
@@ -120,7 +120,7 @@ def test_records_do_not_pile_up() -> None:
 
 async def test_a_client_tells_its_worker(cluster: MiniCluster) -> None:  # noqa: F811
     await cluster.coordinator()
-    worker = await cluster.worker("a")
+    worker = await cluster.worker("a", store=replace(STORE, policy="default"))
     client = await cluster.client()
     prefix = prompt(1, 12)
     assert await client.hint(FULL, prefix, Hint(ended=True)) == 0  # nothing is here yet
