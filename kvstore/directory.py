@@ -18,7 +18,6 @@ from kvstore.answers import Match, MatchRun, fewer, ranges
 from kvstore.block_table import Array, BlockTable, key_array
 from kvstore.catalog import Catalog
 from kvstore.entries import bytes_of, fidelity_of, owner_of, pack, tier_of
-from kvstore.errors import BadRequest
 from kvstore.keyspaces import Keyspace, Keyspaces, Table
 from kvstore.lives import Life, Lives, Status
 from kvstore.matching import Plan, longest
@@ -341,18 +340,10 @@ class Directory:
         if table is not None:
             return table
         spec, shard = self._catalog.spec(run.root), self._catalog.shard(run.shard)
-        if spec is None or shard is None or not _fits(shard, spec):
+        if spec is None or shard is None or not shard.fits(spec):
             self.skipped += count
             return None
         table = self._spaces.make(spec, shard, self.shards_max)
         if table is None:
             self.refused += count
         return table
-
-
-def _fits(shard: Shard, spec: ModelSpec) -> bool:
-    try:
-        shard.check(spec)
-    except BadRequest:
-        return False
-    return True

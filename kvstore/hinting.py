@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from kvstore.config import ClientConfig
 from kvstore.errors import DataError, ServiceError
@@ -55,25 +56,23 @@ class Hinter:
         if not self._members.all() and not self._members.sockets():
             await self._members.fresh(timeout_s=timeout_s)
         sockets = self._members.sockets()
-        calls = [self._local(socket, request, timeout_s) for socket in sockets]
+        calls = [self._told(self._local(socket, request, timeout_s)) for socket in sockets]
         remote = [m.address for m in self._members.all() if not self._members.here(m) and m.address]
-        calls += [self._remote(address, request, timeout_s) for address in remote[: max(0, WORKERS_MAX - len(calls))]]
+        left = max(0, WORKERS_MAX - len(calls))
+        calls += [self._told(self._remote(address, request, timeout_s)) for address in remote[:left]]
         return sum(await asyncio.gather(*calls))
 
-    async def _local(self, socket: str, request: worker_pb2.HintRequest, timeout_s: float) -> int:
+    async def _told(self, call: Coroutine[Any, Any, Any]) -> int:
         try:
-            async with self._links.local.use(socket, timeout_s=timeout_s) as link:
-                reply = await link.call(WORKER_LOCAL["Hint"], request, timeout_s=timeout_s)
-                return int(reply.blocks)
+            return int((await call).blocks)
         except (ServiceError, DataError) as error:
             self._counters[f"errors_{type(error).__name__}"] += 1
             return 0
 
-    async def _remote(self, address: str, request: worker_pb2.HintRequest, timeout_s: float) -> int:
-        try:
-            async with self._links.remote.use(address, timeout_s=timeout_s) as channel:
-                reply = await channel.unary(WORKER["Hint"], request, timeout_s=timeout_s)
-                return int(reply.blocks)
-        except (ServiceError, DataError) as error:
-            self._counters[f"errors_{type(error).__name__}"] += 1
-            return 0
+    async def _local(self, socket: str, request: worker_pb2.HintRequest, timeout_s: float) -> Any:
+        async with self._links.local.use(socket, timeout_s=timeout_s) as link:
+            return await link.call(WORKER_LOCAL["Hint"], request, timeout_s=timeout_s)
+
+    async def _remote(self, address: str, request: worker_pb2.HintRequest, timeout_s: float) -> Any:
+        async with self._links.remote.use(address, timeout_s=timeout_s) as channel:
+            return await channel.unary(WORKER["Hint"], request, timeout_s=timeout_s)

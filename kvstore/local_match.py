@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from kvstore.answers import Match, MatchRun
 from kvstore.catalog import Catalog
-from kvstore.errors import BadRequest
 from kvstore.matching import longest, make_plan
 from kvstore.residency import Residency
-from kvstore.spec import ModelSpec, Shard
+from kvstore.spec import Shard
 from kvstore.types import Fidelity, Tier
 
 
@@ -31,7 +30,7 @@ def match(
     if spec is None or not keys or not shards:
         return Match()
     stored = [
-        shard for shard in map(catalog.shard, residency.shards(namespace)) if shard is not None and _fits(shard, spec)
+        shard for shard in map(catalog.shard, residency.shards(namespace)) if shard is not None and shard.fits(spec)
     ]
     plan = make_plan(spec, shards, stored)
     lookups = [residency.keys(namespace, shard.digest).get for shard in stored]
@@ -48,14 +47,6 @@ def match(
         rows = list(map(lookups[position], keys[first:blocks]))
         runs += _runs(residency, holder, stored[position], rows, first, least)
     return Match(blocks, runs)
-
-
-def _fits(shard: Shard, spec: ModelSpec) -> bool:
-    try:
-        shard.check(spec)
-    except BadRequest:
-        return False
-    return True
 
 
 def _runs(

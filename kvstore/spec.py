@@ -288,8 +288,16 @@ class Shard:
             return None
         return Shard(self.group, layer, layers, head, heads)
 
+    def fits(self, spec: ModelSpec) -> bool:
+        """Whether this is a non-empty rectangle of the spec. Pure."""
+        try:
+            self.check(spec)
+        except BadRequest:
+            return False
+        return True
+
     def check(self, spec: ModelSpec) -> None:
-        """BadRequest unless this is a non-empty rectangle of the spec."""
+        """BadRequest unless it `fits`."""
         if self.group >= len(spec.groups):
             raise BadRequest(f"shard group {self.group} is not one of the {len(spec.groups)} groups of the spec")
         group = spec.groups[self.group]
