@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvstore.checksum import xxh3
-from kvstore.codecs import FAST, INT4, INT8, KNOWN, NESTED, RAW, SPLIT, fidelity_of
+from kvstore.codecs import DENSE, FAST, INT4, INT8, KNOWN, NESTED, RAW, SPLIT, fidelity_of, general
 from kvstore.codecs.batch import Backend, Coded, Plane, decode, encode
 from kvstore.codecs.by_numba import Numba
 from kvstore.codecs.by_torch import Torch
@@ -25,7 +27,7 @@ from tests.golden import make_codecs
 
 NUMBA, TORCH = Numba(), Torch()
 BACKENDS = (NUMBA, TORCH)
-KV_CODECS = (FAST, INT8, INT4, NESTED)
+KV_CODECS = (FAST, INT8, INT4, NESTED, DENSE)
 NEAR_ERROR = {INT8: 0.012, INT4: 0.12, NESTED: 0.0}
 SPECIALS = np.array([0x7FC0, 0xFFC1, 0x7F80, 0xFF80, 0x8000, 0x0000, 0x0001, 0x8001, 0x3F80, 0x7F7F], np.uint16)
 
@@ -186,9 +188,46 @@ def test_planes_of_a_nested_chunk_are_worth_more_and_more() -> None:
         assert sum(len(plane.data) for plane in planes) * 1.2 < chunk.nbytes
 
 
+def test_dense_is_fast_with_its_codes_compressed() -> None:
+    raw, chunk = kv(64, 128), piece(64, 128)
+    [fast], [dense] = stored(FAST, raw, chunk), stored(DENSE, raw, chunk)
+    assert dense.codec == DENSE and dense.params == fast.params
+    front = 128 + 64 * 128
+    assert bytes(dense.data)[:front] == bytes(fast.data)[:front]
+    assert len(dense.data) < 0.72 * chunk.nbytes < len(fast.data)
+
+
+class WrongBack(Numba):
+    """A decoder with a fault: what it gives back has one wrong bit."""
+
+    def nested_decode(self, *arguments: Any) -> Any:
+        results = super().nested_decode(*arguments)
+        arguments[1][100] ^= 1
+        return results
+
+
+def test_what_does_not_read_back_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the verification of dense, split and nested: another codec takes the chunk."""
+    raw, chunk = kv(64, 128), piece(64, 128)
+    assert [plane.codec for plane in stored(NESTED, raw, chunk)] == [NESTED] * 3
+    assert stored(NESTED, raw, chunk, WrongBack())[0].codec == FAST
+
+    class WrongFrames:
+        def compress(self, data: Any) -> bytes:
+            altered = bytearray(data)
+            altered[-1] ^= 1
+            return zstandard.ZstdCompressor().compress(altered)
+
+    assert (stored(DENSE, raw, chunk)[0].codec, stored(SPLIT, raw, chunk)[0].codec) == (DENSE, SPLIT)
+    monkeypatch.setattr(general, "_compressor", WrongFrames)
+    assert stored(DENSE, raw, chunk)[0].codec == FAST
+    assert stored(SPLIT, raw, chunk)[0].codec == RAW
+    assert stored(NESTED, raw, chunk)[0].codec == FAST, "its rest is too large without an entropy stage"
+
+
 def test_other_element_types_are_never_made_lossy() -> None:
     raw = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16).tobytes()
-    for codec in (INT8, INT4, NESTED):
+    for codec in (INT8, INT4, NESTED, DENSE):
         planes = stored(codec, raw, piece(64, 64, K, "float16"))
         assert exact(planes) and restored(planes, piece(64, 64, K, "float16")) == raw
 
@@ -235,13 +274,17 @@ def test_garbage_is_a_data_error_and_never_written_beyond_its_place(
     assert guard[:8] == guard[136:] == b"\x55" * 8
 
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "codecs.json").read_text())
+GOLDEN = [
+    (vector, case)
+    for name, cases in make_codecs.cases().items()
+    for vector, case in zip(json.loads((Path(__file__).parent / "golden" / name).read_text()), cases, strict=True)
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=["numba", "torch"])
 def test_golden_vectors_are_read_and_made_for_ever(backend: Backend) -> None:
     made: dict[tuple[str, int, int], bytes] = {}
-    for vector, (dtype, component, codec) in zip(GOLDEN, make_codecs.cases(), strict=True):
+    for vector, (dtype, component, codec) in GOLDEN:
         chunk, raw = make_codecs.chunk_of(dtype, component), make_codecs.raw_of(dtype)
         assert (vector["dtype"], vector["component"], vector["codec"]) == (dtype, component, codec)
         planes = [Plane(codec, vector["params"], bytes.fromhex(data)) for data in vector["planes"]]

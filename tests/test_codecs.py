@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from kvstore import codecs
 from kvstore.checksum import STEP_BYTES, copy_and_checksum, xxh3
-from kvstore.codecs import FAST, INT4, INT8, LZ4, NESTED, RAW, SPLIT, ZSTD, codec_for, decode, encode
+from kvstore.codecs import DENSE, FAST, INT4, INT8, LZ4, NESTED, RAW, SPLIT, ZSTD, codec_for, decode, encode
 from kvstore.errors import BadRequest, Corrupt, UnknownFormat
 
 SPECIALS = {
@@ -91,8 +91,9 @@ def test_unknown_codecs_and_names() -> None:
         decode(SPLIT, bytes(100), memoryview(bytearray(1)), 3)
     with pytest.raises(BadRequest):
         codec_for("gzip", "bfloat16")
-    assert [codec_for(n, "bfloat16") for n in ("raw", "lz4", "lossless", "dense")] == [RAW, LZ4, FAST, SPLIT]
+    assert [codec_for(n, "bfloat16") for n in ("raw", "lz4", "lossless", "dense")] == [RAW, LZ4, FAST, DENSE]
     assert [codec_for(n, "bfloat16") for n in ("near", "compact", "nested", "zstd")] == [INT8, INT4, NESTED, ZSTD]
+    assert codec_for("dense", "float16") == codec_for("dense", "int8") == SPLIT
     assert [codec_for(n, "float16") for n in ("near", "compact", "nested")] == [FAST] * 3
     assert codec_for("lossless", "") == codec_for("lossless", "float64") == LZ4
     assert codec_for("lossless", "float32") == codec_for("lossless", "float8_e5m2") == FAST

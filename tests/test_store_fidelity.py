@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore.codec_rules import CodecRules
-from kvstore.codecs import FAST, INT4, INT8, NESTED, SPLIT
+from kvstore.codecs import DENSE, FAST, INT4, INT8, NESTED
 from kvstore.format import Record
 from kvstore.runs import Added
 from kvstore.spec import Group, ModelSpec, Shard
@@ -203,7 +203,7 @@ async def test_states_and_engine_pages_stay_exact() -> None:
     pages = Group(kind="opaque", layers=2, kv_heads=2, page_tokens=16, page_bytes=1024, page_dtype="bfloat16")
     opaque = replace(small_spec(), layout="opaque:test", groups=(pages,))
     assert set(rules.codecs(opaque, Shard.whole(opaque), "lossless")) == {FAST}
-    assert set(CodecRules().codecs(opaque, Shard.whole(opaque), "dense")) == {SPLIT}
+    assert set(CodecRules().codecs(opaque, Shard.whole(opaque), "dense")) == {DENSE}
 
 
 def test_codecs_go_by_layer_of_the_model() -> None:

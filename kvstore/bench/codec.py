@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from kvstore.bench import codec_bytemodel as bytemodel
-from kvstore.bench.codec_baselines import baselines
+from kvstore.bench.codec_baselines import baselines, missing_library
+from kvstore.bench.codec_blocks import Blocks
 from kvstore.bench.codec_kv import (
     Layer,
     attention_error,
@@ -18,10 +19,11 @@ from kvstore.bench.codec_kv import (
     encoder_layers,
     has_encoder,
 )
-from kvstore.bench.codec_speed import Speed
+from kvstore.bench.codec_speed import Memory, Speed
+from kvstore.bench.codec_threads import threads
 from kvstore.bench.codec_trip import Trip, raw_of, tensor_of
 from kvstore.bench.report import Report
-from kvstore.codecs import FAST, INT4, INT8, NESTED, SPLIT
+from kvstore.codecs import DENSE, FAST, INT4, INT8, NESTED
 from kvstore.system import real_system
 from kvstore.transport.malloc import keep_freed_memory
 
@@ -32,7 +34,7 @@ KL_MOST = {"int8": 0.003, "int4": 0.15, "nested0": 0.15, "nested01": 0.002}
 ROWS: dict[str, tuple[int, int, int, float, float]] = {
     "fast": (FAST, 0, 64, 1.31, 0.0),
     "fast256": (FAST, 0, 256, 1.325, 0.0),
-    "dense": (SPLIT, 0, 64, 1.47, 0.0),
+    "dense": (DENSE, 0, 64, 1.47, 0.0),
     "int8": (INT8, 0, 64, 1.94, 0.010),
     "int4": (INT4, 0, 64, 3.5, 0.080),
     "nested0": (NESTED, 1, 64, 3.5, 0.085),
@@ -56,7 +58,10 @@ def main(argv: Sequence[str]) -> Report:
         _byte_model(report, 4 if arguments.quick else 16)
     if arguments.only != "quality":
         system = real_system(1)
-        Speed(report, system.clock.monotonic, 7, 8 if arguments.quick else 1).run()
+        clock, memory = system.clock.monotonic, Memory()
+        Speed(report, clock, memory, 7, 8 if arguments.quick else 1).run()
+        Blocks(report, clock, memory, 7, 4 if arguments.quick else 32).run()
+        threads(report, clock, 7)
         system.pool.close()
     return report
 
@@ -83,7 +88,7 @@ def _others(report: Report, layers: list[list[Layer]]) -> None:
     """Ratio, and error where there is one, of what the codecs are compared with."""
     for name, other in baselines().items():
         if other is None:
-            report.missing(f"{name}/ratio", "x", f"{name} is not installed: pip install {name}")
+            report.missing(f"{name}/ratio", "x", missing_library(name))
             continue
         raw = stored = 0
         for block, _ in blocks(layers, 64):

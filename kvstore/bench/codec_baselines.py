@@ -56,6 +56,11 @@ def baselines() -> dict[str, Baseline | None]:
     }
 
 
+def missing_library(name: str) -> str:
+    """Why there is no figure of it."""
+    return f"{name} is not installed: pip install {name} (a source distribution, which needs a C compiler)"
+
+
 def _zipnn() -> Baseline | None:
     if find_spec("zipnn") is None:
         return None

@@ -1,6 +1,7 @@
 """Codecs of chunks, by the id stored in the chunk table. docs/FORMAT.md, "Codecs"; when to use which: docs/CODECS.md.
 
-`registry` names them, `general` has those of plain bytes, `batch` encodes and decodes the chunks of a block together.
+`registry` names them, `general` has those of plain bytes, `dense` the entropy stage of the dense one; `batch` encodes,
+and decodes, the chunks of a block together.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from kvstore.codecs.general import PLANE_RAW, PLANE_ZSTD, decode, encode
 from kvstore.codecs.registry import (
     CODECS,
+    DENSE,
     FAST,
     INT4,
     INT8,
@@ -27,6 +29,7 @@ from kvstore.codecs.registry import (
 
 __all__ = [
     "CODECS",
+    "DENSE",
     "FAST",
     "INT4",
     "INT8",

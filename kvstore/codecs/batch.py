@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.codecs import general
+from kvstore.codecs import dense, general
 from kvstore.codecs.registry import (
     BY_FORM_ID,
+    DENSE,
     FAST,
     FORM_IDS,
     INT4,
@@ -167,18 +168,23 @@ def _by_kernel(
     codec: int, dtype: str, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend
 ) -> list[list[Plane]]:
     """Empty where a chunk is not taken."""
-    if codec == FAST:
-        return _fast(dtype, raw, out, group, use) if dtype in FORM_IDS else [[] for _ in group]
-    if dtype != QUANTISED:
+    if (dtype not in FORM_IDS) if codec == FAST else dtype != QUANTISED:
         return [[] for _ in group]
+    if codec in (FAST, DENSE):
+        return _fast(codec, dtype, raw, out, group, use)
     return _nested(raw, out, group, use) if codec == NESTED else _quant(codec, raw, out, group, use)
 
 
-def _fast(dtype: str, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> list[list[Plane]]:
+def _fast(codec: int, dtype: str, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> list[list[Plane]]:
     form = FORM_IDS[dtype]
     jobs = np.array([(p.offset, p.nbytes, p.rows, p.columns, p.offset, p.nbytes - 1) for p in group], np.int64)
     sizes = use.fast_encode(form, _source(raw), out, jobs).tolist()
-    return [_one(FAST, form, piece, out, size) for piece, size in zip(group, sizes, strict=True)]
+    if codec == DENSE:
+        sizes = [
+            size if size < 0 else dense.pack(out[p.offset : p.offset + size], p.rows, p.columns)
+            for p, size in zip(group, sizes, strict=True)
+        ]
+    return [_one(codec, form, piece, out, size) for piece, size in zip(group, sizes, strict=True)]
 
 
 def _quant(codec: int, raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> list[list[Plane]]:
@@ -207,13 +213,14 @@ def _nested(raw: memoryview, out: Bytes, group: list[Chunk], use: Backend) -> li
     if not all(fits):
         return [[] if not fit else _nested(raw, out, [p], use)[0] for fit, p in zip(fits, group, strict=True)]
     rest, back = np.empty(len(raw), np.uint8), np.empty(len(raw), np.uint8)
-    taken = use.nested_encode(_source(raw), out, rest, table, by_row)
+    source = _source(raw)
+    taken = use.nested_encode(source, out, rest, table, by_row)
     again = np.stack([table[:, i] for i in (4, 5, 2, 3, 0, 1, 6, 7, 8)], 1)
     use.nested_decode(_source(out.data), back, rest, again, by_row)
     made: list[list[Plane]] = []
     for piece, variant, job, done in zip(group, by_row.tolist(), jobs, taken.tolist(), strict=True):
         span = slice(piece.offset, piece.offset + piece.nbytes)
-        exact = done == 0 and back[span].tobytes() == raw[span]  # verified before it is trusted
+        exact = done == 0 and np.array_equal(back[span], source[span])  # verified before it is trusted
         plane2 = general.encode_split(rest[span].data, 2) if exact else b""
         params = piece.rows << _VARIANT_BITS | variant
         first, room, second, more = job[4:8]
@@ -251,7 +258,7 @@ def decode(src: memoryview, coded: Iterable[Coded], target: memoryview, use: Bac
             place = target[chunk.offset : chunk.offset + chunk.nbytes]
             general.decode(item.codec, src[start : start + length], place, item.params)
         else:
-            form = item.params & 15 if item.codec == FAST else 0
+            form = item.params & 15 if item.codec in (FAST, DENSE) else 0
             by_kernel.setdefault((item.codec, form, len(item.planes)), []).append(item)
     for (codec, form, planes), mine in by_kernel.items():
         _decode_group(codec, form, planes, src, mine, target, use)
@@ -260,12 +267,14 @@ def decode(src: memoryview, coded: Iterable[Coded], target: memoryview, use: Bac
 def _decode_group(
     codec: int, form: int, planes: int, src: memoryview, mine: list[Coded], target: memoryview, use: Backend | None
 ) -> None:
-    if codec not in (FAST, INT8, INT4, NESTED) or (codec == FAST and form not in BY_FORM_ID):
-        raise UnknownFormat(f"chunk codec {codec} is unknown to this build")
+    known = {FAST: form in BY_FORM_ID, DENSE: form == FORM_IDS[QUANTISED], INT8: True, INT4: True, NESTED: True}
+    if not known.get(codec):
+        raise UnknownFormat(f"chunk codec {codec} with form {form} is unknown to this build")
     use, source, into = use or backend(), _source(src), np.frombuffer(target, np.uint8)
     jobs = np.array([_job(item, BY_FORM_ID[form][0] if form else 2) for item in mine], np.int64)
     by_row = np.array([item.params & 1 for item in mine], np.uint8)
-    if codec == FAST:
+    if codec in (FAST, DENSE):
+        source = source if codec == FAST else _unpacked(source, jobs)
         results = use.fast_decode(form, source, into, jobs)
     elif codec != NESTED or planes == 1:
         factor, shift = (16.0, 7.5) if codec == NESTED else (1.0, 0.0)
@@ -279,10 +288,24 @@ def _decode_group(
 def _job(item: Coded, itemsize: int) -> tuple[int, int, int, int, int, int]:
     rows, chunk = item.params >> _VARIANT_BITS, item.chunk
     count = chunk.nbytes // itemsize
-    if rows < 1 or count % rows or chunk.nbytes % itemsize or (item.codec != FAST and item.params & 14):
+    by_form = item.codec in (FAST, DENSE)
+    if rows < 1 or count % rows or chunk.nbytes % itemsize or (not by_form and item.params & 14):
         raise Corrupt(f"a chunk of {chunk.nbytes} bytes has no {rows} rows")
     (start, length) = item.planes[0]
     return start, length, rows, count // rows, chunk.offset, chunk.nbytes
+
+
+def _unpacked(source: Bytes, jobs: Jobs) -> Bytes:
+    """The fast chunks behind dense ones; the jobs then read from here. Mutates `jobs`."""
+    room = [length + dense.codes_bytes(rows, columns) for _, length, rows, columns, _, _ in jobs.tolist()]
+    made, at = np.empty(sum(room), np.uint8), 0
+    for job, nbytes in zip(jobs, room, strict=True):
+        start, length, rows, columns, _, _ = job.tolist()
+        size = dense.unpack(source[start : start + length], rows, columns, made[at : at + nbytes])
+        job[:2] = at, size
+        at += nbytes
+    made.flags.writeable = False
+    return made
 
 
 def _decode_nested(source: Bytes, into: Bytes, jobs: Jobs, mine: list[Coded], by_row: Bytes, use: Backend) -> Jobs:

@@ -1,4 +1,4 @@
-"""Codecs of bytes: lz4, zstd, and the dense codec, which compresses the byte planes of elements. docs/FORMAT.md.
+"""Codecs of bytes: lz4, zstd, and the split codec, which compresses the byte planes of elements. docs/FORMAT.md.
 
 `encode` and `decode` hold no shared state (compressors are per thread) and release the GIL where the libraries do.
 """
@@ -56,7 +56,7 @@ def decode(codec: int, stored: Buffer, target: memoryview, itemsize: int) -> Non
     elif codec == LZ4:
         target[:] = _exactly(_decode_lz4(stored, len(target)), len(target), "lz4 chunk")
     elif codec == ZSTD:
-        target[:] = _unzstd(memoryview(stored), len(target), "chunk")
+        target[:] = unpacked(memoryview(stored), len(target), "chunk")
     elif codec == SPLIT:
         decode_split(memoryview(stored), target, itemsize)
     else:
@@ -147,23 +147,25 @@ def _read_only(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return view
 
 
-def encode_split(raw: memoryview, itemsize: int, *, verify: bool = True) -> bytes:
-    """The dense codec's bytes, however many they are. `verify`: every compressed plane is read back and compared."""
+def encode_split(raw: memoryview, itemsize: int) -> bytes:
+    """The split codec's bytes, however many they are. Every compressed plane is read back and compared."""
     head: list[bytes] = []
     planes: list[Buffer] = []
+    stored: Buffer
     for plane in _split(raw, itemsize):
-        method, stored = PLANE_RAW, plane.data
-        if _gains(plane):
-            packed = memoryview(_compressor().compress(plane.data))
-            if len(packed) < plane.size and (not verify or _same(packed, plane)):
-                method, stored = PLANE_ZSTD, packed
+        frame = packed(plane) if _gains(plane) else None
+        method, stored = (PLANE_RAW, plane.data) if frame is None else (PLANE_ZSTD, frame)
         head.append(_PLANE.pack(method, len(stored)))
         planes.append(stored)
     return b"".join((*head, *planes, raw[len(raw) // itemsize * itemsize :]))
 
 
-def _same(packed: memoryview, plane: NDArray[np.uint8]) -> bool:
-    return np.array_equal(np.frombuffer(_unzstd(packed, plane.size, "plane"), np.uint8), plane)
+def packed(plane: NDArray[np.uint8]) -> bytes | None:
+    """A frame of a contiguous plane, read back and compared; None where it is not smaller, or not the same."""
+    frame = _compressor().compress(plane.data)
+    if len(frame) >= plane.size or unpacked(memoryview(frame), plane.size, "plane") != plane.tobytes():
+        return None
+    return frame
 
 
 def decode_split(stored: memoryview, target: memoryview, itemsize: int) -> None:
@@ -196,10 +198,11 @@ def _plane(method: int, plane: memoryview, count: int) -> Buffer:
         return plane
     if method != PLANE_ZSTD:
         raise UnknownFormat(f"plane method {method} is unknown to this build")
-    return _unzstd(plane, count, "plane")
+    return unpacked(plane, count, "plane")
 
 
-def _unzstd(frame: memoryview, count: int, what: str) -> bytes:
+def unpacked(frame: memoryview, count: int, what: str) -> bytes:
+    """What a frame holds: so many bytes, or Corrupt."""
     try:
         if zstandard.get_frame_parameters(frame).content_size != count:
             raise Corrupt(f"a frame has another length than its {what}")

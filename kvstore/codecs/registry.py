@@ -8,7 +8,7 @@ from kvstore.errors import BadRequest
 from kvstore.spec import DTYPES
 from kvstore.types import Fidelity
 
-RAW, LZ4, SPLIT, FAST, INT8, INT4, NESTED, ZSTD = range(8)
+RAW, LZ4, SPLIT, FAST, INT8, INT4, NESTED, ZSTD, DENSE = range(9)
 
 EXACT, NEAR, COMPACT = Fidelity.EXACT, Fidelity.NEAR, Fidelity.COMPACT
 
@@ -29,12 +29,13 @@ class Codec:
 CODECS = (
     Codec(RAW, "raw"),
     Codec(LZ4, "lz4"),
-    Codec(SPLIT, "dense"),
+    Codec(SPLIT, "split"),
     Codec(FAST, "fast"),
     Codec(INT8, "int8", (NEAR,)),
     Codec(INT4, "int4", (COMPACT,)),
     Codec(NESTED, "nested", (COMPACT, NEAR, EXACT)),
     Codec(ZSTD, "zstd"),
+    Codec(DENSE, "dense"),
 )
 """By id."""
 
@@ -55,21 +56,21 @@ FORMS: dict[str, tuple[int, int, int, int]] = {
 FORM_IDS = {name: index for index, name in enumerate(FORMS, 1)}
 BY_FORM_ID = {index: FORMS[name] for name, index in FORM_IDS.items()}
 QUANTISED = "bfloat16"
-"""The element type that int8, int4 and nested know; others stay lossless."""
+"""The element type that int8, int4, nested and dense know; others stay lossless, by the split codec for dense."""
 
 NAMES = ("lossless", "dense", "nested", "near", "compact", "lz4", "zstd", "raw")
 """What a configuration may ask for."""
 
 LOSSLESS_NAMES = ("lossless", "dense", "lz4", "zstd", "raw")
 
-_BEST: dict[str, int] = {"near": INT8, "compact": INT4, "nested": NESTED}
+_BEST: dict[str, int] = {"near": INT8, "compact": INT4, "nested": NESTED, "dense": DENSE}
 _PLAIN: dict[str, int] = {"raw": RAW, "lz4": LZ4, "zstd": ZSTD}
 
 
 def codec_for(name: str, dtype: str) -> int:
     """Codec id of a configured name (one of `NAMES`) for elements of `dtype` ("" where unknown). BadRequest.
 
-    `lossless` is the fast codec where it knows the element type and gains most; the dense one for other elements of 1,
+    `lossless` is the fast codec where it knows the element type and gains most; the split one for other elements of 1,
     2 or 4 bytes; lz4 for the rest. What a lossy codec does not know stays lossless.
     """
     if name not in NAMES:
@@ -78,7 +79,7 @@ def codec_for(name: str, dtype: str) -> int:
         return _PLAIN[name]
     if name in _BEST and dtype == QUANTISED:
         return _BEST[name]
-    if name != "dense" and dtype in FORMS and dtype != "float8_e4m3fn":  # of which the dense codec makes much more
+    if name != "dense" and dtype in FORMS and dtype != "float8_e4m3fn":  # of which the split codec makes much more
         return FAST
     return SPLIT if DTYPES.get(dtype) in SPLIT_ITEMSIZES else LZ4
 
@@ -87,8 +88,8 @@ def fallbacks(codec: int, dtype: str) -> tuple[int, ...]:
     """What is tried, in this order, where a codec does not take a chunk or does not gain; raw after all of them."""
     if codec in (RAW, LZ4, ZSTD, SPLIT):
         return ()
-    dense = (SPLIT,) if DTYPES.get(dtype) in SPLIT_ITEMSIZES else (LZ4,)
-    return dense if codec == FAST else (*((FAST,) if dtype in FORMS else ()), *dense)
+    plain = (SPLIT,) if DTYPES.get(dtype) in SPLIT_ITEMSIZES else (LZ4,)
+    return plain if codec == FAST else (*((FAST,) if dtype in FORMS else ()), *plain)
 
 
 def fidelity_of(codec: int, planes: int) -> Fidelity:
