@@ -45,12 +45,18 @@ class ThreadPool:
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Run in a thread. A cancelled caller gets its cancellation only when the thread has let go of the buffers:
         work that has not begun is dropped, work that has is waited for."""
+        return await self.run_abortable(None, function, *args)
+
+    async def run_abortable(self, abort: Callable[[], None] | None, function: Callable[..., T], *args: object) -> T:
+        """As `run`; work that has begun when the caller is cancelled is asked to end early by `abort`."""
         work = self._executor.submit(function, *args)
         future = asyncio.wrap_future(work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             if not work.cancel():
+                if abort is not None:
+                    abort()
                 while not future.done():
                     try:
                         await asyncio.wait([future])

@@ -20,9 +20,9 @@ from kvstore.seams import System
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.tiers.redis_gate import Gate
 from kvstore.tiers.redis_index import STREAM_MAX, RedisIndex, Space
-from kvstore.tiers.redis_link import Command, Connect, Refused, ReplyError, connect, place
+from kvstore.tiers.redis_link import Command, Connect, Refused, ReplyError, Sealed, connect, place
 from kvstore.tiers.redis_scripts import INDEX_BYTES, PUT, TOUCH, VALUE_EXTRA_BYTES, Script
-from kvstore.tiers.redis_value import NONCE_BYTES, TRAILER_BYTES, check, trailer
+from kvstore.tiers.redis_value import NONCE_BYTES, PREFERRED, TRAILER_BYTES, Checking, Sealing, algorithm_of, check
 from kvstore.types import Buffer, Tier
 
 assert TRAILER_BYTES == VALUE_EXTRA_BYTES
@@ -125,21 +125,20 @@ class RedisTier:
             raise TierDown(self._stats.detail)
         self._pending_bytes += _cost(nbytes)
         try:
-            nonce = self.system.rng.randbytes(NONCE_BYTES)
-            end = await self.system.pool.run(trailer, parts, self._secret(namespace), nonce)
-            await self._put(self.index.space(namespace), header, (*parts, end))
+            await self._put(self.index.space(namespace), header, tuple(parts))
         finally:
             self._pending_bytes -= _cost(nbytes)
         self._freed.pop((namespace, header.shard + header.key), None)
         self._stats.writes += 1
         return Location(0, 0, nbytes)
 
-    async def _put(self, space: Space, header: Header, value: tuple[Buffer, ...]) -> None:
+    async def _put(self, space: Space, header: Header, parts: tuple[Buffer, ...]) -> None:
         id, ttl_ms = header.shard + header.key, int(self.config.redis_ttl_s * 1000)
         for _ in range(3):
             if not space.incarnation:
                 await self.index.enter(space)
             sent = space.key("t:") + self.system.rng.randbytes(16)
+            value = Sealed(parts, Sealing(self._secret(space.name), self.system.rng.randbytes(NONCE_BYTES)))
             before: list[Command] = [["SET", sent, value, "PX", SENT_MS]]
             words = self.index.words(space, header)
             if words:
@@ -165,7 +164,11 @@ class RedisTier:
         id, ttl_ms = header.shard + header.key, int(self.config.redis_ttl_s * 1000)
         touch: Command = ["EVALSHA", Script(TOUCH).digest, len(space.keys), *space.keys, ttl_ms, space.values, id]
         end = memoryview(bytearray(TRAILER_BYTES))
-        value, touched = await self._gate.call(["GET", space.values + id], touch, into=(target, end))
+        secret = self._secret(namespace)
+        passed = Checking(secret)
+        value, touched = await self._gate.call(
+            ["GET", space.values + id], touch, into=(target, end), seen=passed.update
+        )
         if isinstance(touched, ReplyError) and touched.code == "NOSCRIPT":
             touched = await self.index.run(TOUCH, space.keys, [ttl_ms, space.values, id])
         try:
@@ -173,7 +176,10 @@ class RedisTier:
                 raise Corrupt("Redis no longer has the block")
             if isinstance(value, bytes):
                 raise Corrupt(f"Redis has {len(value)} bytes where a record of {len(target)} was announced")
-            await self.system.pool.run(check, target, end, header, self._secret(namespace))
+            if algorithm_of(end) == PREFERRED:
+                check(target, end, header, secret, passed)
+            else:
+                await self.system.pool.run(check, target, end, header, secret)
         except DataError as error:
             self._stats.errors += 1
             await self.index.remove(space, [(id, _COPY_ID.pack(header.copy_id))])

@@ -9,7 +9,7 @@ from typing import Any
 from kvstore.errors import TierDown
 from kvstore.seams import Clock
 from kvstore.tiers.base import TierStats
-from kvstore.tiers.redis_link import CONNECTIONS_MAX, Command, Link, Refused, ReplyError
+from kvstore.tiers.redis_link import CONNECTIONS_MAX, Command, Link, Refused, ReplyError, Sealed, Seen
 
 PROBE_PAUSE_S = 0.25
 PROBE_PAUSE_MAX_S = 30.0
@@ -43,7 +43,7 @@ class Gate:
         if link is not None:
             await link.close()
 
-    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
+    async def call(self, *commands: Command, into: Sequence[memoryview] = (), seen: Seen | None = None) -> list[Any]:
         """The link's call; TierDown at once while the breaker is open."""
         link = self._link
         if link is None:
@@ -52,18 +52,14 @@ class Gate:
             raise TierDown(self.stats.detail)
         async with self._calls:
             try:
-                replies = await link.call(*commands, into=into)
+                replies = await link.call(*commands, into=into, seen=seen)
             except TierDown as error:
                 if self.stats.state != "down":  # of many in flight the first one tells
                     self._become("down", str(error))
                 raise
         if any(isinstance(reply, ReplyError) and reply.code == "OOM" for reply in replies):
-            sizes = [
-                sum(memoryview(part).nbytes for part in argument)
-                for command in commands
-                for argument in command
-                if isinstance(argument, tuple)
-            ]
+            values = [argument for command in commands for argument in command if isinstance(argument, Sealed)]
+            sizes = [value.nbytes for value in values]
             self._needed_bytes = max([self._needed_bytes, *sizes])
             if self.stats.state == "ok":
                 self._become("full", "Redis is out of memory: raise its maxmemory or lower redis_bytes")

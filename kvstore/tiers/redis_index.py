@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kvstore.catalog import Catalog
@@ -32,7 +33,7 @@ STREAM_MAX = 65_536
 Call = Callable[..., Awaitable[list[Any]]]
 
 
-@dataclass(slots=True)
+@dataclass
 class Space:
     """One namespace as this process sees it."""
 
@@ -53,12 +54,12 @@ class Space:
         """A key of this namespace; the braces keep them all in one slot."""
         return b"kv:{%s}:%s" % (self.digest.hex().encode(), name.encode())
 
-    @property
+    @cached_property
     def values(self) -> bytes:
         """What a value's key is, before the id."""
         return self.key("b:")
 
-    @property
+    @cached_property
     def keys(self) -> list[bytes]:
         """What every script of the index takes."""
         return [self.key(name) for name in ("meta", "index", "order", "changes", "words")]

@@ -13,16 +13,27 @@ from urllib.parse import urlsplit
 
 from kvstore.errors import TierDown
 from kvstore.system import ThreadPool
-from kvstore.transport.resp import Command, ReplyError, RespSocket, Server
+from kvstore.transport.resp import Command, ReplyError, RespSocket, Sealed, Seen, Server
 
-__all__ = ["CONNECTIONS_MAX", "Command", "Connect", "Link", "Refused", "ReplyError", "connect", "place"]
+__all__ = [
+    "CONNECTIONS_MAX",
+    "Command",
+    "Connect",
+    "Link",
+    "Refused",
+    "ReplyError",
+    "Sealed",
+    "Seen",
+    "connect",
+    "place",
+]
 
 CONNECTIONS_MAX = 16
 """Calls under way at a time."""
 
-TALKERS = 2
-"""Connections, each in a thread. Redis serves one at a time: a second keeps it busy while the first one's bytes are
-worked on, and more of them only get into each other's way (docs/BENCHMARKS.md)."""
+TALKERS = 3
+"""Connections, each in a thread. Redis serves one at a time: the others have their bytes summed and their next ones on
+the way meanwhile (docs/BENCHMARKS.md)."""
 
 _REFUSALS = ("NOAUTH", "WRONGPASS", "NOPERM", "ERR")
 _NOT_YET = ("LOADING", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN")
@@ -34,10 +45,11 @@ class Refused(TierDown):
 
 
 class Link(Protocol):
-    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
+    async def call(self, *commands: Command, into: Sequence[memoryview] = (), seen: Seen | None = None) -> list[Any]:
         """All commands in one round trip, not a transaction; a reply each, `ReplyError` where one was refused.
 
-        The first value exactly as long as `into` is received there, and `into` stands for it. The caller's buffers are
+        The first value exactly as long as `into` is received there, and `into` stands for it; `seen`
+        is told the pieces of its first part, in a thread. The caller's buffers are
         nobody else's any more when this returns or raises. TierDown when the server can't be reached or does not
         answer in time. What was sent may have been done.
         """
@@ -72,22 +84,21 @@ class SocketLink:
         self._server, self._timeout_s, self._where = server, timeout_s, where
         self._pool = ThreadPool(TALKERS)
         self._idle: list[RespSocket] = []
-        self._used: dict[asyncio.Task[list[Any]], list[RespSocket]] = {}
+        self._used: dict[int, list[RespSocket]] = {}  # by identity: the sockets of each call under way
+        self._quiet = asyncio.Event()  # no call is under way
+        self._quiet.set()
         self._closed = False
 
-    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
+    async def call(self, *commands: Command, into: Sequence[memoryview] = (), seen: Seen | None = None) -> list[Any]:
         if self._closed:
             raise TierDown("the connection to Redis is closed")
         kept = [self._idle.pop()] if self._idle else []
-        work = self._pool.run(partial(self._exchange, kept, commands, into))
-        task = asyncio.get_running_loop().create_task(work)
-        self._used[task] = kept
+        self._used[id(kept)] = kept
+        self._quiet.clear()
         try:
-            replies = await asyncio.shield(task)
+            replies = await self._pool.run_abortable(partial(_abort, kept), self._exchange, kept, commands, into, seen)
         except asyncio.CancelledError:
-            task.add_done_callback(lambda _: _close(kept))  # also when this wait is cancelled again
-            _abort(kept)
-            await asyncio.wait([task])
+            _close(kept)
             raise
         except OSError as error:
             _close(kept)
@@ -96,7 +107,9 @@ class SocketLink:
         except ReplyError as error:
             raise self._refusal(error) from error
         finally:
-            del self._used[task]
+            del self._used[id(kept)]
+            if not self._used:
+                self._quiet.set()
         self._idle += kept
         if self._idle and self._ended():
             _close(self._idle)
@@ -105,11 +118,13 @@ class SocketLink:
                 raise TierDown(f"Redis at {self._where} is not ready: {reply}")
         return replies
 
-    def _exchange(self, kept: list[RespSocket], commands: Sequence[Command], into: Sequence[memoryview]) -> list[Any]:
+    def _exchange(
+        self, kept: list[RespSocket], commands: Sequence[Command], into: Sequence[memoryview], seen: Seen | None
+    ) -> list[Any]:
         """Thread. A new connection is left in `kept`."""
         if not kept:
             kept.append(RespSocket(self._server, self._timeout_s))
-        return kept[0].call(commands, into)
+        return kept[0].call(commands, into, seen)
 
     def _refusal(self, error: ReplyError) -> TierDown:
         """While connecting; the message may name a user, so it is not passed on."""
@@ -125,8 +140,7 @@ class SocketLink:
         self._closed = True
         for kept in self._used.values():
             _abort(kept)
-        if self._used:
-            await asyncio.wait(list(self._used))
+        await self._quiet.wait()
         _close(self._idle)
         self._pool.close()
 

@@ -7,6 +7,7 @@ block costs (`cost`) is its value and a flat sum for index, order and key.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha1
 
 VALUE_EXTRA_BYTES = 40
@@ -206,4 +207,9 @@ class Script:
 
     @property
     def digest(self) -> str:
-        return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        return _digest(self.source)
+
+
+@lru_cache(maxsize=64)
+def _digest(source: str) -> str:
+    return sha1(source.encode(), usedforsecurity=False).hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvstore.errors import TierDown
-from kvstore.tiers.redis_link import Command, ReplyError
+from kvstore.tiers.redis_link import Command, ReplyError, Sealed, Seen
 from tests.sim.loop import SimProcess
 from tests.sim.network import MemoryNetwork
 from tests.sim.redis_data import Data
@@ -107,8 +107,8 @@ def data_stream(data: Data, key: bytes, now: int) -> Any:
 
 
 def _bytes(argument: Any) -> bytes:
-    if isinstance(argument, tuple):
-        return b"".join(bytes(part) for part in argument)
+    if isinstance(argument, Sealed):
+        return argument.joined()
     if isinstance(argument, str):
         return argument.encode()
     return b"%d" % argument if isinstance(argument, int) else bytes(argument)
@@ -121,7 +121,7 @@ class SimLink:
         self._server, self._process, self._timeout_s = server, process, timeout_s
         self._closed = False
 
-    async def call(self, *commands: Command, into: Sequence[memoryview] = ()) -> list[Any]:
+    async def call(self, *commands: Command, into: Sequence[memoryview] = (), seen: Seen | None = None) -> list[Any]:
         if self._closed:
             raise TierDown("the connection to Redis is closed")
         server, network = self._server, self._server.network
@@ -143,13 +143,13 @@ class SimLink:
         if lost:  # done, and nobody hears of it
             await asyncio.sleep(self._timeout_s)
             raise TierDown("Redis does not answer (TimeoutError)")
-        return self._landed(replies, into)
+        return self._landed(replies, into, seen)
 
     def _reach(self, boot: int | None = None) -> None:
         if not self._server.up or boot not in (None, self._server.boot):
             raise TierDown("Redis does not answer (ConnectionRefusedError)")
 
-    def _landed(self, replies: list[Any], into: Sequence[memoryview]) -> list[Any]:
+    def _landed(self, replies: list[Any], into: Sequence[memoryview], seen: Seen | None) -> list[Any]:
         """The first value as long as `into` is received there."""
         for index, reply in enumerate(replies if into else ()):
             if isinstance(reply, bytes) and len(reply) == sum(map(len, into)):
@@ -157,6 +157,8 @@ class SimLink:
                 for part in into:
                     part[:] = reply[at : at + len(part)]
                     at += len(part)
+                if seen is not None:
+                    seen(into[0])
                 return [*replies[:index], into, *replies[index + 1 :]]
         return replies
 
