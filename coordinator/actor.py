@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from coordinator.runtime import CoordinatorRuntime
 from kvstore.actor import ServerActor
 from kvstore.config import Config
@@ -10,10 +12,10 @@ from kvstore.transport.base import Transport
 
 
 class CoordinatorActor(ServerActor):
-    """Async actor; `info` tells pid, id and address."""
+    """Async actor; `report` tells id and address too."""
 
     def make(self, config: Config, system: System, transport: Transport) -> CoordinatorRuntime:
         return CoordinatorRuntime(config, system, transport)
 
-    def describe(self, runtime: CoordinatorRuntime) -> dict[str, str]:
+    def describe(self, runtime: CoordinatorRuntime) -> dict[str, Any]:
         return {"id": runtime.id, "address": runtime.address}

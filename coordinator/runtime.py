@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.peers import Peers
@@ -113,6 +114,10 @@ class CoordinatorRuntime:
         answered = common_pb2.CoordinatorInfo(id=reply.id, boot_id=reply.boot_id, address=address)
         self.peers.heard(answered, self._system.clock.monotonic())
         self.peers.named(reply.coordinators)
+
+    def configure(self, coordinators: Sequence[str]) -> None:
+        """Coordinators to greet, too. Mutates."""
+        self.peers.named(common_pb2.CoordinatorInfo(address=address) for address in coordinators)
 
     async def stop(self) -> None:
         """Idempotent."""

@@ -1,13 +1,16 @@
-"""What the Ray actors of workers and coordinators share: a server that starts with the actor and again after its death.
+"""A server as a Ray actor: started, restarted on its own folder or address, and started again after its death.
 
 Ray calls the constructor anew when it restarts an actor, with the same arguments: the same configuration, hence the
-same SSD folder and address. An actor's bytes never travel through Ray.
+same SSD folder and address. An actor's bytes never travel through Ray. What an actor says of itself, and what it is
+told, goes through `report`, which the reconciler calls at each of its looks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kvstore.assembly import server_transport, tune_malloc
@@ -21,6 +24,8 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.2, 3.0
 RETRIES_MAX = 12
 """Starts that a restarted actor tries before it gives its process up to Ray, which then makes another."""
 
+CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 class Runtime(Protocol):
     """A server: `workers.runtime.WorkerRuntime` or `coordinator.runtime.CoordinatorRuntime`."""
@@ -28,6 +33,8 @@ class Runtime(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
+
+    def configure(self, coordinators: Sequence[str]) -> None: ...
 
 
 class ServerActor:
@@ -38,11 +45,18 @@ class ServerActor:
         config = parse_toml(config_toml)
         if token:
             config = override(config, {"server": {"token_file": _memory_file(token)}})
+        if config.store.devices and os.environ.get(CUDA_VISIBLE) == "":
+            del os.environ[
+                CUDA_VISIBLE
+            ]  # Ray hides all GPUs from an actor that asks for none; these are shared by name
         self._config = config
         self._system = real_system(config.store.threads)
         self._runtime: Runtime | None = None
         self._error = ""
-        self._starting = asyncio.get_running_loop().create_task(self._start(_restarted()))
+        self._left = False
+        self._loop = asyncio.get_running_loop()
+        self._starting = self._loop.create_task(self._start(restarted()))
+        atexit.register(self._at_exit)
 
     def make(self, config: Config, system: System, transport: Transport) -> Runtime:
         """A server that is not started yet."""
@@ -51,12 +65,15 @@ class ServerActor:
     async def watch(self, runtime: Any) -> None:
         """Runs beside a started server, until the process ends: what it may want to do by itself."""
 
-    def describe(self, runtime: Any) -> dict[str, str]:
+    async def leave(self, runtime: Any) -> None:
+        """What is to be done before a server stops that was asked to end."""
+
+    def describe(self, runtime: Any) -> dict[str, Any]:
         """Id and address of a started server."""
         raise NotImplementedError
 
-    async def _start(self, restarted: bool) -> None:
-        """A first start that fails is reported by `info`; a later one is tried again: nobody watches."""
+    async def _start(self, again: bool) -> None:
+        """A first start that fails is reported; a later one is tried again: it has served before."""
         delay_s = RETRY_FIRST_S
         for attempt in range(RETRIES_MAX):
             runtime: Runtime | None = None
@@ -71,19 +88,28 @@ class ServerActor:
                 print(f"start {attempt + 1}: {self._error}", flush=True)  # noqa: T201 - the actor's log
                 if runtime is not None:
                     await runtime.stop()
-            if not restarted:
+            if not again:
                 return
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, RETRY_MAX_S)
         os._exit(1)
 
-    async def info(self) -> dict[str, Any]:
-        """Once it has started, or failed to: `error` is empty or one line."""
-        await self._starting
-        found: dict[str, Any] = {"pid": os.getpid(), "error": self._error, "id": "", "address": ""}
+    async def report(self, coordinators: Sequence[str] = ()) -> dict[str, Any]:
+        """How it is, at once: `up` when it serves, `error` one line or empty, `left` when it was drained and stopped.
+
+        `coordinators`: where they are now; empty: nobody knows better. Mutates.
+        """
+        said: dict[str, Any] = {
+            "pid": os.getpid(),
+            "up": self._runtime is not None,
+            "error": self._error if self._starting.done() else "",
+            "left": self._left,
+        }
         if self._runtime is not None:
-            found |= self.describe(self._runtime)
-        return found
+            if coordinators:
+                self._runtime.configure(coordinators)
+            said |= self.describe(self._runtime)
+        return said
 
     async def stop(self) -> None:
         """Leave cleanly, so that nobody has to find out. The process stays until it is killed. Idempotent."""
@@ -93,6 +119,16 @@ class ServerActor:
         if runtime is not None:
             await runtime.stop()
 
+    async def _leave(self, runtime: Runtime) -> None:
+        await self.leave(runtime)
+        await self.stop()
+
+    def _at_exit(self) -> None:
+        """After SIGTERM Ray stops the loop and lets the process end: it is taken up once more, to leave in peace."""
+        runtime = self._runtime
+        if runtime is not None and not self._loop.is_running() and not self._loop.is_closed():
+            self._loop.run_until_complete(self._leave(runtime))
+
 
 def _memory_file(token: str) -> str:
     """A path to read the token from: of this process alone, in memory, gone with it."""
@@ -101,7 +137,7 @@ def _memory_file(token: str) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
-def _restarted() -> bool:
+def restarted() -> bool:
     """Whether Ray made this actor again after its process died."""
     import ray
 

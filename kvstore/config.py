@@ -169,6 +169,10 @@ class FleetConfig:
     coordinators: int = 1
     state_folder: str = ""  # empty: the user's state folder
     start_timeout_s: float = 60.0
+    worker_gpus: float = 0.0  # of each worker's own; 0: it shares those that store.devices names
+    reconcile_s: float = 1.0  # between two looks at nodes and actors
+    restarts_max: int = 8  # by Ray at once; then the reconciler starts an actor anew
+    backoff_max_s: float = 30.0  # longest wait before an actor that keeps ending is started again
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +203,7 @@ _ZERO_OK = {
     "store.device_bytes",
     "store.ssd_sync_s",
     "fleet.workers",
+    "fleet.worker_gpus",
     "client.negative_cache_s",
 }
 _ZERO_OK |= {"worker.drain_grace_s"}

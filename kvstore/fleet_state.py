@@ -14,6 +14,7 @@ from kvstore.errors import SetupError
 from kvstore.processes import ProcessId
 
 STATE_FILE = "fleet.json"
+STATUS_FILE = "reconciler.json"
 STATE_VERSION = 1
 SSD_FOLDER = "ssd"  # in the fleet's folder, where no other is named
 MARK = "TIERED_KVSTORE_FLEET"
@@ -34,7 +35,7 @@ class FleetWorker:
 
 @dataclass(frozen=True, slots=True)
 class FleetState:
-    """Of a fleet that was ready once. Worker addresses and pids are those of that moment: restarts change them."""
+    """Of a fleet that was ready once; its supervisor writes it anew when the fleet has settled on something else."""
 
     name: str
     mark: str  # value of MARK
@@ -78,6 +79,22 @@ class FleetState:
         return dataclasses.replace(
             config, coordinators=self.coordinators, token_file=config.token_file or self.token_file
         )
+
+
+def save_status(folder: Path, status: Mapping[str, object]) -> None:
+    """Keep what the reconciler says, or that it says nothing. Written only where it differs."""
+    content = json.dumps(status, indent=1).encode()
+    disk = FolderDisk(str(folder))
+    if disk.read(STATUS_FILE) != content:
+        disk.replace(STATUS_FILE, content)
+
+
+def read_status(state: FleetState) -> dict[str, object]:
+    """What the reconciler said last; `state` "unknown" when nobody keeps it."""
+    if not state.supervisor.alive():
+        return {"state": "unknown", "detail": "the supervisor is gone: kvstore down, then up again"}
+    status: dict[str, object] = json.loads(FolderDisk(state.folder).read(STATUS_FILE) or b'{"state": "unknown"}')
+    return status
 
 
 def fleet_folder(config: FleetConfig, env: Mapping[str, str]) -> Path:

@@ -6,11 +6,11 @@ import asyncio
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 from kvstore.auth import is_loopback
 from kvstore.errors import SetupError
+from kvstore.reconcile import Node
 
 RESOURCE = "kvstore_worker"
 """Custom resource: how many workers a node takes. Where any node of an existing cluster has it, only those are used."""
@@ -25,12 +25,8 @@ SHORT_FOLDER = 24
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; no block ever goes there
 
 
-@dataclass(frozen=True, slots=True)
-class RayNode:
-    """A node of the cluster. `ip` is where its processes listen."""
-
-    id: str
-    ip: str
+HEALTH = {"health_check_period_ms": 500, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 4}
+"""Of a cluster of our own: nodes on one machine that end are found out in seconds, one that is slow is left alone."""
 
 
 class RayNodes:
@@ -62,7 +58,7 @@ class RayNodes:
             "node_ip_address": "127.0.0.1",
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        self._cluster = Cluster(initialize_head=True, head_node_args=node)
+        self._cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": HEALTH})
         for _ in range(nodes - 1):
             self._cluster.add_node(wait=False, **node)
         self._cluster.wait_for_nodes(timeout=60)
@@ -86,21 +82,6 @@ class RayNodes:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="error")
         self.address = address
 
-    def nodes(self) -> list[RayNode]:
-        """Nodes for workers, in a stable order."""
-        import ray
-
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        marked = [node for node in alive if node["Resources"].get(RESOURCE)]
-        found = [RayNode(node["NodeID"], node["NodeManagerAddress"]) for node in marked or alive]
-        return sorted(found, key=lambda node: (node.ip, node.id))
-
-    def has_resource(self) -> bool:
-        """Whether any node names how many workers it takes."""
-        import ray
-
-        return RESOURCE in ray.cluster_resources()
-
     def close(self) -> None:
         """Disconnect; end the cluster if it is ours, and remove its files. Idempotent."""
         import ray
@@ -111,6 +92,24 @@ class RayNodes:
             cluster.shutdown()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def living_nodes(workers: int) -> list[Node]:
+    """Nodes of the cluster in a stable order. Where none names `RESOURCE` each takes one worker, or any number where
+    the fleet says how many (`workers`, else 0). Once connected to Ray."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    marked = any(node["Resources"].get(RESOURCE) for node in alive)
+    found = [
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            int(node["Resources"].get(RESOURCE, 0)) if marked else max(1, workers),
+        )
+        for node in alive
+    ]
+    return sorted(found, key=lambda node: (node.ip, node.id))
 
 
 async def _knock(address: str) -> None:

@@ -67,10 +67,29 @@ def test_it_is_up_with_every_tier(folder: Path) -> None:
     assert state_of(folder).ray_address.startswith("127.0.0.1:")
 
 
-def test_a_second_up_is_refused_in_one_line(folder: Path) -> None:
+def test_a_second_up_changes_nothing(folder: Path) -> None:
+    before = {process.pid for process in carrying(MARK, state_of(folder).mark)}
+    done = kvstore(folder, "up", "--nodes", "2", *FLAGS, "--json")
+    assert done.returncode == 0 and one_line(done.stderr) == "fleet kvstore is up already"
+    assert {worker["node"] for worker in json_of(done)["workers"]} == {"worker-0", "worker-1"}
+    assert {process.pid for process in carrying(MARK, state_of(folder).mark)} == before
+
+
+def test_an_up_with_other_settings_is_refused_in_one_line(folder: Path) -> None:
     done = kvstore(folder, "up", *FLAGS)
     assert done.returncode == 2
-    assert one_line(done.stderr) == "kvstore up: fleet kvstore is already up: kvstore status, or kvstore down"
+    assert one_line(done.stderr) == ("kvstore up: fleet kvstore is up with another nodes: kvstore down, then up again")
+
+
+def test_status_shows_the_reconciler(folder: Path) -> None:
+    until(lambda: status(folder)["reconciler"]["state"] == "settled", "the reconciler has settled")
+    shown = status(folder)["reconciler"]
+    assert [(row["name"], row["up"]) for row in shown["actors"]] == [
+        ("coordinator-0", True),
+        ("worker-0", True),
+        ("worker-1", True),
+    ]
+    assert "reconciler: settled" in kvstore(folder, "status").stdout
 
 
 def test_the_doctor_passes(folder: Path) -> None:

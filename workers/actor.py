@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 from kvstore.actor import ServerActor
 from kvstore.config import Config
@@ -13,7 +15,7 @@ from workers.runtime import WorkerRuntime
 
 
 class WorkerActor(ServerActor):
-    """Async actor; `info` tells pid, id, address and socket."""
+    """Async actor; `report` tells id, address, socket, and how many blocks its folder had at the start too."""
 
     def make(self, config: Config, system: System, transport: Transport) -> WorkerRuntime:
         if config.store.ssd_folder:
@@ -27,9 +29,22 @@ class WorkerActor(ServerActor):
         return WorkerRuntime(config, system, transport)
 
     async def watch(self, runtime: WorkerRuntime) -> None:
-        """A worker that was drained leaves; its process stays, empty, until the fleet ends."""
+        """A worker that was drained leaves; the reconciler sees that and ends its process."""
         await runtime.drained()
         await self.stop()
+        self._left = True
 
-    def describe(self, runtime: WorkerRuntime) -> dict[str, str]:
-        return {"id": runtime.identity.worker, "address": runtime.address, "socket": runtime.socket}
+    async def leave(self, runtime: WorkerRuntime) -> None:
+        """What is worth keeping goes to the other workers, for the grace."""
+        if self._config.worker.drain_grace_s > 0:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+            await runtime.drain(self._config.worker.drain_grace_s)
+
+    def describe(self, runtime: WorkerRuntime) -> dict[str, Any]:
+        return {
+            "id": runtime.identity.worker,
+            "address": runtime.address,
+            "socket": runtime.socket,
+            "found": runtime.found_blocks,
+        }

@@ -120,6 +120,11 @@ class Announcer:
                 stream = self._streams[info.address] = Stream(self, info.address)
                 self._run(stream)
 
+    def configure(self, coordinators: Sequence[str]) -> None:
+        """These are the configured ones from now on. Mutates."""
+        self._configured = dict.fromkeys(coordinators)
+        self.learn(common_pb2.CoordinatorInfo(address=address) for address in coordinators)
+
     def dismissed(self, stream: Stream) -> bool:
         """Whether a coordinator that does not answer is none any more: those that do answer do not name it, and nobody
         configured it. Then it is forgotten. Mutates."""

@@ -104,6 +104,11 @@ class RedisAnnouncer:
         restarted within its old lease nor one that begins again may get an epoch that was announced before."""
         self._name = f"{self._worker()}/{self._system.token_hex(4)}"
 
+    def configure(self, coordinators: Sequence[str]) -> None:
+        """Where to announce from now on. Mutates."""
+        if self._telling is not None:
+            self._telling.configure(coordinators)
+
     def start(self) -> None:
         self._draw()
         self._task = asyncio.create_task(self._run())

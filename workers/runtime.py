@@ -25,6 +25,7 @@ from kvstore.store import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
 from kvstore.transport.http import MetricsServer
+from kvstore.types import Tier
 from kvstore.wire import common_pb2, coordinator_pb2
 from workers.announcer import Announcer, Source
 from workers.draining import Draining
@@ -93,6 +94,7 @@ class WorkerRuntime:
     ) -> None:
         """`redis_connect`: makes the link to Redis; None: the real one."""
         self._config, self._system, self._transport, self._redis_connect = config, system, transport, redis_connect
+        self._coordinators = config.server.coordinators
         self._policy: Policy = load_policy(config.server.namespaces_file, config.server.token_file, config.server.bind)
         self.catalog = Catalog()
         self.redis_announcers: list[RedisAnnouncer] = []
@@ -101,6 +103,7 @@ class WorkerRuntime:
         self._ticking: asyncio.Task[None] | None = None
         self._cleanup: list[str] = []  # what was started, in order
         self.metrics_address = ""
+        self.found_blocks = 0  # in the SSD folder, at the start
 
     @property
     def address(self) -> str:
@@ -144,6 +147,7 @@ class WorkerRuntime:
         await system.pool.run(ready, used)
         await system.pool.run(prepare)
         await self.store.start()
+        self.found_blocks = max(stats.blocks for stats in self.store.stats() if stats.tier is not Tier.REDIS)
         shared = len(self._policy.namespaces) > 1
         self.node = Node(config, system, self.store, self.catalog, self.identity, self._policy.digest, shared=shared)
         auth = Authenticator(self._policy, os.getuid())
@@ -173,6 +177,13 @@ class WorkerRuntime:
             self._announce_redis(self._redis)
         self._ticking = asyncio.create_task(self._tick())
 
+    def configure(self, coordinators: Sequence[str]) -> None:
+        """Where to announce from now on, beside those that coordinators name. After `start`. Mutates."""
+        self._coordinators = tuple(coordinators)
+        self.announcer.configure(coordinators)
+        for announcer in self.redis_announcers:
+            announcer.configure(coordinators)
+
     def _redis_tier(self) -> RedisTier | None:
         if not self._config.store.redis_url:
             return None
@@ -197,9 +208,7 @@ class WorkerRuntime:
     ) -> Announcer:
         config = self._config
         credentials = node_credentials(config.server, next(iter(self._policy.namespaces)))
-        return Announcer(
-            config.worker, self._system, self._transport, credentials, config.server.coordinators, source, hinted
-        )
+        return Announcer(config.worker, self._system, self._transport, credentials, self._coordinators, source, hinted)
 
     def _announce_redis(self, redis: RedisTier) -> None:
         """Every namespace's Redis is announced by whichever worker is elected."""

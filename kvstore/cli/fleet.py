@@ -19,6 +19,7 @@ from kvstore.cli.common import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_USAGE,
+    client_config,
     command,
     configuration,
     fleet_flags,
@@ -31,7 +32,7 @@ from kvstore.cli.common import (
 from kvstore.config import Config, load_config, to_toml
 from kvstore.disk import FolderDisk
 from kvstore.errors import ConfigError, KVStoreError, SetupError
-from kvstore.fleet_state import MARK, SSD_FOLDER, FleetState, fleet_folder
+from kvstore.fleet_state import MARK, SSD_FOLDER, FleetState, fleet_folder, read_status
 from kvstore.processes import ProcessId, carrying
 from kvstore.spawn import LocalProcess, LocalSpawner
 from kvstore.tiers.redis_link import place
@@ -91,7 +92,11 @@ def add_hidden(commands: Any) -> None:
 def run_up(arguments: argparse.Namespace) -> int:
     config = configuration(arguments)
     folder = fleet_folder(config.fleet, os.environ)
-    refuse_if_up(config, folder)
+    standing = standing_fleet(config, folder)
+    if standing is not None:
+        standing.supervisor.signal(signal.SIGHUP)  # nodes whose worker was drained get one again
+        note(f"fleet {standing.name} is up already")
+        return show_up(standing, config, arguments.json)
     mark = f"{config.fleet.name}-{os.urandom(8).hex()}"  # noqa: TID251
     prepare(config, folder)
     argv = [sys.executable, "-m", "kvstore.cli.main", "fleet-supervisor", str(folder)]
@@ -107,8 +112,13 @@ def run_up(arguments: argparse.Namespace) -> int:
         raise
     state = FleetState.load(folder)
     assert state is not None, "the supervisor said that it is ready"
+    return show_up(state, config, arguments.json)
+
+
+def show_up(state: FleetState, config: Config, as_json: bool) -> int:
+    """What is up, as `up` says it at its end."""
     status = asyncio.run(settled_status(state, config))
-    if arguments.json:
+    if as_json:
         print_json({"name": state.name, "ray_address": state.ray_address, "redis": place(state.redis_url)} | status)
     else:
         tables.print_status(status, title=f"fleet {state.name}")
@@ -116,15 +126,20 @@ def run_up(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def refuse_if_up(config: Config, folder: Path) -> None:
-    """SetupError where a fleet of that name is up, or was not ended."""
+def standing_fleet(config: Config, folder: Path) -> FleetState | None:
+    """The fleet of that name, if it is up with this very configuration. SetupError where it is another, or was not
+    ended."""
     state = FleetState.load(folder)
     name = config.fleet.name
     if state is None:
-        return
-    if state.supervisor.alive():
-        raise SetupError(f"fleet {name} is already up: kvstore status, or kvstore down")
-    raise SetupError(f"fleet {name} was not ended cleanly: kvstore down, then up again")
+        return None
+    if not state.supervisor.alive():
+        raise SetupError(f"fleet {name} was not ended cleanly: kvstore down, then up again")
+    theirs = (folder / CONFIG_FILE).read_text("utf-8").splitlines()
+    other = [line.partition(" ")[0] for line in to_toml(config).splitlines() if line not in theirs]
+    if other:
+        raise SetupError(f"fleet {name} is up with another {', '.join(other)}: kvstore down, then up again")
+    return state
 
 
 def prepare(config: Config, folder: Path) -> None:
@@ -177,7 +192,7 @@ async def settled_status(state: FleetState, config: Config) -> dict[str, Any]:
             if len(alive) >= len(state.workers):
                 break
             await asyncio.sleep(POLL_S)
-        return status_object(view, coordinators)
+        return status_object(view, coordinators) | {"reconciler": read_status(state)}
 
 
 def run_supervisor(arguments: argparse.Namespace) -> int:
@@ -276,7 +291,8 @@ async def show_status(config: Config, as_json: bool) -> int:
         view = await look(observer, coordinators)
     if not view.statuses:
         raise SetupError(f"no coordinator answers at {', '.join(coordinators)}: {next(iter(view.errors.values()))}")
-    status = status_object(view, coordinators)
+    _, state = client_config(config)
+    status = status_object(view, coordinators) | {"reconciler": None if state is None else read_status(state)}
     if as_json:
         print_json(status)
     else:

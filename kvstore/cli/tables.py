@@ -55,8 +55,26 @@ def print_status(status: dict[str, Any], title: str = "") -> None:
             head = ["", "", "", ""]
         workers.add_section()
     out.print(workers)
+    if status.get("reconciler"):
+        out.print(f"reconciler: {reconciler_line(status['reconciler'])}")
     if any(use["quota"] for entry in status["namespaces"] for use in entry["tiers"].values()):
         print_namespaces(status["namespaces"])
+
+
+def reconciler_line(reconciler: dict[str, Any]) -> str:
+    """What a person wants to know of it."""
+    words = [reconciler["state"]]
+    if reconciler.get("detail"):
+        words.append(reconciler["detail"])
+    if reconciler.get("unplaced"):
+        words.append(f"{reconciler['unplaced']} workers have no place")
+    if reconciler.get("held"):
+        words.append(f"{len(reconciler['held'])} nodes drained")
+    down = [row["name"] for row in reconciler.get("actors", ()) if not row["up"]]
+    if down:
+        words.append(f"not up: {', '.join(down)}")
+    words += [f"{name}: {error}" for name, error in reconciler.get("errors", {}).items()]
+    return "; ".join(words)
 
 
 def print_namespaces(namespaces: list[dict[str, Any]]) -> None:
