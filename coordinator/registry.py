@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.repair import Repair
+from coordinator.turns import Turns
 from coordinator.watch import Watchers
 from kvstore.announce import Inbox, Receiver
 from kvstore.config import CoordinatorConfig
@@ -43,10 +44,16 @@ class Registry:
     ) -> None:
         blocks_max = max(1, config.blocks_max // max(1, len(namespaces)))
         self.inboxes = {name: Inbox(Directory(blocks_max=blocks_max, seed=seed)) for name in namespaces}
-        self.membership = Membership(config.lease_s, config.lease_s * STALL_SHARE, workers_max=config.workers_max)
+        self.membership = Membership(
+            config.lease_s,
+            config.lease_s * STALL_SHARE,
+            slow_start_s=config.slow_start_s,
+            workers_max=config.workers_max,
+        )
         self.statuses: dict[str, common_pb2.WorkerStatus] = {}
         self.counters: Counter[str] = Counter()
         self.watchers = Watchers(config)
+        self.turns = Turns(config.snapshots_max, config.lease_s)
         self._members: dict[str, Member] = {}
         directories = {name: inbox.directory for name, inbox in self.inboxes.items()}
         self.repair = Repair(config, copies or {}, directories, self.membership, self._members.get)
@@ -99,6 +106,7 @@ class Registry:
         for inbox in self.inboxes.values():
             inbox.directory.sweep(SWEEP_SLOTS)
         self.repair.tick(now)
+        self.turns.tick(now)
 
     def take(self, events: Iterable[Event], now: float) -> None:
         """Do to the directories what membership decided."""

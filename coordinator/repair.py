@@ -21,6 +21,9 @@ Reply = coordinator_pb2.AnnounceReply
 Hint = tuple[str, Pull | Mark]
 """(namespace, what to do)"""
 
+COLD_SHARE = 1 / 8
+"""Of `hints_max`, what a worker that has just joined empty is told."""
+
 
 class Repair:
     """Synchronous; `now` is passed in. Costs nothing for namespaces that want one copy only."""
@@ -118,16 +121,18 @@ class Repair:
         """Whom homes are drawn from. Pure."""
         return Reply(view=coordinator_pb2.View(digest=self.digest, members=self._view))
 
-    def hints(self, worker: str) -> list[Reply]:
-        """What waits for a worker, at most `hints_max` of it. Mutates."""
+    def hints(self, worker: str, now: float) -> list[Reply]:
+        """What waits for a worker, at most `hints_max` of it, and less in its slow start. Mutates."""
         line = self._waiting.get(worker)
         if not line:
             return []
+        warmth = max(COLD_SHARE, self._membership.warmth(worker, now))
+        most = max(1, int(self._config.hints_max * warmth))
         message = coordinator_pb2.Hints(view=self.digest)
         holders: dict[str, int] = {}
         specs: dict[bytes, None] = {}
         shards: dict[bytes, None] = {}
-        for _ in range(min(len(line), self._config.hints_max)):
+        for _ in range(min(len(line), most)):
             namespace, hint = line.popleft()
             if isinstance(hint, Mark):
                 message.marks.add(namespace=namespace, shard=hint.shard, keys=hint.keys, secondary=hint.secondary)
@@ -169,6 +174,10 @@ class Repair:
             keys=pull.keys,
             sources=[holders[id] for id in known],
         )
+
+    def replicas(self) -> list[Replicas]:
+        """Of each namespace that wants more than one copy."""
+        return list(self._replicas.values())
 
     @property
     def groups(self) -> int:

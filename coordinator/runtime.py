@@ -42,7 +42,7 @@ class CoordinatorRuntime:
         engines = replace(config.coordinator, blocks_max=config.coordinator.engine_blocks_max)
         self.engines = Registry(engines, list(copies), system.clock.monotonic(), seed=system.rng.getrandbits(62))
         self.peers = Peers(
-            common_pb2.CoordinatorInfo(id=self.id, boot_id=self.boot_id),
+            common_pb2.CoordinatorInfo(id=self.id, boot_id=self.boot_id, host=system.host),
             config.server.coordinators,
             config.coordinator.lease_s,
             system.clock.monotonic(),
@@ -111,7 +111,7 @@ class CoordinatorRuntime:
             self.registry.counters["peers_silent"] += 1
             self.peers.silent(address)
             return
-        answered = common_pb2.CoordinatorInfo(id=reply.id, boot_id=reply.boot_id, address=address)
+        answered = common_pb2.CoordinatorInfo(id=reply.id, boot_id=reply.boot_id, address=address, host=reply.host)
         self.peers.heard(answered, self._system.clock.monotonic())
         self.peers.named(reply.coordinators)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 from coordinator.peers import Peers
 from coordinator.registry import Registry
@@ -71,6 +72,7 @@ class CoordinatorService:
             boot_id=self.info.boot_id,
             host=self._system.host,
             coordinators=self.coordinators(),
+            incomplete=not self._registry.complete(context.namespace, self._system.clock.monotonic()),
         )
 
     async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
@@ -207,13 +209,16 @@ class CoordinatorService:
     ) -> AsyncGenerator[coordinator_pb2.AnnounceReply, None]:
         """One member's stream, from Register to its end."""
         session: Session | None = None
+        woken = asyncio.Event()
+        heard = _heard(requests, woken, lambda: session is not None and session.waits)
         try:
-            async for request in requests:
-                if session is None:
+            async for request in heard:
+                if session is None and request is not None:
                     engine = request.register.member.id.startswith(ENGINE_HOLDER)
                     registry = self._engines if engine else self._registry
-                    session = Session(registry, self._system.clock, self._config.lease_s, self._welcome)
-                for reply in session.handle(request):
+                    session = Session(registry, self._system.clock, self._config.lease_s, self._welcome, woken.set)
+                assert session is not None
+                for reply in session.turn() if request is None else session.handle(request):
                     reply.coordinators.extend(self.coordinators())
                     yield reply
                 if session.over:
@@ -221,6 +226,7 @@ class CoordinatorService:
         finally:
             if session is not None:
                 session.close()
+            await heard.aclose()
 
     def _welcome(self) -> coordinator_pb2.Welcome:
         welcome = coordinator_pb2.Welcome(
@@ -228,3 +234,43 @@ class CoordinatorService:
         )
         welcome.self.CopyFrom(self.info)
         return welcome
+
+
+async def _heard(
+    requests: AsyncIterator[coordinator_pb2.AnnounceRequest], woken: asyncio.Event, waits: Callable[[], bool]
+) -> AsyncGenerator[coordinator_pb2.AnnounceRequest | None, None]:
+    """The requests, and None where `woken` is set while its stream `waits` for a turn."""
+    next_one: asyncio.Task[coordinator_pb2.AnnounceRequest | None] | None = None
+    try:
+        while True:
+            if next_one is None and not waits():  # mostly: no task, no event
+                request = await anext(requests, None)
+            else:
+                next_one = next_one or asyncio.ensure_future(_next(requests))
+                turn = asyncio.ensure_future(woken.wait())
+                try:
+                    await asyncio.wait((next_one, turn), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    turn.cancel()
+                if woken.is_set():
+                    woken.clear()
+                    yield None
+                    continue
+                request, next_one = next_one.result(), None
+            if request is None:
+                return
+            yield request
+    finally:
+        if next_one is not None:
+            next_one.add_done_callback(_seen)
+            next_one.cancel()
+
+
+async def _next(requests: AsyncIterator[coordinator_pb2.AnnounceRequest]) -> coordinator_pb2.AnnounceRequest | None:
+    return await anext(requests, None)
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """The stream is over: how its last read ended is nobody's business."""
+    if not task.cancelled():
+        task.exception()

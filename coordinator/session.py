@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from coordinator.registry import Registry
-from kvstore.announce import Verdict
+from kvstore.announce import SnapshotChunk, Verdict
 from kvstore.catalog import Catalog
 from kvstore.convert import chunk_from_wire, delta_from_wire, entry_from_wire
 from kvstore.directory import Directory
@@ -28,14 +28,24 @@ class Session:
     """Synchronous. The first message must be Register; `over` when nothing more may come on this stream."""
 
     def __init__(
-        self, registry: Registry, clock: Clock, lease_s: float, welcome: Callable[[], coordinator_pb2.Welcome]
+        self,
+        registry: Registry,
+        clock: Clock,
+        lease_s: float,
+        welcome: Callable[[], coordinator_pb2.Welcome],
+        woken: Callable[[], None] = lambda: None,
     ) -> None:
+        """`woken`: its turn to send a snapshot has come, `turn` says which one."""
         self._registry, self._clock, self._lease_s, self._welcome = registry, clock, lease_s, welcome
+        self._woken = woken
         self._accepted: Accepted | None = None
         self._dictionary = Catalog()  # of this stream: an entry holds for all its namespaces
         self._view = b""  # digest of the view told last
         self._learnt: dict[tuple[str, bytes, bytes], None] = {}  # (namespace, root, shard) that its directory knows
         self._asked: dict[str, float] = {}  # namespace -> when its snapshot was asked for, or last went on
+        self._wants: dict[str, None] = {}  # namespaces whose snapshot is needed and not asked for yet
+        self._sending = ""  # the namespace of the turn
+        self._unasked: dict[str, None] = {}  # namespaces whose snapshot is coming in all the same
         self.over = False
 
     def handle(self, request: coordinator_pb2.AnnounceRequest) -> list[Reply]:
@@ -57,6 +67,7 @@ class Session:
 
     def close(self) -> None:
         """The stream has ended, for whatever reason."""
+        self._registry.turns.done(self, self._clock.monotonic())
         if self._accepted is not None:
             self._registry.disconnected(self._accepted, self._clock.monotonic())
 
@@ -70,6 +81,7 @@ class Session:
             return [Reply(fenced=coordinator_pb2.Fenced(epoch=outcome.epoch))]
         self._accepted = outcome
         welcome = self._welcome()
+        welcome.snapshot_turns = True
         for name in message.heads:
             receiver = self._registry.receiver(member.id, member.epoch, name)
             if receiver is not None:
@@ -111,12 +123,34 @@ class Session:
         self._learn(message.namespace, receiver.directory, message.dictionary, part.runs)
         self._group(message.namespace, part.runs)
         before = receiver.applied
+        self._registry.counters["snapshot_parts"] += 1
+        if not self._may_come(message.namespace, part):
+            return self._after(message.namespace, receiver.reset())
         verdict = receiver.snapshot(part)
         if verdict == Verdict.APPLY or receiver.applied != before:
             self._registry.watchers.replaced(message.namespace, receiver)
         self._asked[message.namespace] = self._clock.monotonic()
-        self._registry.counters["snapshot_parts"] += 1
+        if not receiver.in_flight:
+            self._ended(message.namespace)
         return self._after(message.namespace, verdict)
+
+    def _may_come(self, namespace: str, part: SnapshotChunk) -> bool:
+        """Whether this part may come in: not after its turn was taken back. One that was not asked for may, because who
+        sends it knows nothing of turns. Mutates."""
+        turns, now = self._registry.turns, self._clock.monotonic()
+        if namespace != self._sending and namespace not in self._unasked:
+            if part.index:
+                return False
+            self._registry.counters["snapshots_unasked"] += 1
+            self._unasked[namespace] = None
+        if turns.holds(self):
+            turns.goes_on(self, now)
+        elif namespace in self._unasked:
+            turns.force(self, now)
+        else:
+            self._ended(namespace)
+            return False
+        return True
 
     def _heartbeat(self, message: coordinator_pb2.Heartbeat) -> list[Reply]:
         assert self._accepted is not None
@@ -137,10 +171,20 @@ class Session:
             if receiver is None:
                 continue
             verdict = receiver.heard(message.heads[name])
-            if receiver.in_flight and verdict != Verdict.GAP and self._stalled(name):
+            waits = name in self._wants
+            if receiver.in_flight and verdict != Verdict.GAP and not waits and self._stalled(name):
                 verdict = receiver.reset()
             ack.applied[name] = receiver.applied
             replies += self._after(name, verdict)
+        for name in [name for name in (self._sending, *self._unasked) if name and self._stalled(name)]:
+            self._ended(name)
+        for name in message.wants:
+            receiver = self._registry.receiver(worker, epoch, name)
+            if receiver is not None and name != self._sending:
+                receiver.want()
+                self._wants[name] = None
+        replies += self.turn()
+        ack.waiting.extend(self._wants)
         return [*replies, Reply(ack=ack), *self._hints(worker)]
 
     def _hints(self, worker: str) -> list[Reply]:
@@ -148,10 +192,11 @@ class Session:
         repair = self._registry.repair
         if is_redis(worker) or worker.startswith(ENGINE_HOLDER):
             return []
+        hints = repair.hints(worker, self._clock.monotonic())
         if self._view == repair.digest:
-            return repair.hints(worker)
+            return hints
         self._view = repair.digest
-        return [repair.view(), *repair.hints(worker)]
+        return [repair.view(), *hints]
 
     def _group(self, namespace: str, changes: Sequence[RunChange]) -> None:
         """Groups are workers' business: what lies in Redis is no copy of theirs."""
@@ -167,11 +212,35 @@ class Session:
     def _after(self, namespace: str, verdict: Verdict) -> list[Reply]:
         if verdict == Verdict.APPLY:
             self._registry.progressed(namespace)
-        if verdict != Verdict.GAP:
+        if verdict == Verdict.GAP:
+            self._registry.counters["gaps"] += 1
+            self._wants[namespace] = None
+            self._ended(namespace)
+        return self.turn()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a snapshot is needed and not asked for yet. Pure."""
+        return bool(self._wants)
+
+    def turn(self) -> list[Reply]:
+        """Ask for the next snapshot that is needed, if there is a turn for it. One at a time, so that nobody with many
+        namespaces keeps others waiting. Mutates."""
+        now = self._clock.monotonic()
+        if self._sending or not self._wants or not self._registry.turns.ask(self, self._woken, now):
             return []
-        self._asked[namespace] = self._clock.monotonic()
-        self._registry.counters["gaps"] += 1
-        return [Reply(snapshot_request=coordinator_pb2.SnapshotRequest(namespace=namespace))]
+        self._sending = next(iter(self._wants))
+        del self._wants[self._sending]
+        self._asked[self._sending] = now
+        return [Reply(snapshot_request=coordinator_pb2.SnapshotRequest(namespace=self._sending))]
+
+    def _ended(self, namespace: str) -> None:
+        """A snapshot is in, or void: somebody else's turn."""
+        self._unasked.pop(namespace, None)
+        if namespace == self._sending:
+            self._sending = ""
+        if not self._sending and not self._unasked:
+            self._registry.turns.done(self, self._clock.monotonic())
 
     def _learn(
         self,

@@ -167,6 +167,10 @@ class Receiver:
         """At registration: the holder has given numbers up to `head` and will send them unasked."""
         self.head = max(self.head, head)
 
+    def want(self) -> None:
+        """The holder has a snapshot to send, and waits to be asked for it."""
+        self.in_flight = self.in_flight or not self.closed
+
     def resume(self) -> int:
         """A new stream begins: what was on its way on the old one is void. Returns `applied`, for the welcome."""
         self._abandon()
@@ -189,7 +193,7 @@ class Receiver:
         if self.closed:
             return Verdict.SKIP
         self.head = max(self.head, head)
-        return Verdict.SKIP if self.complete else self._ask(Verdict.SKIP)
+        return Verdict.SKIP if self.applied >= head else self._ask(Verdict.SKIP)
 
     def snapshot(self, chunk: SnapshotChunk) -> Verdict:
         """Take in one part, in order. The last one replaces what the directory had, then what was held is applied.

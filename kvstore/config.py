@@ -114,6 +114,8 @@ class CoordinatorConfig:
     match_keys_max: int = 16_384
     match_wait_max_s: float = 0.1
     workers_max: int = 4096
+    slow_start_s: float = 30.0  # an empty newcomer is spared for so long
+    snapshots_max: int = 16  # taken in at a time; whoever else has one to send waits for its turn
     repair_groups: int = 128  # placement groups looked at in one tick, a twelfth of a lease
     repair_groups_max: int = 1_000_000  # remembered, of namespaces that want more than one copy
     repair_round_s: float = 60.0  # all of them are looked at so often, and when the members change
@@ -147,6 +149,7 @@ class ClientConfig:
     negative_cache_s: float = 5.0
     negative_cache_max: int = 65_536
     members_refresh_s: float = 1.0
+    probe_s: float = 5.0  # least time between two measurements of coordinators' round trips
     connections_max: int = 64
     watch: bool = False  # keep a view of the directory here: for the one process of a host that looks up
     watch_entries_max: int = 1 << 20

@@ -163,6 +163,6 @@ class Introduced:
 
 
 def _keys(packed: bytes) -> Keys:
-    if not packed or len(packed) % KEY_BYTES:
+    if len(packed) % KEY_BYTES or not packed:
         raise BadRequest(f"a run of {len(packed)} bytes of keys: give one or more keys of {KEY_BYTES} bytes")
     return Keys(packed)

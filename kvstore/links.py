@@ -14,12 +14,14 @@ from typing import Any, Generic, Protocol, TypeVar
 from google.protobuf.message import Message
 
 from kvstore.config import ClientConfig
-from kvstore.errors import DeadlineExceeded, Overloaded, ServiceError, Unavailable
+from kvstore.errors import DeadlineExceeded, KVStoreError, Overloaded, ServiceError, Unavailable
 from kvstore.host_link import HostLink
+from kvstore.nearest import Nearest
 from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.transport.base import Channel, Credentials, Method, Transport
-from kvstore.wire.common_pb2 import CoordinatorInfo
+from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
+from kvstore.wire.common_pb2 import CoordinatorInfo, HelloRequest, MatchReply
 
 COORDINATORS_MAX = 64
 """Addresses kept, configured and learnt."""
@@ -179,16 +181,28 @@ class Links:
         await self.remote.close()
 
 
+PROBE_TIMEOUT_S = 1.0
+"""Longest wait for the answer to a measurement."""
+
+
 class Coordinators:
-    """All coordinators a process knows. A call goes to one that answers; the rest are its replacements."""
+    """All coordinators a process knows. A call goes to the nearest that answers; the rest are its replacements."""
 
     def __init__(
-        self, addresses: Iterable[str], system: System, transport: Transport, credentials: Credentials
+        self,
+        addresses: Iterable[str],
+        system: System,
+        transport: Transport,
+        credentials: Credentials,
+        *,
+        probe_s: float = 5.0,
     ) -> None:
+        """`probe_s`: least time between two rounds of measurements (see `kvstore.nearest`)."""
         self._addresses = dict.fromkeys(addresses)
         self._configured = dict(self._addresses)
         self._system = system
-        self._preferred = ""
+        self._nearest = Nearest(system.host, probe_s)
+        self._probing: dict[asyncio.Task[None], None] = {}
         self._channels: Pooled[Channel] = Pooled(
             system, lambda address: transport.connect(address, credentials), COORDINATORS_MAX
         )
@@ -205,21 +219,25 @@ class Coordinators:
     def learn(self, coordinators: Iterable[CoordinatorInfo]) -> None:
         """Remember the addresses a reply named; forget those that failed and that it does not name any more. Those
         that were configured stay. Mutates; bounded."""
-        named = dict.fromkeys(info.address for info in coordinators)
+        named = {info.address: info.host for info in coordinators}
         if not named:
             return
         for address in [a for a in self._addresses if a not in named and a not in self._configured]:
             if self._channels.avoided(address):
                 del self._addresses[address]
-        for address in named:
+                self._nearest.forget(address)
+        for address, host in named.items():
             if address and len(self._addresses) < COORDINATORS_MAX:
                 self._addresses.setdefault(address)
+            if address in self._addresses:
+                self._nearest.at(address, host)
 
     async def call(self, method: Method, request: Message, *, timeout_s: float) -> Any:
         """The reply of the first that gives one. ServiceError: the last one's where none does, Unavailable at once
         where all failed a moment ago. A refusal (NotGranted, Unauthenticated, ...) is an answer and raised as it is."""
         end = self._system.clock.monotonic() + timeout_s
         last: ServiceError = Unavailable("no coordinator answers: check --coordinators, or start one")
+        self._measure()
         order = self._order()
         for index, address in enumerate(order):
             left = end - self._system.clock.monotonic()
@@ -235,10 +253,11 @@ class Coordinators:
                     self._channels.hung.add(address)
                 elif isinstance(error, Unavailable):
                     self._channels.down.add(address)
-                if self._preferred == address:
-                    self._preferred = ""
+                self._nearest.failed(address)
                 continue
-            self._preferred = address
+            self._nearest.answered(address)
+            if isinstance(reply, MatchReply) and not reply.complete:
+                self._nearest.failed(address)  # it has just started: others know more
             return reply
         raise last
 
@@ -258,10 +277,37 @@ class Coordinators:
     def _order(self) -> list[str]:
         live = [address for address in self._addresses if not self._channels.avoided(address)]
         self._system.rng.shuffle(live)  # so that many clients do not all take the first
-        if self._preferred in live:
-            live.remove(self._preferred)
-            live.insert(0, self._preferred)
-        return live[:ATTEMPTS_MAX]
+        return self._nearest.order(live)[:ATTEMPTS_MAX]
+
+    def _measure(self) -> None:
+        """Begin to measure round trips, where it is time to. Mutates; no call waits for it."""
+        now = self._system.clock.monotonic()
+        due = self._nearest.due([a for a in self._addresses if not self._channels.avoided(a)], now)
+        if not due or self._probing:
+            return
+        self._nearest.begin(due, now)
+        for address in due:
+            task = asyncio.ensure_future(self._probe(address))
+            self._probing[task] = None
+            task.add_done_callback(lambda done: self._probing.pop(done, None))
+
+    async def _probe(self, address: str) -> None:
+        hello = HelloRequest(protocol=PROTOCOL_VERSION, capabilities=CAPABILITIES, software="kvstore")
+        try:
+            async with self._channels.use(address, timeout_s=PROBE_TIMEOUT_S) as channel:
+                begin = self._system.clock.monotonic()
+                reply = await channel.unary(COORDINATOR["Hello"], hello, timeout_s=PROBE_TIMEOUT_S)
+                self._nearest.at(address, reply.host)
+                if reply.incomplete:
+                    self._nearest.failed(address)
+                else:
+                    self._nearest.measured(address, self._system.clock.monotonic() - begin)
+        except KVStoreError:  # calls find out in their own time, by the same rules
+            self._nearest.failed(address)
 
     async def close(self) -> None:
+        for task in list(self._probing):
+            task.cancel()
+        if self._probing:
+            await asyncio.wait(list(self._probing))
         await self._channels.close()

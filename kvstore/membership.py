@@ -245,6 +245,13 @@ class Membership:
         life = self._members.get(worker)
         return life is not None and life.slow_until > now
 
+    def warmth(self, worker: str, now: float) -> float:
+        """How far a newcomer is through its slow start, 0 to 1; 1 for everyone else."""
+        life = self._members.get(worker)
+        if life is None or life.slow_until <= now:
+            return 1.0
+        return 1.0 - (life.slow_until - now) / self.slow_start_s
+
     def members(self) -> list[str]:
         """Everyone whose lease runs, suspects too: what placement draws homes from. In the order of joining."""
         return list(self._members)

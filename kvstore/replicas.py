@@ -137,6 +137,9 @@ class Replicas:
             self._groups[name] = group
             self._round.append(group)
             self._shards[run.shard] = None
+        elif len(packed) == KEY_BYTES:
+            if not _among(packed, group.keys):
+                group.keys += packed
         elif group.keys != packed:
             known = set(Keys(group.keys))
             group.keys += b"".join(key for key in run.keys if key not in known)
@@ -349,3 +352,11 @@ def _at_least(masks: Iterable[int], count: int) -> int:
             reached[index] |= reached[index - 1] & mask
         reached[0] |= mask
     return reached[-1]
+
+
+def _among(key: bytes, keys: bytes) -> bool:
+    """Whether a key is one of those back to back. Pure."""
+    at = keys.find(key)
+    while at >= 0 and at % KEY_BYTES:
+        at = keys.find(key, at + 1)
+    return at >= 0

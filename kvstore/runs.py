@@ -143,6 +143,8 @@ def count_blocks(changes: Iterable[RunChange]) -> int:
 
 def tail(changes: Sequence[RunChange], skip: int) -> list[RunChange]:
     """The changes without their first `skip` blocks."""
+    if skip <= 0:
+        return list(changes)
     rest: list[RunChange] = []
     for change in changes:
         if skip >= len(change.keys):

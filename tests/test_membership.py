@@ -140,6 +140,8 @@ def test_a_slow_start_for_who_comes_empty() -> None:
     assert not accepted(members.register("full", 1, 0.0)).slow_start
     assert members.slow_start("empty", 9.9) and not members.slow_start("empty", 10.0)
     assert not members.slow_start("full", 0.0) and not members.slow_start("nobody", 0.0)
+    assert [members.warmth("empty", at) for at in (0.0, 5.0, 10.0, 99.0)] == [0.0, 0.5, 1.0, 1.0]
+    assert members.warmth("full", 0.0) == members.warmth("nobody", 0.0) == 1.0
     assert accepted(members.register("empty", 1, 5.0)).slow_start  # a new connection changes nothing
 
 

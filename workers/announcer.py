@@ -210,6 +210,7 @@ class Stream:
         self.beat = False  # a heartbeat is due at once
         self._sent: dict[str, int] = {}  # namespace -> last number said; absent while its snapshot is on its way
         self._parts: dict[str, tuple[Iterator[SnapshotChunk], Introduced]] = {}
+        self._wants: dict[str, None] = {}  # namespaces whose snapshot waits until the coordinator asks for it
 
     async def run(self) -> None:
         announcer = self._announcer
@@ -325,7 +326,8 @@ class Stream:
 
     def _heartbeat(self) -> Request:
         """Its heads are what was said on this stream, so that more than was applied means that something was lost."""
-        return Request(heartbeat=coordinator_pb2.Heartbeat(heads=self._sent, status=self._announcer.source.status()))
+        status = self._announcer.source.status()
+        return Request(heartbeat=coordinator_pb2.Heartbeat(heads=self._sent, status=status, wants=self._wants))
 
     def _message(self) -> Request | None:
         """The next part of what the coordinator does not know, None when it has been told everything."""
@@ -333,10 +335,14 @@ class Stream:
         names = source.namespaces()
         for turn in range(self._turn, self._turn + len(names)):
             name = names[turn % len(names)]
+            if name in self._wants:
+                continue
             if name not in self._parts:
                 try:
                     delta = source.outbox(name).delta(self._sent.setdefault(name, 0), batch)
                 except LookupError:
+                    if self._in_turn(name):
+                        continue
                     self._snapshot(name)
                 else:
                     if delta is None:
@@ -352,6 +358,15 @@ class Stream:
             return Request(snapshot=chunk_to_wire(name, part, introduced.entries(part.runs)))
         return None
 
+    def _in_turn(self, namespace: str) -> bool:
+        """Whether a snapshot has to be asked for: then that is said with a heartbeat at once. Mutates."""
+        if self._welcome is None or not self._welcome.snapshot_turns:
+            return False
+        self._wants[namespace] = None
+        self.beat = True
+        self.wake.set()
+        return True
+
     def _told_all(self) -> bool:
         """Whether nothing more is to be said now. Pure."""
         heads = {name: self._announcer.source.outbox(name).head for name in self._announcer.source.namespaces()}
@@ -364,6 +379,7 @@ class Stream:
         """
         if namespace not in self._announcer.source.namespaces():
             return
+        self._wants.pop(namespace, None)
         self._snapshots += 1
         self._announcer.counters["snapshots"] += 1
         seq, runs = self._announcer.source.snapshot(namespace)

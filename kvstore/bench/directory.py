@@ -41,6 +41,7 @@ ROUNDS, ROUNDS_QUICK = 15, 7
 LOOKUPS = 40  # of a round
 UPDATES_A_S = 500_000
 SLICE_S = 0.4
+REPAIR_TICKS = 50
 RUN_LENGTHS = (GROUP, 4, 1)
 
 
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> Report:
     gc.freeze()
     lookups(report, small, large, rounds)
     lookups_under_updates(report, large, rounds)
+    repair_ticks(report, large)
     for rig in (small, large):
         rig.directory.validate()
         rig.close()
@@ -196,6 +198,21 @@ def lookups_under_updates(report: Report, rig: Rig, rounds: int) -> None:
     report.result("updates_a_s_meanwhile", done, "blocks/s")
     report.target("updates_a_s_meanwhile", at_least=0.97 * UPDATES_A_S)
     report.ratio("lookups_under_updates", "lookups_a_s_under_updates", "lookups_a_s", at_least=0.7)
+
+
+def repair_ticks(report: Report, rig: Rig) -> None:
+    """What one tick costs while every group is looked at in turn (all of them have their copies): `repair_groups` looks
+    of the large directory, every twelfth of a lease."""
+    took: list[float] = []
+    for replicas in rig.registry.repair.replicas():
+        replicas.again()
+    for _ in range(REPAIR_TICKS):
+        begin = thread_cpu_s()
+        rig.registry.repair.tick(rig.clock.monotonic())
+        took.append((thread_cpu_s() - begin) * 1e3)
+    report.result("repair_tick", took, "ms")
+    report.result("repair_tick_groups", [rig.config.repair_groups], "groups")
+    report.result("repair_groups_remembered", [rig.registry.repair.groups], "groups")
 
 
 def dead_worker(report: Report, blocks: int, rounds: int) -> None:

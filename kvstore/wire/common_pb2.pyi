@@ -42,14 +42,16 @@ class CommitToken(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ...) -> None: ...
 
 class CoordinatorInfo(_message.Message):
-    __slots__ = ["address", "boot_id", "id"]
+    __slots__ = ["address", "boot_id", "host", "id"]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     address: str
     boot_id: str
+    host: str
     id: str
-    def __init__(self, id: _Optional[str] = ..., boot_id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., boot_id: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ...) -> None: ...
 
 class DictionaryEntry(_message.Message):
     __slots__ = ["shard", "spec_json"]
@@ -60,12 +62,13 @@ class DictionaryEntry(_message.Message):
     def __init__(self, spec_json: _Optional[str] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ["boot_id", "capabilities", "coordinators", "host", "id", "member", "namespaces_digest", "protocol", "software"]
+    __slots__ = ["boot_id", "capabilities", "coordinators", "host", "id", "incomplete", "member", "namespaces_digest", "protocol", "software"]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     COORDINATORS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -75,11 +78,12 @@ class HelloReply(_message.Message):
     coordinators: _containers.RepeatedCompositeFieldContainer[CoordinatorInfo]
     host: str
     id: str
+    incomplete: bool
     member: Member
     namespaces_digest: str
     protocol: int
     software: str
-    def __init__(self, protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., namespaces_digest: _Optional[str] = ..., id: _Optional[str] = ..., boot_id: _Optional[str] = ..., host: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., coordinators: _Optional[_Iterable[_Union[CoordinatorInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., namespaces_digest: _Optional[str] = ..., id: _Optional[str] = ..., boot_id: _Optional[str] = ..., host: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., coordinators: _Optional[_Iterable[_Union[CoordinatorInfo, _Mapping]]] = ..., incomplete: bool = ...) -> None: ...
 
 class HelloRequest(_message.Message):
     __slots__ = ["capabilities", "coordinator", "namespaces_digest", "protocol", "software"]

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Ack(_message.Message):
-    __slots__ = ["applied"]
+    __slots__ = ["applied", "waiting"]
     class AppliedEntry(_message.Message):
         __slots__ = ["key", "value"]
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -16,8 +16,10 @@ class Ack(_message.Message):
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     APPLIED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     applied: _containers.ScalarMap[str, int]
-    def __init__(self, applied: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    waiting: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, applied: _Optional[_Mapping[str, int]] = ..., waiting: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AnnounceReply(_message.Message):
     __slots__ = ["ack", "coordinators", "fenced", "hints", "snapshot_request", "view", "welcome"]
@@ -103,7 +105,7 @@ class Fenced(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ["heads", "leaving", "status"]
+    __slots__ = ["heads", "leaving", "status", "wants"]
     class HeadsEntry(_message.Message):
         __slots__ = ["key", "value"]
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -114,10 +116,12 @@ class Heartbeat(_message.Message):
     HEADS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    WANTS_FIELD_NUMBER: _ClassVar[int]
     heads: _containers.ScalarMap[str, int]
     leaving: bool
     status: _common_pb2.WorkerStatus
-    def __init__(self, heads: _Optional[_Mapping[str, int]] = ..., status: _Optional[_Union[_common_pb2.WorkerStatus, _Mapping]] = ..., leaving: bool = ...) -> None: ...
+    wants: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, heads: _Optional[_Mapping[str, int]] = ..., status: _Optional[_Union[_common_pb2.WorkerStatus, _Mapping]] = ..., leaving: bool = ..., wants: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Hints(_message.Message):
     __slots__ = ["dictionary", "holders", "marks", "pulls", "view"]
@@ -323,7 +327,7 @@ class WatchState(_message.Message):
     def __init__(self, complete: bool = ..., boot_id: _Optional[str] = ..., coordinators: _Optional[_Iterable[_Union[_common_pb2.CoordinatorInfo, _Mapping]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ["applied", "heartbeat_ms", "lease_ms", "self"]
+    __slots__ = ["applied", "heartbeat_ms", "lease_ms", "self", "snapshot_turns"]
     class AppliedEntry(_message.Message):
         __slots__ = ["key", "value"]
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -335,8 +339,10 @@ class Welcome(_message.Message):
     HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     SELF_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_TURNS_FIELD_NUMBER: _ClassVar[int]
     applied: _containers.ScalarMap[str, int]
     heartbeat_ms: int
     lease_ms: int
     self: _common_pb2.CoordinatorInfo
-    def __init__(self, self_: _Optional[_Union[_common_pb2.CoordinatorInfo, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., lease_ms: _Optional[int] = ..., applied: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    snapshot_turns: bool
+    def __init__(self, self_: _Optional[_Union[_common_pb2.CoordinatorInfo, _Mapping]] = ..., heartbeat_ms: _Optional[int] = ..., lease_ms: _Optional[int] = ..., applied: _Optional[_Mapping[str, int]] = ..., snapshot_turns: bool = ...) -> None: ...

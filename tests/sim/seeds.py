@@ -4,6 +4,7 @@ What a seed holds changes with the code that runs in it, so each bug has a test 
 """
 
 FOUND: dict[int, str] = {
+    2: "The request for a snapshot was lost on a stream: its turn stayed taken, and it was never asked for again.",
     3: "The delta with a model's dictionary was lost on a stream, and every later block of the model was skipped.",
     4: "A connection to a hanging worker failed after everybody had given up waiting, and its error went unseen.",
     17: "A worker whose disk had just failed could not stop: the failed write's traceback still held its buffer.",
