@@ -24,7 +24,7 @@ PIECES = [
 
 
 class OfStore:
-    """One codec on blocks of a memory. What is encoded in the timing is let go, as a store does."""
+    """One codec on blocks of a memory. What is encoded within the timing is let go at once."""
 
     def __init__(self, memory: Memory, codec: int) -> None:
         self.memory, self.codec = memory, codec
@@ -59,13 +59,17 @@ class OfStore:
 
 
 class ByChunk:
-    """A library, chunk by chunk."""
+    """A library, chunk by chunk, likewise."""
 
     def __init__(self, memory: Memory, library: Baseline) -> None:
         self.memory, self.library = memory, library
         self.stored: dict[int, Any] = {}
 
     def encode(self, blocks: range) -> None:
+        for index in range(blocks.start * TOGETHER, blocks.stop * TOGETHER):
+            self.library.encode(self.memory.chunk(self.memory.raw, index))
+
+    def settle(self, blocks: range) -> None:
         for index in range(blocks.start * TOGETHER, blocks.stop * TOGETHER):
             self.stored[index] = self.library.encode(self.memory.chunk(self.memory.raw, index))
 
@@ -96,15 +100,15 @@ class Blocks:
         others = self._libraries()
         exact = {*ours, *(name for name, found in others.items() if found.library.exact)}
         contestants: dict[str, Callable[[], object]] = {"blocks/copy": self.copy}
-        both: list[tuple[str, OfStore | ByChunk]] = [*ours.items(), *others.items()]
-        for name, one in both:
+        everyone: dict[str, OfStore | ByChunk] = {**ours, **others}
+        for name, one in everyone.items():
             contestants[f"{name}/encode"] = partial(self._turn, one.encode)
             contestants[f"{name}/decode"] = partial(self._turn, one.decode)
 
         def between(done: str) -> None:
             name, what = done.split("/")
-            if what == "encode" and name in ours:
-                ours[name].settle(self.mine())
+            if what == "encode":
+                everyone[name].settle(self.mine())
             if what == "decode":
                 if name in exact:
                     span = slice(self.mine().start * BLOCK, self.mine().stop * BLOCK)
