@@ -60,6 +60,26 @@ def lowered(view: memoryview, planes: int) -> tuple[Header, list[Buffer]]:
     return trim_record(record, planes)
 
 
+def extent(view: memoryview, planes: int) -> int:
+    """Thread: bytes of a record, of which `view` is the beginning, that hold so many leading planes; of what tells it
+    where that is not in `view`. Corrupt."""
+    header = Header.unpack(view)
+    if header.data_start > len(view):
+        return header.data_start
+    return Record.parse(view, beginning=True).leading(planes)
+
+
+def leading(view: memoryview, header: Header, planes: int) -> tuple[Header, list[Buffer]]:
+    """Thread: the leading planes of a record, of which `view` has at least these. Corrupt unless it is that very copy
+    and each of their checksums holds."""
+    record = Record.parse(view, beginning=True)
+    expect(record.header, header)
+    record.verify(planes)
+    if len(view) >= record.header.stored_length and int(record.table["plane"].max()) < planes:
+        return record.header, [record.view]
+    return trim_record(record, planes)
+
+
 class NoRoom(TierFull):
     """The store's own bounds are reached; the medium is well."""
 

@@ -79,14 +79,17 @@ class Record:
 
     header: Header
     table: NDArray[np.void]  # ENTRY_DTYPE, one row per chunk and plane
-    view: memoryview  # exactly the record
+    view: memoryview  # exactly the record, or what is there of its beginning
 
     @classmethod
-    def parse(cls, data: Buffer) -> Record:
-        """The record at the start of `data` (bytes after it are ignored). Corrupt or UnknownFormat, nothing else."""
+    def parse(cls, data: Buffer, *, beginning: bool = False) -> Record:
+        """The record at the start of `data` (bytes after it are ignored). Corrupt or UnknownFormat, nothing else.
+
+        `beginning`: `data` may end anywhere after the table.
+        """
         view = memoryview(data).cast("B")
         header = Header.unpack(view)
-        if header.chunk_count == 0 or len(view) < header.stored_length:
+        if header.chunk_count == 0 or len(view) < (header.data_start if beginning else header.stored_length):
             raise Corrupt(
                 f"a record of {header.stored_length} bytes and {header.chunk_count} chunks in {len(view)} bytes"
             )
@@ -97,10 +100,16 @@ class Record:
         _check_table(header, table)
         return cls(header, table, view)
 
-    def verify(self) -> None:
-        """Corrupt unless every chunk's stored bytes have their checksum."""
+    def verify(self, planes: int = codecs.PLANES_MAX) -> None:
+        """Corrupt unless every chunk's stored bytes, of so many leading planes, are there and have their checksum."""
         for row in self.table.tolist():
-            _checked(self.view[row[8] : row[8] + row[9]], row)
+            if row[2] < planes:
+                _checked(self.view[row[8] : row[8] + row[9]], row)
+
+    def leading(self, planes: int) -> int:
+        """Bytes from the record's start to the end of so many leading planes."""
+        last = self.table[self.table["plane"] < planes][-1]
+        return int(last["offset"]) + int(last["stored"])
 
 
 def _check_table(header: Header, table: NDArray[np.void]) -> None:
@@ -178,8 +187,7 @@ def trim_record(record: Record, planes: int) -> tuple[Header, list[Buffer]]:
     Parts are views of the record. Nothing is verified: whoever reads them will.
     """
     kept = record.table[record.table["plane"] < planes].copy()
-    end = int(kept["offset"][-1]) + int(kept["stored"][-1])
-    start = int(kept["offset"][0])
+    end, start = record.leading(planes), int(kept["offset"][0])
     shift = (len(record.table) - len(kept)) * ENTRY_BYTES
     kept["offset"] -= np.uint64(shift)
     by_chunk: dict[tuple[int, int, int], int] = {}

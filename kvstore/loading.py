@@ -6,16 +6,19 @@ import asyncio
 from dataclasses import dataclass, field
 
 from kvstore.budget import Budget
-from kvstore.carrier import lowered, verified
+from kvstore.carrier import extent, leading, verified
 from kvstore.checksum import xxh3
 from kvstore.errors import Corrupt, TierDown, UnknownFormat
-from kvstore.format import expect
+from kvstore.format import HEADER_BYTES, expect
 from kvstore.header import Header
 from kvstore.movement import Movement
 from kvstore.shared import Finder
 from kvstore.stack import Stack
 from kvstore.tiers.base import Location, TierStore
 from kvstore.types import BlockId, Fidelity, Tier
+
+USUAL_SHARE = (0.4, 0.72, 1.0)
+"""Of a nested record, by leading planes: on real KV .37 and .70. Where they take more, a second read follows."""
 
 
 @dataclass(slots=True)
@@ -188,15 +191,13 @@ class Loading:
     async def _fetch_planes(
         self, tier: TierStore, namespace: str, header: Header, location: Location, planes: int
     ) -> Location | None:
-        """The same into the host tier, of a nested block with so many leading planes: memory for no more."""
+        """The same into the host tier, of a nested block with so many leading planes: no more is read, or kept."""
         stack = self.stack
         await self.budget.take(location.length)
         try:
-            view = memoryview(bytearray(location.length))
-            await tier.read(namespace, header, location, view)
-            await stack.system.pool.run(verified, view, header)
-            made, parts = await stack.system.pool.run(lowered, view, planes)
-            nbytes = sum(len(part) for part in parts)
+            view = await self._read_planes(tier, namespace, header, location, planes)
+            made, parts = await stack.system.pool.run(leading, view, header, planes)
+            nbytes = sum(memoryview(part).nbytes for part in parts)
             place = await self.movement.room.wait(stack.HOST, namespace, nbytes, stack.config.load_wait_s)
             if place is None:
                 stack.counters["loads_no_room"] += 1
@@ -204,6 +205,20 @@ class Loading:
             return await stack.host.fill(namespace, made, place, parts)
         finally:
             self.budget.give(location.length)
+
+    async def _read_planes(
+        self, tier: TierStore, namespace: str, header: Header, location: Location, planes: int
+    ) -> memoryview:
+        """The beginning of a record with so many planes: in one read where they take what they usually do."""
+        wanted = max(HEADER_BYTES, int(location.length * USUAL_SHARE[planes - 1]))
+        view = memoryview(b"")
+        while len(view) < wanted:
+            if wanted > location.length:
+                raise Corrupt(f"a record of {location.length} bytes whose table speaks of {wanted}")
+            view = memoryview(bytearray(wanted if tier.prefixes else location.length))
+            await tier.read(namespace, header, location, view)
+            wanted = await self.stack.system.pool.run(extent, view, planes)
+        return view
 
     # ---- from Redis
 

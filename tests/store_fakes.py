@@ -99,6 +99,8 @@ class FaultyTier:
         self.capacity = capacity
         self.kept: dict[int, tuple[str, Header, bytes]] = {}
         self.used = 0
+        self.prefixes = tier == Tier.SSD
+        self.read_bytes = 0
         self.reads = self.writes = self.finds = self.frees = 0
         self.asked: list[list[bytes]] = []  # keys of each find
         self.down = self.full = False
@@ -170,9 +172,11 @@ class FaultyTier:
             record[self.reads * 7919 % len(record)] ^= 1 << self.reads % 8
         if self.damage == "other":
             record[:] = bytes(len(record))
-        target[: len(record)] = (
-            record[: len(record) // 2] + bytes(len(record) - len(record) // 2) if (self.damage == "shorten") else record
-        )
+        if self.damage == "shorten":
+            record[len(record) // 2 :] = bytes(len(record) - len(record) // 2)
+        assert len(target) == len(record) or (self.prefixes and len(target) < len(record))
+        target[:] = record[: len(target)]
+        self.read_bytes += len(target)
 
     def free(self, namespace: str, header: Header, location: Location) -> None:
         _, _, record = self.kept.pop(location.segment)

@@ -172,22 +172,64 @@ async def test_an_exact_reader_brings_the_planes_that_host_has_not() -> None:
     await rig.close()
 
 
-async def test_a_flipped_bit_in_any_plane_is_caught() -> None:
+def flip(ssd: FaultyTier, depth: int, plane: int) -> None:
+    """One bit of that plane of a block's first chunk; plane -1: of the table."""
+    number, (namespace, header, record) = next(
+        (number, kept) for number, kept in ssd.kept.items() if kept[1].depth == depth
+    )
+    row = Record.parse(record).table[max(plane, 0) * 4]
+    assert plane < 0 or row["plane"] == plane
+    bad = bytearray(record)
+    bad[170 if plane < 0 else int(row["offset"]) + int(row["stored"]) // 2] ^= 4
+    ssd.kept[number] = namespace, header, bytes(bad)
+
+
+@pytest.mark.parametrize("plane", [-1, 0, 1, 2])
+async def test_a_flipped_bit_in_any_plane_is_caught(plane: int) -> None:
+    """By everyone who reads that plane; who needs less is served what is whole."""
     rig = await rig_with(CodecRules(COMPACT, "nested"), ssd=(ssd := FaultyTier(Tier.SSD, 4 << 20)))
     await rig.put_all(MANY)
     await rig.settle()
-    for plane in range(3):
-        depth = only_in(rig, Tier.SSD)[plane]
-        number, (namespace, header, record) = next(
-            (number, kept) for number, kept in ssd.kept.items() if kept[1].depth == depth
-        )
-        table = Record.parse(record).table
-        row = table[table["plane"] == plane][0]
-        bad = bytearray(record)
-        bad[int(row["offset"]) + int(row["stored"]) // 2] ^= 4
-        ssd.kept[number] = namespace, header, bytes(bad)
-        assert await rig.get(depth, least=COMPACT) is None
-    assert rig.store.counters["corrupt"] == 3
+    caught = 0
+    depths = only_in(rig, Tier.SSD)[:3]
+    for depth, least in zip(depths, (COMPACT, NEAR, EXACT), strict=True):
+        flip(ssd, depth, plane)
+        back = await rig.get(depth, least=least)
+        assert (back is None) == (plane < int(least))
+        caught += back is None
+    assert rig.store.counters["corrupt"] == caught == (3 if plane < 0 else 3 - plane)
+    await rig.close()
+
+
+async def test_who_needs_a_plane_reads_no_more_from_the_disk() -> None:
+    wide = Group(layers=1, kv_heads=1, k_dim=128, v_dim=128)  # the scales' part is that of large blocks
+    spec = replace(small_spec(block_tokens=64), groups=(wide,))
+    for least, share in ((COMPACT, 0.4), (NEAR, 0.72), (EXACT, 1.0)):
+        rig = await rig_with(CodecRules(COMPACT, "nested"), ssd=(ssd := FaultyTier(Tier.SSD, 4 << 20)), spec=spec)
+        await rig.put_all(MANY)
+        await rig.settle()
+        depth = only_in(rig, Tier.SSD)[0]
+        stored = next(len(record) for _, header, record in ssd.kept.values() if header.depth == depth)
+        before = ssd.reads
+        ssd.read_bytes = 0
+        assert await rig.get(depth, least=least) is not None
+        assert ssd.reads - before == 1 and share - 0.02 < ssd.read_bytes / stored <= share
+        await rig.close()
+
+
+async def test_planes_that_take_more_than_usual_are_read_in_a_second_step() -> None:
+    """Half of the layers is lossless: then the leading planes are most of the record."""
+    rules = CodecRules(COMPACT, "nested", ((0, 0, "lossless"),))
+    rig = await rig_with(rules, ssd=(ssd := FaultyTier(Tier.SSD, 4 << 20)))
+    await rig.put_all(MANY)
+    await rig.settle()
+    depth = only_in(rig, Tier.SSD)[0]
+    before = ssd.reads
+    back = await rig.get(depth, least=COMPACT)
+    assert back is not None and 0.01 < error(rig.raw(depth), back) < 0.12
+    assert ssd.reads - before == 2
+    await rig.settle()
+    assert planes(rig, depth) == {Tier.HOST: 1, Tier.SSD: 7}
     await rig.close()
 
 

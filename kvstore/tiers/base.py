@@ -45,6 +45,8 @@ class TierStore(Protocol):
     """Methods run on the event loop of the store; bytes move in `System.pool`."""
 
     tier: Tier
+    prefixes: bool
+    """Whether `read` gives the beginning of a blob alone: not where a blob is only good as a whole."""
 
     @property
     def capacity(self) -> int:
@@ -67,7 +69,8 @@ class TierStore(Protocol):
         Raises TierFull, TierDown."""
 
     async def read(self, namespace: str, header: Header, location: Location, target: memoryview) -> None:
-        """Fill `target` (exactly `location.length` bytes). Raises TierDown, or Corrupt where the tier can tell."""
+        """Fill `target`: `location.length` bytes, or fewer, the beginning, where the tier has `prefixes`.
+        Raises TierDown, or Corrupt where the tier can tell."""
 
     def free(self, namespace: str, header: Header, location: Location) -> None:
         """Forget a blob; its space may be reused. Idempotence is the store's business: once per location."""

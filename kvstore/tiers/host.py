@@ -28,6 +28,8 @@ def copy_parts(parts: Sequence[Buffer], target: memoryview) -> None:
 class ArenaTier:
     """Blobs in slots of an arena that several tiers share, each within its own capacity. Gone with the process."""
 
+    prefixes = False  # who wants less reads it where it lies
+
     def __init__(self, tier: Tier, arena: Arena, pool: Pool, capacity: int) -> None:
         self.tier = tier
         self.arena = arena

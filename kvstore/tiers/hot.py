@@ -35,6 +35,7 @@ class DevicePool:
     """
 
     tier = Tier.HOT
+    prefixes = False
 
     def __init__(self, device: str, pool: Pool, capacity: int) -> None:
         self.device = device

@@ -40,6 +40,7 @@ class RedisTier:
     """`TierStore` over Redis, and what an announcer of its index needs."""
 
     tier = Tier.REDIS
+    prefixes = False  # its MAC is of the whole value
 
     def __init__(
         self,

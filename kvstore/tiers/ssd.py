@@ -42,6 +42,7 @@ class SsdTier:
     """`TierStore` over a folder, which one process at a time owns (a lock file says so)."""
 
     tier = Tier.SSD
+    prefixes = True
 
     def __init__(self, system: System, config: StoreConfig, catalog: Catalog) -> None:
         self.system = system

@@ -71,6 +71,15 @@ class TierContract:
             assert await read(tier, found, location) == found.record
         assert tier.stats().writes >= len(samples)
 
+    async def test_the_beginning_of_a_blob_can_be_read_alone(self, tier: TierStore) -> None:
+        found = sample()
+        location = await write(tier, found)
+        for nbytes in (1, 160, 4096, 4097, len(found.record) - 1) if tier.prefixes else ():
+            target = bytearray(nbytes)
+            await tier.read(found.namespace, found.header, location, memoryview(target))
+            assert target == found.record[:nbytes]
+        assert await read(tier, found, location) == found.record
+
     async def test_parts_are_joined(self, tier: TierStore) -> None:
         found = sample()
         record = memoryview(found.record)
