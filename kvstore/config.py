@@ -94,6 +94,10 @@ class WorkerConfig:
     keys_max: int = 16_384  # blocks one call may name
     get_bytes_max: int = 1 * GIB  # raw bytes of the blocks in all Get streams at a time
     put_bytes_max: int = 512 * MIB  # of blocks coming in by Put streams, one each
+    data_port: int = 0  # of raw data connections; 0: any
+    data_connections_max: int = 32  # a thread each; 0: none, other hosts get and put by gRPC only
+    data_idle_s: float = 60.0  # then an unused one ends
+    data_tickets_max: int = 1024  # given out and not used yet
     redis_lease_s: float = 5.0  # of the worker that announces a namespace's Redis
     redis_poll_s: float = 0.25  # how often it looks for changes
     pull_queue: int = 4096  # hinted groups that wait to be copied from other workers
@@ -151,6 +155,7 @@ class ClientConfig:
     members_refresh_s: float = 1.0
     probe_s: float = 5.0  # least time between two measurements of coordinators' round trips
     connections_max: int = 64
+    data_connections_max: int = 8  # raw data connections to workers, a thread each; 0: gRPC only
     watch: bool = False  # keep a view of the directory here: for the one process of a host that looks up
     watch_entries_max: int = 1 << 20
     watch_stale_s: float = 2.0  # without a sign of life the view is not asked
@@ -209,7 +214,7 @@ _ZERO_OK = {
     "fleet.worker_gpus",
     "client.negative_cache_s",
 }
-_ZERO_OK |= {"worker.drain_grace_s"}
+_ZERO_OK |= {"worker.drain_grace_s", "worker.data_port", "worker.data_connections_max", "client.data_connections_max"}
 _ZERO_OK |= {"client.negative_cache_max", "coordinator.match_wait_max_s"}
 
 

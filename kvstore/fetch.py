@@ -304,7 +304,8 @@ class Fetch:
                 await read_local(link, pool, asked, pieces, timeout_s=timeout_s, arrived=look)
         else:
             async with self._links.remote.use(route.address, timeout_s=timeout_s) as channel:
-                await read_remote(channel, pool, asked, pieces, timeout_s=timeout_s, arrived=look)
+                raw = self._links.data.getter(route.address, channel)
+                await read_remote(channel, pool, asked, pieces, timeout_s=timeout_s, arrived=look, raw=raw)
 
     async def _through(self, link: HostLink, holder: str, pieces: Sequence[Piece], timeout_s: float) -> float:
         """Have the worker of this host pull the pieces, once for all who ask; the time that is left."""

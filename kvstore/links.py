@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from google.protobuf.message import Message
 
 from kvstore.config import ClientConfig
+from kvstore.data_links import DataLinks
 from kvstore.errors import DeadlineExceeded, KVStoreError, Overloaded, ServiceError, Unavailable
 from kvstore.host_link import HostLink
 from kvstore.nearest import Nearest
@@ -175,9 +176,11 @@ class Links:
 
         self.local: Pooled[HostLink] = Pooled(system, open_local, config.connections_max, lambda link: link.broken)
         self.remote: Pooled[Channel] = Pooled(system, open_remote, config.connections_max)
+        self.data = DataLinks(config, system, transport)
 
     async def close(self) -> None:
         await self.local.close()
+        await self.data.close()
         await self.remote.close()
 
 

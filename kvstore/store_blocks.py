@@ -167,7 +167,8 @@ class Putter:
     ) -> None:
         try:
             async with self._links.remote.use(address, timeout_s=self._left(end)) as channel:
-                tokens += await put_remote(channel, self._system.pool, stored, items, timeout_s=self._left(end))
+                raw, left_s = self._links.data.putter(address, channel), self._left(end)
+                tokens += await put_remote(channel, self._system.pool, stored, items, timeout_s=left_s, raw=raw)
         except KVStoreError as error:
             if isinstance(error, DeadlineExceeded):
                 self._links.remote.hung.add(address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,19 +12,24 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.checksum import xxh3
+from kvstore.codecs import RAW
 from kvstore.errors import BadRequest, Corrupt, DataError, KVStoreError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Header, decode_chunks
 from kvstore.layout import block_bytes, chunks
 from kvstore.pieces import LATER, Asked, Piece, Span, bound, shard_keys, span_of
 from kvstore.seams import Pool
 from kvstore.transport import frames
-from kvstore.transport.base import Channel
+from kvstore.transport.base import Channel, Landing
 from kvstore.transport.methods import WORKER
 from kvstore.types import Fidelity, Tier
 from kvstore.wire import worker_pb2
 
 FRAMES_AHEAD = 4
 """Frames of a stream that may wait for a byte mover while the next ones arrive."""
+
+RawGet = Callable[[worker_pb2.GetRequest, Landing, float], Awaitable[float]]
+"""(request, landing, seconds): 0 when a raw connection served it; else nothing has landed, and so many seconds are
+left."""
 
 Landed = list[tuple[int, int, int]]
 """(block, first chunk, chunks; -1 where they are no good) of each part of a frame."""
@@ -38,9 +43,11 @@ async def read_remote(
     *,
     timeout_s: float,
     arrived: Callable[[], None] = lambda: None,
+    raw: RawGet | None = None,
 ) -> None:
-    """One Get stream. Sets `tier` or `problem` of every piece; what was whole before an error counts, and chunks that
-    came of a block need not come again. `arrived` is called after every frame.
+    """One Get, by a raw connection where `raw` makes one, else as a gRPC stream. Sets `tier` or `problem` of every
+    piece; what was whole before an error counts, and chunks that came of a block need not come again. `arrived` is
+    called after every frame.
 
     KVStoreError: the stream ended early.
     """
@@ -61,9 +68,11 @@ async def read_remote(
     arrivals = Arrivals(pool, asked, ordered, arrived)
     failure: KVStoreError | None = None
     try:
-        async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=timeout_s)) as stream:
-            async for frame in stream:
-                await arrivals.take(frame)
+        left_s = timeout_s if raw is None else await raw(request, arrivals.landing(), timeout_s)
+        if left_s > 0:
+            async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=left_s)) as stream:
+                async for frame in stream:
+                    await arrivals.take(frame)
     except KVStoreError as error:
         failure = error
     finally:
@@ -102,15 +111,28 @@ class Arrivals:
         self, pool: Pool, asked: Asked, ordered: list[Piece], arrived: Callable[[], None] = lambda: None
     ) -> None:
         self._pool, self._asked, self._ordered, self._arrived = pool, asked, ordered, arrived
-        self._blocks: list[_Arriving | None] = []
+        self.blocks: list[_Arriving | None] = []
         self._landing: deque[asyncio.Task[None]] = deque()
         for piece in ordered:
             piece.problem = "missing"
 
+    def landing(self) -> InPlace:
+        """For frames whose data is received where it belongs. What has landed is noted in this event loop."""
+        loop = asyncio.get_running_loop()
+        return InPlace(self, lambda landed: loop.call_soon_threadsafe(self._note, landed))
+
+    def announce(self, header: worker_pb2.GetHeader) -> None:
+        """The first header says what will come. Mutates. Corrupt."""
+        if not self.blocks:
+            infos = header.blocks
+            if len(infos) != len(self._ordered):
+                raise Corrupt(f"{len(self._ordered)} blocks were asked for and {len(infos)} answered")
+            self.blocks = [self._announced(*pair) for pair in zip(self._ordered, infos, strict=True)]
+
     async def take(self, frame: bytes) -> None:
         """Mutates. Corrupt where the stream is none: it is of no more use then."""
-        if not self._blocks:
-            self._blocks = [self._announced(piece, info) for piece, info in self._infos(frame)]
+        if not self.blocks:
+            self.announce(_header(frame)[0])
         self._landing.append(asyncio.ensure_future(self._come(frame)))
         while self._landing and (len(self._landing) >= FRAMES_AHEAD or self._landing[0].done()):
             await asyncio.shield(self._landing[0])
@@ -118,12 +140,6 @@ class Arrivals:
 
     async def _come(self, frame: bytes) -> None:
         self._note(await self._pool.run(self._land, frame))
-
-    def _infos(self, frame: bytes) -> list[tuple[Piece, worker_pb2.BlockInfo]]:
-        infos = _header(frame)[0].blocks
-        if len(infos) != len(self._ordered):
-            raise Corrupt(f"{len(self._ordered)} blocks were asked for and {len(infos)} answered")
-        return list(zip(self._ordered, infos, strict=True))
 
     def _announced(self, piece: Piece, info: worker_pb2.BlockInfo) -> _Arriving | None:
         if info.state != worker_pb2.BLOCK_FOUND:
@@ -157,23 +173,38 @@ class Arrivals:
         landed: Landed = []
         start = 0
         for part in header.parts:
-            if part.block >= len(self._blocks):
-                raise Corrupt("chunks came of a block that was not announced")
             nbytes = _stored_bytes(part.table)
-            item = self._blocks[part.block]
-            count = -1
-            if item is not None:
-                try:
-                    count = self._decode(item, part, data[start : start + nbytes])
-                except (DataError, BadRequest) as error:
-                    item.piece.problem = type(error).__name__
-            landed.append((part.block, part.first_chunk, count))
+            landed.append(self.land(part, data[start : start + nbytes]))
             start += nbytes
         return landed
 
-    def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview) -> int:
-        spec, first = self._asked.spec, part.first_chunk
-        count = decode_chunks(part.table, data, spec, item.piece.shard, item.raw, first, item.header.stored)
+    def place(self, part: worker_pb2.ChunkPart, nbytes: int) -> memoryview | None:
+        """Where the bytes of a part belong, if they are raw and all of them lie there in one piece. Pure."""
+        item = self.blocks[part.block] if part.block < len(self.blocks) else None
+        if item is None:
+            return None
+        table = np.frombuffer(part.table, ENTRY_DTYPE)
+        mine = chunks(self._asked.spec, item.piece.shard)[part.first_chunk : part.first_chunk + len(table)]
+        if not mine or (table["codec"] != RAW).any() or sum(piece.nbytes for piece in mine) != nbytes:
+            return None
+        return item.raw[mine[0].offset : mine[0].offset + nbytes]
+
+    def land(self, part: worker_pb2.ChunkPart, data: memoryview, *, there: bool = False) -> tuple[int, int, int]:
+        """Runs in a byte mover. One part of a frame: checked, and decoded to its place unless it is `there`."""
+        if part.block >= len(self.blocks):
+            raise Corrupt("chunks came of a block that was not announced")
+        item = self.blocks[part.block]
+        count = -1
+        if item is not None:
+            try:
+                count = self._decode(item, part, data, there)
+            except (DataError, BadRequest) as error:
+                item.piece.problem = type(error).__name__
+        return part.block, part.first_chunk, count
+
+    def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview, there: bool) -> int:
+        spec, first, stored = self._asked.spec, part.first_chunk, item.header.stored
+        count = decode_chunks(part.table, data, spec, item.piece.shard, item.raw, first, stored, in_place=there)
         if not item.direct and item.span is not None and count:
             span = item.span
             low, high = max(first, span.first_chunk), min(first + count, span.first_chunk + len(span.chunks))
@@ -185,13 +216,13 @@ class Arrivals:
 
     def _note(self, landed: Landed) -> None:
         for block, first, count in landed:
-            item = self._blocks[block]
+            item = self.blocks[block]
             if item is None:
                 continue
             if count < 0:
                 item.piece.chunks = 0  # nothing of it is built upon
                 item.piece.copy_id = item.piece.copy_id if item.piece.shown else 0
-                self._blocks[block] = None
+                self.blocks[block] = None
                 continue
             for chunk in range(first, first + count):
                 item.missing.pop(chunk, None)
@@ -219,7 +250,7 @@ class Arrivals:
 
     async def finish(self) -> None:
         """Check the copy of every block that is whole, cut it where it must be, and note what was delivered."""
-        whole = [item for item in self._blocks if item is not None and not item.missing]
+        whole = [item for item in self.blocks if item is not None and not item.missing]
         for item, problem in zip(whole, await self._pool.run(self._check, whole), strict=True):
             item.piece.problem = problem
             item.piece.tier = None if problem else item.tier
@@ -238,6 +269,42 @@ class Arrivals:
                 item.piece.fill(self._asked.spec, item.raw)
             problems.append("" if same else "Corrupt")
         return problems
+
+
+class InPlace:
+    """`kvstore.transport.base.Landing` over the blocks of one Get: raw chunks are received where they belong, others
+    into memory of its own. Runs in a byte mover."""
+
+    def __init__(self, arrivals: Arrivals, note: Callable[[Landed], object]) -> None:
+        self._arrivals, self._note = arrivals, note
+        self._parts: list[tuple[worker_pb2.ChunkPart, memoryview, bool]] = []
+        self._aside = memoryview(b"")
+
+    def places(self, header: bytes, nbytes: int) -> Sequence[memoryview]:
+        """Mutates."""
+        try:
+            parsed = worker_pb2.GetHeader.FromString(header)
+        except DecodeError:
+            raise Corrupt("a frame has no readable header") from None
+        self._arrivals.announce(parsed)
+        sizes = [_stored_bytes(part.table) for part in parsed.parts]
+        if sum(sizes) != nbytes:
+            raise Corrupt(f"{nbytes} bytes came for chunks of {sum(sizes)}")
+        if nbytes > len(self._aside):  # once, or twice: frames are of much the same size
+            self._aside = memoryview(np.empty(nbytes, np.uint8).data)
+        start = 0
+        self._parts = []
+        for part, size in zip(parsed.parts, sizes, strict=True):
+            place = self._arrivals.place(part, size)
+            aside = self._aside[start : start + size]
+            self._parts.append((part, aside, False) if place is None else (part, place, True))
+            start += size
+        return [place for _, place, _ in self._parts]
+
+    def landed(self) -> None:
+        """Mutates."""
+        parts, self._parts = self._parts, []
+        self._note([self._arrivals.land(part, place, there=there) for part, place, there in parts])
 
 
 def _wanted(span: Span | None, count: int) -> range:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from kvstore.wire import worker_pb2
 from kvstore.wireform import shard_to_wire
 
 COMMITTED, HELD, DROPPED, REFUSED = "committed", "held", "dropped", "refused"
+
+RawPut = Callable[[worker_pb2.PutHeader, Sequence[memoryview], float], Awaitable[tuple[Any, float]]]
+"""(header, raw blocks, seconds): (the reply, 0), or (None, seconds left) where no raw connection served it."""
 
 STATES = {
     worker_pb2.BLOCK_COMMITTED: COMMITTED,
@@ -132,12 +136,25 @@ def _commit(stored: Stored, part: Sequence[Item], staging: Staging, space: Space
 
 
 async def put_remote(
-    channel: Channel, pool: Pool, stored: Stored, items: Sequence[Item], *, timeout_s: float
+    channel: Channel,
+    pool: Pool,
+    stored: Stored,
+    items: Sequence[Item],
+    *,
+    timeout_s: float,
+    raw: RawPut | None = None,
 ) -> list[CommitToken]:
-    """One Put stream for every `STREAM_BLOCKS_MAX` blocks. Sets the state of what was answered. ServiceError."""
+    """One Put for every `STREAM_BLOCKS_MAX` blocks, by a raw connection where `raw` makes one, else as a gRPC stream.
+    Sets the state of what was answered. ServiceError."""
     tokens = []
     for at in range(0, len(items), STREAM_BLOCKS_MAX):
         part = items[at : at + STREAM_BLOCKS_MAX]
+        if raw is not None:
+            answer, left_s = await raw(_put_header(stored, part), [item.raw for item in part], timeout_s)
+            timeout_s = left_s or timeout_s
+            if answer is not None:
+                tokens.append(note(part, answer))
+                continue
         stream = channel.stream(WORKER["Put"], _frames(pool, stored, part), timeout_s=timeout_s)
         reply: worker_pb2.PutReply | None = None
         async with aclosing(stream):
@@ -149,10 +166,13 @@ async def put_remote(
     return tokens
 
 
-async def _frames(pool: Pool, stored: Stored, part: Sequence[Item]) -> AsyncIterator[bytes]:
+def _put_header(stored: Stored, part: Sequence[Item]) -> worker_pb2.PutHeader:
     blocks = [item.message(stored.shard, stored.computed_on) for item in part]
-    header = worker_pb2.PutHeader(spec_json=stored.spec.canonical_json(), blocks=blocks)
-    yield frames.encode(header.SerializeToString(), ())
+    return worker_pb2.PutHeader(spec_json=stored.spec.canonical_json(), blocks=blocks)
+
+
+async def _frames(pool: Pool, stored: Stored, part: Sequence[Item]) -> AsyncIterator[bytes]:
+    yield frames.encode(_put_header(stored, part).SerializeToString(), ())
     pending: list[memoryview] = []
     size = 0
     for item in part:

@@ -100,6 +100,7 @@ class Node:
         self.boot_id = system.token_hex(8)
         self.address = ""  # known once it is served
         self.socket = ""
+        self.data_port = 0  # of raw connections; 0: none are served
         self.draining = False
         self.counters: Counter[str] = Counter()
         self.sending = Budget(config.worker.get_bytes_max, config.worker.get_bytes_max)

@@ -16,6 +16,7 @@ from kvstore.errors import DataError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Entry, Record, grouped, worth
 from kvstore.header import Header
 from kvstore.layout import Chunk, chunks
+from kvstore.pieces import layers_before
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store import Placed
 from kvstore.transport import frames
@@ -45,7 +46,7 @@ class Outgoing:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        spec: ModelSpec | None,
         shards: Sequence[Shard],
         placed: Sequence[Placed | None],
         *,
@@ -55,12 +56,12 @@ class Outgoing:
         resume: Mapping[int, tuple[int, int]] | None = None,
         planes: int = 0,
     ) -> None:
-        """`resume`: block -> (copy id, first chunk) of those the reader has in part. `planes`: of nested chunks; 0: all
-        there are."""
+        """`spec` None: of a model that nobody has put a block of. `resume`: block -> (copy id, first chunk) of those
+        the reader has in part. `planes`: of nested chunks; 0: all there are."""
         self._spec, self._shards, self._placed = spec, shards, placed
         self._later = later  # blocks after those placed that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
-        self._bases = [sum(group.layers for group in spec.groups[:index]) for index in range(len(spec.groups))]
+        self._bases = [] if spec is None else [layers_before(spec, index) for index in range(len(spec.groups))]
         self._records: dict[int, tuple[Record, list[list[Entry]]]] = {}
         self._resume = resume or {}
         self._alike: dict[Shard, list[tuple[int, Part]]] = {}  # the parts of any raw block of a shard
@@ -69,6 +70,10 @@ class Outgoing:
 
     def begin(self) -> tuple[bytes, list[list[Part]]]:
         """Runs in a byte mover. The first message, which says what will come, and the parts of all others."""
+        header, messages = self._plan()
+        return frames.encode(header, ()), messages
+
+    def _plan(self) -> tuple[bytes, list[list[Part]]]:
         header = worker_pb2.GetHeader()
         by_layer: dict[int, list[Part]] = {}
         for block, placed in enumerate(self._placed):
@@ -86,7 +91,7 @@ class Outgoing:
                 by_layer.setdefault(layer, []).append(part)
         header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
         ordered = [part for layer in sorted(by_layer) for part in by_layer[layer]]
-        return frames.encode(header.SerializeToString(), ()), list(_messages(ordered))
+        return header.SerializeToString(), list(_messages(ordered))
 
     def start(self) -> tuple[bytes, list[list[Part]], bytes | None]:
         """Runs in a byte mover. `begin`, and the first of the other messages: somebody waits for both."""
@@ -96,6 +101,15 @@ class Outgoing:
     def message(self, parts: Sequence[Part]) -> bytes | None:
         """Runs in a byte mover. A frame; without the blocks whose space was reused while it was copied, and None when
         nothing is left."""
+        while (made := self.scattered(parts)) is not None:
+            frame = frames.encode(*made)
+            if not self._reused(parts):
+                return frame
+        return None
+
+    def scattered(self, parts: Sequence[Part]) -> tuple[bytes, list[Buffer]] | None:
+        """Runs in a byte mover. (header, stored bytes where they lie) of a frame. Their checksums are those of blocks
+        that were still there afterwards: whatever is read later is them, or does not have these sums."""
         while True:
             mine = [part for part in parts if part.block not in self.lost]
             if not mine:
@@ -106,11 +120,24 @@ class Outgoing:
                 table, data = self._read(part)
                 header.parts.append(worker_pb2.ChunkPart(block=part.block, first_chunk=part.first, table=table))
                 payload += data
-            frame = frames.encode(header.SerializeToString(), payload)
-            reused = [part.block for part in mine if not self._current(part.block)]
-            if not reused:
-                return frame
-            self.lost.update(dict.fromkeys(reused))
+            if not self._reused(mine):
+                return header.SerializeToString(), payload
+
+    def each(self) -> Iterator[tuple[bytes, Sequence[Buffer]]]:
+        """Advanced in a byte mover. All frames as `scattered` ones, the first without data."""
+        header, messages = self._plan()
+        yield header, ()
+        for parts in messages:
+            made = self.scattered(parts)
+            if made is not None:
+                yield made
+                self._reused(parts)
+
+    def _reused(self, parts: Sequence[Part]) -> bool:
+        """Whether the space of any was, of those not known to be lost. Mutates."""
+        found = [part.block for part in parts if part.block not in self.lost and not self._current(part.block)]
+        self.lost.update(dict.fromkeys(found))
+        return bool(found)
 
     def _header(self, block: int, header: Header) -> Header:
         """What the planes that are sent make of a block."""
@@ -128,6 +155,7 @@ class Outgoing:
 
     def _parts(self, block: int, placed: Placed) -> list[tuple[int, Part]] | None:
         """(layer of the model, part) of the layers asked for; None where the block can't be served."""
+        assert self._spec is not None, "nothing can be placed of an unknown model"
         shard = self._shards[block]
         pieces = chunks(self._spec, shard)
         if placed.raw:
@@ -181,7 +209,7 @@ class Outgoing:
     def _read(self, part: Part) -> tuple[bytes, list[Buffer]]:
         """(table entries, stored bytes) of a part; views of the arena."""
         placed = self._placed[part.block]
-        assert placed is not None
+        assert placed is not None and self._spec is not None
         view = self._view(placed)
         if placed.raw:
             shard = self._shards[part.block]

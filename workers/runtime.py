@@ -20,7 +20,7 @@ from kvstore.membership import Member
 from kvstore.metrics import worker_page
 from kvstore.quotas import NONE, Quotas
 from kvstore.runs import Change, Run
-from kvstore.seams import System
+from kvstore.seams import Pool, System
 from kvstore.store import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
@@ -28,12 +28,14 @@ from kvstore.transport.http import MetricsServer
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, coordinator_pb2
 from workers.announcer import Announcer, Source
+from workers.data import DataCalls
 from workers.draining import Draining
 from workers.local import LocalService
 from workers.node import Node
 from workers.prefetching import Prefetching
 from workers.puller import Puller
 from workers.service import WorkerService
+from workers.tickets import Tickets
 
 if TYPE_CHECKING:
     from kvstore.tiers.redis import RedisTier
@@ -100,6 +102,7 @@ class WorkerRuntime:
         self.redis_announcers: list[RedisAnnouncer] = []
         self._redis: RedisTier | None = None
         self._servers: list[Server] = []
+        self._data_pool: Pool | None = None
         self._ticking: asyncio.Task[None] | None = None
         self._cleanup: list[str] = []  # what was started, in order
         self.metrics_address = ""
@@ -156,9 +159,12 @@ class WorkerRuntime:
             self.node, self._transport, lambda: self.announcer.view(), lambda: self.announcer.beat()
         )
         self.prefetching = Prefetching(self.node, self.puller, lambda: self.announcer.view())
-        service = WorkerService(self.node, self.puller, self.draining, self.prefetching)
+        tickets = Tickets(system, config.worker.data_tickets_max)
+        service = WorkerService(self.node, self.puller, self.draining, self.prefetching, tickets)
         server = await self._transport.serve(config.server.bind, {"Worker": service}, auth)
         self._servers.append(server)
+        if config.worker.data_connections_max:
+            await self._serve_data(DataCalls(service, tickets), server.address.rpartition(":")[0])
         self.node.address = config.server.advertise or server.address
         path = socket_path(config.worker.socket, self.identity.worker, self.node.boot_id)
         self._servers.append(await self._transport.serve_local(path, LocalService(self.node, self.prefetching), auth))
@@ -183,6 +189,19 @@ class WorkerRuntime:
         self.announcer.configure(coordinators)
         for announcer in self.redis_announcers:
             announcer.configure(coordinators)
+
+    async def _serve_data(self, calls: DataCalls, host: str) -> None:
+        """Raw connections, beside gRPC: a thread each while bytes move."""
+        mine, system = self._config.worker, self._system
+        many = mine.data_connections_max
+        pool = system.pool
+        if system.own_pool is not None:
+            pool = self._data_pool = system.own_pool(many)
+        server = await self._transport.serve_data(
+            f"{host}:{mine.data_port}", calls, pool, connections_max=many, idle_s=mine.data_idle_s
+        )
+        self._servers.append(server)
+        self.node.data_port = int(server.address.rpartition(":")[2])
 
     def _redis_tier(self) -> RedisTier | None:
         if not self._config.store.redis_url:
@@ -261,6 +280,9 @@ class WorkerRuntime:
         for server in reversed(self._servers):
             await server.close(grace_s)
         self._servers.clear()
+        if self._data_pool is not None:
+            self._data_pool.close()
+            self._data_pool = None
         if "store" in started:
             await self.store.close()
         if "identity" in started:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, asynccontextmanager
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.config import KIB
 from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Overloaded, TierDown, Unavailable
-from kvstore.header import Header
-from kvstore.spec import ModelSpec, Shard
+from kvstore.spec import ModelSpec
 from kvstore.transport import frames
 from kvstore.transport.base import CallContext
 from kvstore.types import pack_keys
@@ -20,12 +18,14 @@ from kvstore.views import visible_status
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, keys_from_wire, least_from_wire, shard_from_wire, wanted_from_wire
 from workers.draining import Draining
+from workers.incoming import PutBlocks
 from workers.inspecting import inspected_to_wire
-from workers.node import Answer, Node, Offered
+from workers.node import Node
 from workers.outgoing import Outgoing
 from workers.pinning import PinCalls
 from workers.prefetching import Prefetching
 from workers.puller import Job, Puller, members_of
+from workers.tickets import TICKET_S, Tickets
 
 FRAME_SLACK_BYTES = 256 * KIB
 """Of a message's bound, what its header may take."""
@@ -34,19 +34,22 @@ FRAME_SLACK_BYTES = 256 * KIB
 class WorkerService(PinCalls):
     """One coroutine per call of the proto; `context.namespace` is granted already."""
 
-    def __init__(self, node: Node, puller: Puller, draining: Draining, prefetching: Prefetching) -> None:
+    def __init__(
+        self, node: Node, puller: Puller, draining: Draining, prefetching: Prefetching, tickets: Tickets
+    ) -> None:
         super().__init__(node)
+        self.node, self._tickets = node, tickets
         self._puller, self._draining = puller, draining
         self.prefetch = prefetching.prefetch
 
     async def hello(self, request: common_pb2.HelloRequest, context: CallContext) -> common_pb2.HelloReply:
-        return self._node.hello(request)
+        return self.node.hello(request)
 
     async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
-        return self._node.match(request, context.namespace)
+        return self.node.match(request, context.namespace)
 
     async def status(self, request: common_pb2.StatusRequest, context: CallContext) -> common_pb2.WorkerStatus:
-        return visible_status(self._node.status(), context)
+        return visible_status(self.node.status(), context)
 
     async def purge(self, request: worker_pb2.PurgeRequest, context: CallContext) -> worker_pb2.PurgeReply:
         """Forget a model's blocks, or all of the caller's namespace; those in Redis too. BadRequest."""
@@ -56,17 +59,17 @@ class WorkerService(PinCalls):
             if root is not None or not request.model:
                 raise BadRequest("a purge names a root, or a model, or a model and its revision")
             revision = request.revision
-            specs = [spec for spec in self._node.catalog.specs() if spec.model == request.model]
+            specs = [spec for spec in self.node.catalog.specs() if spec.model == request.model]
             roots = [spec.root for spec in specs if not revision or spec.revision == revision]
         blocks = 0
         for one in roots:
-            blocks += self._node.store.purge(context.namespace, one)
-            blocks += await self._node.store.purge_shared(context.namespace, one)
+            blocks += self.node.store.purge(context.namespace, one)
+            blocks += await self.node.store.purge_shared(context.namespace, one)
         return worker_pb2.PurgeReply(blocks=blocks)
 
     async def probe(self, request: worker_pb2.ProbeRequest, context: CallContext) -> worker_pb2.ProbeReply:
         """Write a block through every tier and read it back."""
-        outcomes = await self._node.store.probe(context.namespace)
+        outcomes = await self.node.store.probe(context.namespace)
         results = [
             worker_pb2.ProbeResult(
                 tier=int(outcome.tier),  # type: ignore[arg-type]
@@ -82,18 +85,18 @@ class WorkerService(PinCalls):
         """Every copy of a block of the caller's namespace. BadRequest; Unavailable when Redis can't be asked."""
         key = digest_from_wire("key", request.key)
         try:
-            found = await self._node.store.inspect(context.namespace, key, redis=request.redis)
+            found = await self.node.store.inspect(context.namespace, key, redis=request.redis)
         except TierDown as error:
             raise Unavailable(str(error)) from None
         return worker_pb2.InspectReply(blocks=map(inspected_to_wire, found))
 
     async def pull(self, request: worker_pb2.PullRequest, context: CallContext) -> worker_pb2.PullReply:
         """Copy blocks of one group from another worker. BadRequest; Overloaded where this one leaves too."""
-        if self._node.draining:
+        if self.node.draining:
             raise Overloaded("this worker drains: ask another one")
         spec, shard = ModelSpec.from_json(request.spec_json), shard_from_wire(request.shard)
         shard.check(spec)
-        keys = keys_from_wire(request.keys, self._node.config.worker.keys_max)
+        keys = keys_from_wire(request.keys, self.node.config.worker.keys_max)
         group = digest_from_wire("group", request.group)
         job = Job(context.namespace, spec, shard, group, tuple(keys), members_of([request.source]))
         tally = await self._puller.pull(job)
@@ -105,16 +108,30 @@ class WorkerService(PinCalls):
             left=pack_keys(tally.left),
         )
 
+    async def data(self, request: worker_pb2.DataRequest, context: CallContext) -> worker_pb2.DataReply:
+        """A ticket for a raw connection, where those are served."""
+        port = self.node.data_port
+        if not port:
+            return worker_pb2.DataReply()
+        return worker_pb2.DataReply(port=port, ticket=self._tickets.give(context), ttl_ms=int(TICKET_S * 1000))
+
     async def drain(self, request: worker_pb2.DrainRequest, context: CallContext) -> worker_pb2.DrainReply:
         """Begin to leave, or say how far that is."""
-        self._draining.begin(request.timeout_ms / 1000 or self._node.config.worker.drain_s)
+        self._draining.begin(request.timeout_ms / 1000 or self.node.config.worker.drain_s)
         return self._draining.progress()
 
     # --- get -------------------------------------------------------------------------------------------------------
 
     async def get(self, request: worker_pb2.GetRequest, context: CallContext) -> AsyncGenerator[bytes, None]:
         """What there is of the blocks, then their chunks. BadRequest, Overloaded, DeadlineExceeded."""
-        node = self._node
+        async with self.outgoing(request, context) as outgoing, aclosing(self._stream(outgoing)) as stream:
+            async for frame in stream:
+                yield frame
+
+    @asynccontextmanager
+    async def outgoing(self, request: worker_pb2.GetRequest, context: CallContext) -> AsyncIterator[Outgoing]:
+        """The blocks of a Get, held for the time of the block. BadRequest, Overloaded, DeadlineExceeded."""
+        node = self.node
         root = digest_from_wire("root", request.root)
         wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
@@ -126,37 +143,30 @@ class WorkerService(PinCalls):
         if not node.store.spend(context.namespace, asked):
             raise Overloaded("more bytes a second than the namespace's rate_bytes: later, or less")
         async with node.sending.hold(asked, context.namespace, node.left(context.deadline)):
-            timeout_s = node.left(context.deadline)
             now = node.now(root, shards)
             hold = await node.open(
-                context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=timeout_s
+                context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=node.left(context.deadline)
+            )
+            layers = range(request.layer_first, request.layer_first + request.layer_count)
+            outgoing = Outgoing(
+                node.catalog.spec(root),
+                shards,
+                hold.blocks,
+                later=len(wanted) - now,
+                layers=layers or None,
+                chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
+                planes=request.planes,
+                resume={part.block: (part.copy_id, part.first_chunk) for part in request.resume},
             )
             try:
-                spec = node.catalog.spec(root)
-                if spec is None:  # nobody has put a block of this model here
-                    missing = [worker_pb2.BlockInfo(state=worker_pb2.BLOCK_MISSING)] * len(wanted)
-                    yield frames.encode(worker_pb2.GetHeader(blocks=missing).SerializeToString(), ())
-                    return
-                layers = range(request.layer_first, request.layer_first + request.layer_count)
-                outgoing = Outgoing(
-                    spec,
-                    shards,
-                    hold.blocks,
-                    later=len(wanted) - now,
-                    layers=layers or None,
-                    chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
-                    planes=request.planes,
-                    resume={part.block: (part.copy_id, part.first_chunk) for part in request.resume},
-                )
-                async with aclosing(self._stream(outgoing)) as stream:
-                    async for frame in stream:
-                        yield frame
+                yield outgoing
             finally:
                 node.store.release(hold.id)
+                node.counters["blocks_lost_in_flight"] += len(outgoing.lost)
 
     async def _stream(self, outgoing: Outgoing) -> AsyncGenerator[bytes, None]:
         """Frames, the next one being made while one is sent."""
-        pool = self._node.system.pool
+        pool = self.node.system.pool
         first, messages, ready = await pool.run(outgoing.start)
         ahead: asyncio.Task[bytes | None] | None = None
         try:
@@ -171,13 +181,12 @@ class WorkerService(PinCalls):
         finally:
             if ahead is not None and not ahead.done():
                 await asyncio.wait([ahead])  # it reads blocks that are held only until now
-            self._node.counters["blocks_lost_in_flight"] += len(outgoing.lost)
 
     # --- put -------------------------------------------------------------------------------------------------------
 
     async def put(self, requests: AsyncIterator[bytes], context: CallContext) -> worker_pb2.PutReply:
         """Blocks become visible one by one as they are whole. BadRequest, Overloaded, DeadlineExceeded."""
-        timeout_s = self._node.left(context.deadline)
+        timeout_s = self.node.left(context.deadline)
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._put(requests, context.namespace)
@@ -185,7 +194,7 @@ class WorkerService(PinCalls):
             raise DeadlineExceeded("the blocks did not come in time") from None
 
     async def _put(self, requests: AsyncIterator[bytes], namespace: str) -> worker_pb2.PutReply:
-        incoming: Incoming | None = None
+        incoming: PutBlocks | None = None
         with ExitStack() as room:
             async for frame in requests:
                 try:
@@ -194,69 +203,11 @@ class WorkerService(PinCalls):
                 except (Corrupt, DecodeError) as error:
                     raise BadRequest(f"a frame of the Put stream can't be read: {error}") from None
                 if incoming is None:
-                    incoming = Incoming(self._node, namespace, header)
-                    room.enter_context(self._node.receiving.take(incoming.largest, namespace))
+                    incoming = PutBlocks(self.node, namespace, header)
+                    room.enter_context(self.node.receiving.take(incoming.largest, namespace))
                 elif header.blocks:
                     raise BadRequest("blocks are named in the first message of a Put stream only")
                 await incoming.take(data)
             if incoming is None:
                 raise BadRequest("a Put stream without a message")
             return incoming.reply()
-
-
-class Incoming:
-    """The blocks of one Put stream; one of them at a time is in memory."""
-
-    def __init__(self, node: Node, namespace: str, header: worker_pb2.PutHeader) -> None:
-        self._node, self._namespace = node, namespace
-        self._spec = ModelSpec.from_json(header.spec_json)
-        if not 1 <= len(header.blocks) <= node.config.worker.keys_max:
-            raise BadRequest(f"{len(header.blocks)} blocks in one Put: give 1 to {node.config.worker.keys_max}")
-        self._blocks: list[tuple[Shard, Header]] = [
-            node.put_block(namespace, self._spec, message) for message in header.blocks
-        ]
-        self._answer = Answer(node)
-        self._index = 0  # of the block that is coming in
-        self._buffer = memoryview(b"")
-        self._filled = 0
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest block."""
-        return max(header.raw_length for _, header in self._blocks)
-
-    async def take(self, data: memoryview) -> None:
-        """Raw bytes, back to back; mutates. A block that lies whole in one message is stored from there."""
-        while len(data):
-            if self._index == len(self._blocks):
-                raise BadRequest(f"{len(data)} bytes came after the last block")
-            size = self._blocks[self._index][1].raw_length
-            if not self._filled and len(data) >= size:
-                await self._store(data[:size])
-                data = data[size:]
-                continue
-            if not self._buffer:
-                self._buffer = memoryview(bytearray(self.largest))
-            part = data[: size - self._filled]
-            await self._node.system.pool.run(_copy, self._buffer[self._filled : self._filled + len(part)], part)
-            self._filled += len(part)
-            data = data[len(part) :]
-            if self._filled == size:
-                self._filled = 0
-                await self._store(self._buffer[:size])
-
-    async def _store(self, raw: memoryview) -> None:
-        shard, header = self._blocks[self._index]
-        self._index += 1
-        await self._answer.take(self._namespace, self._spec, [Offered(shard, header, raw)])
-
-    def reply(self) -> worker_pb2.PutReply:
-        """BadRequest when the stream ended too soon; what was whole is stored all the same."""
-        if self._index < len(self._blocks):
-            raise BadRequest(f"the stream ended within block {self._index} of {len(self._blocks)}")
-        return self._answer.message()
-
-
-def _copy(target: memoryview, source: memoryview) -> None:
-    """Runs in a byte mover; numpy lets others run meanwhile."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

@@ -10,13 +10,15 @@ themselves whether it has them all.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
 
-from kvstore.seams import Segment
+from kvstore.seams import Pool, Segment
+from kvstore.types import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,60 @@ class LocalChannel(Protocol):
     async def close(self) -> None: ...
 
 
+class Landing(Protocol):
+    """Where the frames of a Get go. Called by whoever receives them, in a byte mover, in turns: places, landed, ..."""
+
+    def places(self, header: bytes, nbytes: int) -> Sequence[memoryview]:
+        """The header of a frame has come (a GetHeader), `nbytes` of data follow: writable memory for all of them, in
+        order. Corrupt where the stream is none."""
+
+    def landed(self) -> None:
+        """The data of that frame is in its places. Corrupt where the stream is none."""
+
+
+class DataChannel(Protocol):
+    """A raw connection to one worker, opened with a ticket; one call at a time. ServiceError, UsageError, Corrupt."""
+
+    async def get(self, request: Any, landing: Landing, *, timeout_s: float) -> None:
+        """A GetRequest; its frames go to `landing`. Cancelled: nobody touches the landing's memory any more."""
+
+    async def put(self, header: Any, parts: Sequence[Buffer], *, timeout_s: float) -> Any:
+        """A PutHeader, then the raw bytes of its blocks; the PutReply."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether another call may be made."""
+
+    async def close(self) -> None: ...
+
+
+OutgoingFrames = Iterator[tuple[bytes, Sequence[Buffer]]]
+"""(serialised GetHeader, stored bytes where they lie) of each frame. Advanced in a byte mover, once the frame before
+is sent."""
+
+
+class Incoming(Protocol):
+    """The raw bytes of a put, for a `DataService`."""
+
+    async def begin(self) -> None:
+        """The caller may send."""
+
+    async def fill(self, target: memoryview) -> None:
+        """The next bytes; Unavailable when the caller has gone. Cancelled: nobody writes to `target` any more."""
+
+
+class DataService(Protocol):
+    """What is served on raw connections (workers/data.py)."""
+
+    def admit(self, ticket: bytes, host: str) -> CallContext:
+        """The context of a connection from `host`. Unauthenticated for a ticket that is not good for it. Mutates: it
+        is good only once."""
+
+    def get(self, request: Any, context: CallContext) -> AbstractAsyncContextManager[OutgoingFrames]: ...
+
+    async def put(self, header: Any, context: CallContext, incoming: Incoming) -> Message: ...
+
+
 class Server(Protocol):
     address: str  # where it really listens (the port is known now)
 
@@ -139,3 +195,12 @@ class Transport(Protocol):
         """Connected and greeted (WorkerLocal.Hello), or Unavailable / Unauthenticated / NotGranted / Incompatible."""
 
     async def serve_local(self, path: str, service: object, auth: Authenticator) -> Server: ...
+
+    async def connect_data(self, address: str, ticket: bytes, pool: Pool, *, timeout_s: float) -> DataChannel:
+        """A raw connection; `pool` has a thread for each. Unavailable when nobody is there, or the ticket is
+        refused."""
+
+    async def serve_data(
+        self, address: str, service: DataService, pool: Pool, *, connections_max: int, idle_s: float
+    ) -> Server:
+        """Raw connections, at most so many; beyond it the longest idle one ends. SetupError."""

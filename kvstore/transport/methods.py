@@ -6,7 +6,17 @@ from kvstore.transport.base import Method
 from kvstore.wire import common_pb2, coordinator_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("get.v1", "put.v1", "local.v1", "announce.v1", "release.v1", "purge.model.v1", "watch.v1", "score.v1")
+CAPABILITIES = (
+    "get.v1",
+    "put.v1",
+    "local.v1",
+    "announce.v1",
+    "release.v1",
+    "purge.model.v1",
+    "watch.v1",
+    "score.v1",
+    "data.v1",
+)
 
 COORDINATOR = {
     m.name: m
@@ -43,6 +53,7 @@ WORKER = {
         Method("Worker", "Prefetch", worker_pb2.PrefetchRequest, worker_pb2.PrefetchReply),
         Method("Worker", "Pull", worker_pb2.PullRequest, worker_pb2.PullReply),
         Method("Worker", "Drain", worker_pb2.DrainRequest, worker_pb2.DrainReply),
+        Method("Worker", "Data", worker_pb2.DataRequest, worker_pb2.DataReply),
     )
 }
 

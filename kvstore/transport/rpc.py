@@ -1,4 +1,5 @@
-"""gRPC: the transport between hosts. `kvstore.transport.rpc_server` is its other half.
+"""gRPC, the transport between hosts, with the raw data channel beside it. `kvstore.transport.rpc_server` is its other
+half.
 
 Messages are serialised here, not by gRPC, so that streams without a message type carry raw frames (bytes) and a
 malformed message is an error of ours. Every error that leaves this module is a `kvstore.errors` one.
@@ -17,12 +18,29 @@ from google.protobuf.message import DecodeError, Message
 
 from kvstore.config import MIB
 from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Incompatible, KVStoreError, Unavailable, from_code
-from kvstore.seams import Clock
-from kvstore.transport import local
-from kvstore.transport.base import Authenticator, Channel, Credentials, LocalChannel, Method, Server
+from kvstore.seams import Clock, Pool
+from kvstore.transport import data_client, local
+from kvstore.transport.base import (
+    Authenticator,
+    Channel,
+    Credentials,
+    DataChannel,
+    DataService,
+    LocalChannel,
+    Method,
+    Server,
+)
+from kvstore.transport.data_server import DataServer
 from kvstore.transport.malloc import keep_freed_memory
 from kvstore.transport.rpc_server import RpcServer
-from kvstore.transport.tls import PLAIN, Tls, channel_credentials, server_credentials
+from kvstore.transport.tls import (
+    PLAIN,
+    Tls,
+    channel_context,
+    channel_credentials,
+    server_context,
+    server_credentials,
+)
 
 COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.bdp_probe", 0),  # the probe shrinks the window of bursty streams
@@ -68,6 +86,8 @@ class GrpcTransport:
             keep_freed_memory()
         self._serving = None if tls.serving is None else server_credentials(tls.serving)
         self._calling = None if tls.calling is None else channel_credentials(tls.calling)
+        self._data_serving = None if tls.serving is None else server_context(tls.serving)
+        self._data_calling = None if tls.calling is None else channel_context(tls.calling)
         self._clock = clock
         self._message_bytes_max = message_bytes_max
         self._calls_max = calls_max
@@ -106,6 +126,34 @@ class GrpcTransport:
     async def serve_local(self, path: str, service: object, auth: Authenticator) -> Server:
         """Listening when it returns. SetupError when the path can't be bound or a live server has it."""
         return await local.serve(path, service, auth, self._local)
+
+    async def connect_data(self, address: str, ticket: bytes, pool: Pool, *, timeout_s: float) -> DataChannel:
+        """Connected and let in."""
+        return await data_client.connect(
+            address,
+            ticket,
+            pool,
+            self._data_calling,
+            timeout_s=timeout_s,
+            message_bytes_max=self._message_bytes_max,
+        )
+
+    async def serve_data(
+        self, address: str, service: DataService, pool: Pool, *, connections_max: int, idle_s: float
+    ) -> Server:
+        """Listening when it returns. SetupError when the address can't be bound."""
+        server = DataServer(
+            service,
+            pool,
+            self._clock,
+            tls=self._data_serving,
+            connections_max=connections_max,
+            idle_s=idle_s,
+            call_max_s=self._call_max_s,
+            message_bytes_max=self._message_bytes_max,
+        )
+        server.start(address)
+        return server
 
     def _options(self) -> list[tuple[str, int]]:
         return [

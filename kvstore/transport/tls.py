@@ -1,4 +1,5 @@
-"""TLS on the gRPC ports: files named by the configuration become gRPC's credentials. Unix sockets stay as they are.
+"""TLS on the gRPC ports and the data channel: files named by the configuration become credentials. Unix sockets stay
+as they are.
 
 A server shows one certificate, and may insist that callers show one of its own authority; a client believes one
 authority. Certificates say which host one talks to, tokens (`kvstore.auth`) who talks: one does not replace the other.
@@ -6,6 +7,7 @@ authority. Certificates say which host one talks to, tokens (`kvstore.auth`) who
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,30 @@ def server_credentials(files: Files) -> Any:
 
     authority, key, chain = files.read()
     return grpc.ssl_server_credentials([(key, chain)], authority, require_client_auth=authority is not None)
+
+
+def channel_context(files: Files) -> tuple[ssl.SSLContext, str]:
+    """The same for the data channel: a caller's context, and the name it expects (empty: the address). SetupError."""
+    files.read()  # says what is wrong with a file
+    try:
+        context = ssl.create_default_context(cafile=files.authority or None)
+        if files.own is not None:
+            context.load_cert_chain(*files.own)
+    except (ssl.SSLError, OSError) as error:
+        raise SetupError(f"the TLS files of the client do not fit: {error}") from None
+    return context, files.name
+
+
+def server_context(files: Files) -> ssl.SSLContext:
+    """Of the data channel's port. SetupError."""
+    files.read()
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.authority or None)
+        if files.own is not None:
+            context.load_cert_chain(*files.own)
+    except (ssl.SSLError, OSError) as error:
+        raise SetupError(f"the TLS files of the server do not fit: {error}") from None
+    if files.authority:
+        context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = 0  # what a client finds unread on an idle connection is its end
+    return context

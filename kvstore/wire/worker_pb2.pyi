@@ -49,6 +49,36 @@ class CommitRequest(_message.Message):
     spec_json: str
     def __init__(self, spec_json: _Optional[str] = ..., segment: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[PutBlock, _Mapping]]] = ...) -> None: ...
 
+class DataGet(_message.Message):
+    __slots__ = ["get", "timeout_ms"]
+    GET_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    get: GetRequest
+    timeout_ms: int
+    def __init__(self, get: _Optional[_Union[GetRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class DataPut(_message.Message):
+    __slots__ = ["put", "timeout_ms"]
+    PUT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    put: PutHeader
+    timeout_ms: int
+    def __init__(self, put: _Optional[_Union[PutHeader, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class DataReply(_message.Message):
+    __slots__ = ["port", "ticket", "ttl_ms"]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    ticket: bytes
+    ttl_ms: int
+    def __init__(self, port: _Optional[int] = ..., ticket: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
+
+class DataRequest(_message.Message):
+    __slots__ = []
+    def __init__(self) -> None: ...
+
 class DrainReply(_message.Message):
     __slots__ = ["blocks_held", "blocks_left", "blocks_moved", "done", "groups", "groups_done"]
     BLOCKS_HELD_FIELD_NUMBER: _ClassVar[int]
