@@ -67,7 +67,7 @@ class KVClient:
         self._owns_system = owns_system
         self._pid = os.getpid()
         self._transport, self._credentials = transport, credentials
-        self._links = Links(config, system, transport, credentials)
+        self._links = Links(config, system, transport, credentials, self.counters)
         self.coordinators = Coordinators(config.coordinators, system, transport, credentials, probe_s=config.probe_s)
         self.members = Members(config, system, self.coordinators)
         self._failed: Recent[Failed] = Recent(system.clock, config.negative_cache_s, config.negative_cache_max)

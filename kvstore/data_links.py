@@ -6,6 +6,7 @@ says what the matter is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ OFF_S = 30.0
 class DataLinks:
     """At most `client.data_connections_max`, to all workers together; beyond them gRPC serves."""
 
-    def __init__(self, config: ClientConfig, system: System, transport: Transport) -> None:
+    def __init__(self, config: ClientConfig, system: System, transport: Transport, counters: Counter[str]) -> None:
         self._bound, self._connect_timeout_s = config.data_connections_max, config.connect_timeout_s
-        self._system, self._transport = system, transport
+        self._system, self._transport, self._counters = system, transport, counters
         self._own: Pool | None = None
         self._idle: dict[str, list[DataChannel]] = {}
         self._busy: dict[DataChannel, None] = {}
@@ -49,9 +50,11 @@ class DataLinks:
             except Unavailable:
                 if watched.began:
                     raise
+                self._counters["raw_broken"] += 1
                 return self._left(end)
             finally:
                 await self._give_back(address, link)
+            self._counters["raw_gets"] += 1
             return 0.0
 
         return get
@@ -68,8 +71,11 @@ class DataLinks:
             if link is None:
                 return None, self._left(end)
             try:
-                return await link.put(header, parts, timeout_s=self._left(end)), 0.0
+                reply = await link.put(header, parts, timeout_s=self._left(end))
+                self._counters["raw_puts"] += 1
+                return reply, 0.0
             except Unavailable:
+                self._counters["raw_broken"] += 1
                 return None, self._left(end)
             finally:
                 await self._give_back(address, link)

@@ -6,7 +6,7 @@ Every table is bounded. A failure is remembered for a short while: a dead peer c
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
@@ -160,7 +160,14 @@ class Pooled(Generic[C]):
 class Links:
     """Connections to workers."""
 
-    def __init__(self, config: ClientConfig, system: System, transport: Transport, credentials: Credentials) -> None:
+    def __init__(
+        self,
+        config: ClientConfig,
+        system: System,
+        transport: Transport,
+        credentials: Credentials,
+        counters: Counter[str],
+    ) -> None:
         self._transport, self._credentials = transport, credentials
         self._connect_timeout_s = config.connect_timeout_s
 
@@ -176,7 +183,7 @@ class Links:
 
         self.local: Pooled[HostLink] = Pooled(system, open_local, config.connections_max, lambda link: link.broken)
         self.remote: Pooled[Channel] = Pooled(system, open_remote, config.connections_max)
-        self.data = DataLinks(config, system, transport)
+        self.data = DataLinks(config, system, transport, counters)
 
     async def close(self) -> None:
         await self.local.close()

@@ -92,6 +92,9 @@ class Service:
     async def pull(self, request: worker_pb2.PullRequest, context: CallContext) -> worker_pb2.PullReply:
         return worker_pb2.PullReply()
 
+    async def data(self, request: worker_pb2.DataRequest, context: CallContext) -> worker_pb2.DataReply:
+        return worker_pb2.DataReply()
+
     async def drain(self, request: worker_pb2.DrainRequest, context: CallContext) -> worker_pb2.DrainReply:
         return worker_pb2.DrainReply()
 

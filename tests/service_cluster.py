@@ -72,12 +72,14 @@ class MiniCluster:
         self.coordinators.append(runtime)
         return runtime
 
-    async def worker(self, name: str, *, ssd: bool = False, store: StoreConfig = STORE, **server: Any) -> WorkerRuntime:
+    async def worker(
+        self, name: str, *, ssd: bool = False, store: StoreConfig = STORE, data: int = 4, **server: Any
+    ) -> WorkerRuntime:
         folder = str(self.folder / f"ssd-{name}") if ssd else ""
         config = Config(
             store=replace(store, ssd_folder=folder),
             server=ServerConfig(coordinators=self.addresses, stop_grace_s=0.2, node=name, **server),
-            worker=WorkerConfig(socket=str(self.folder / f"{name}.sock"), tick_s=0.02),
+            worker=WorkerConfig(socket=str(self.folder / f"{name}.sock"), tick_s=0.02, data_connections_max=data),
         )
         runtime = WorkerRuntime(config, self.system, self.transport)
         await runtime.start()

@@ -16,7 +16,7 @@ import pytest
 
 from tests.memdisk import MemoryFile
 from tests.sim.oracle import Violation
-from tests.sim.scenario import run_seed
+from tests.sim.scenario import RAW_SEEDS, Scenario, play, run_seed
 from tests.sim.seeds import FOUND
 
 SEEDS = sorted({*range(10), 12, 16, *FOUND})
@@ -28,6 +28,14 @@ def test_invariants_hold(seed: int) -> None:
     outcome = run_seed(seed, turns=10)
     assert outcome.seen["gets"] > 10 and outcome.seen["put_committed"] > 20
     SEEN.update(outcome.seen)
+
+
+@pytest.mark.parametrize("seed", range(RAW_SEEDS, RAW_SEEDS + 4))
+def test_invariants_hold_by_raw_connections(seed: int) -> None:
+    scenario = Scenario(seed, None, turns=10)
+    play(scenario)
+    assert scenario.seen["gets"] > 10
+    SEEN["raw_connections"] += sum(line.endswith(" Admit") for line in scenario.fleet.network.trace)
 
 
 def test_the_histories_held_what_they_should() -> None:
@@ -45,6 +53,7 @@ def test_the_histories_held_what_they_should() -> None:
         assert SEEN[f"blocks_{tier}"] >= 1, f"{tier}: {SEEN}"
     for work in ("assembled", "pinned", "lonely_hits", "pulled", "marked", "over_quota"):
         assert SEEN[work] >= 10, f"{work}: {SEEN}"
+    assert SEEN["raw_connections"] >= 5, SEEN
 
 
 def test_the_same_seed_is_the_same_history() -> None:

@@ -22,8 +22,10 @@ from kvstore.errors import KVStoreError, SetupError, Unauthenticated, Unavailabl
 from kvstore.local_cluster import LocalCluster
 from kvstore.observe import Observer
 from kvstore.system import real_system
+from kvstore.transport.methods import WORKER
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.transport.tls import PLAIN, client_tls, server_tls
+from kvstore.wire import worker_pb2
 from tests.service_cluster import blocks_of, check, found
 from tests.service_helpers import FULL, prompt
 
@@ -129,12 +131,34 @@ async def test_every_port_wants_certificates_and_the_token(authority: Authority,
                 assert type(error) is (Unauthenticated if "token" in name else Unavailable), (name, error)
                 said.append(str(error))
         assert TOKEN not in " ".join(said)
+        await data_port_refuses(cluster, good, strangers(good, tmp_path))
         for server in (cluster.coordinator, *cluster.workers):
             process = Path(f"/proc/{server.process.pid}")
             shown = process.joinpath("cmdline").read_bytes() + process.joinpath("environ").read_bytes()
             log = (Path(cluster.folder) / f"{server.name}.log").read_bytes()
             assert TOKEN.encode() not in shown + log
             assert server.name.encode() in shown, "this is not the process list"
+
+
+async def data_port_refuses(cluster: LocalCluster, good: ClientConfig, wrong: dict[str, ClientConfig]) -> None:
+    """A caller with a good ticket and one thing wrong in its TLS does not get in by the data port either."""
+    system = real_system(1)
+    address = cluster.workers[0].address
+    try:
+        transport = GrpcTransport(system.clock, connect_timeout_s=5.0, tls=client_tls(good))
+        channel = await transport.connect(address, client_credentials(good))
+        for name, settings in {"nothing wrong": good, **wrong}.items():
+            told = await channel.unary(WORKER["Data"], worker_pb2.DataRequest(), timeout_s=5.0)
+            theirs = GrpcTransport(system.clock, tls=client_tls(settings))
+            opening = theirs.connect_data(f"127.0.0.1:{told.port}", told.ticket, system.pool, timeout_s=5.0)
+            if name == "nothing wrong" or "token" in name:  # which is shown for the ticket
+                await (await opening).close()
+                continue
+            with pytest.raises(Unavailable):
+                await opening
+        await channel.close()
+    finally:
+        system.pool.close()
 
 
 async def serves(client: ClientConfig) -> None:
@@ -149,6 +173,7 @@ async def serves(client: ClientConfig) -> None:
             plan = await found(connected, prefix, 6)
             check(plan, await connected.get(plan), 6)
             assert np.all([run.holder for run in plan.runs])
+            assert connected.counters["raw_gets"] == 1 and connected.counters["raw_puts"] >= 1, connected.counters
     finally:
         system.pool.close()
 

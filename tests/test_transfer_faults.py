@@ -35,8 +35,10 @@ SLACK_S = 2.0
 """A busy machine runs nobody for a while; a call that waits for ever is far beyond it."""
 
 THREADS = 2
-POOLED = 3 * THREADS
-"""Threads of a worker that start when first needed: byte movers, the SSD tier's for writing and for reading."""
+RAW = 4
+POOLED = 3 * THREADS + RAW
+"""Threads of a worker that start when first needed: byte movers, the SSD tier's for writing and for reading, and one
+for each raw data connection."""
 
 KINDS = ("put", "get", "get", "layers", "pinned", "prefetch")
 FAULTS = {
@@ -53,7 +55,12 @@ def config() -> Config:
     }  # fmt: skip
     return override(
         Config(),
-        {"store": store, "coordinator": {"heartbeat_s": 0.1, "lease_s": 1.0}, "server": {"stop_grace_s": 0.5}},
+        {
+            "store": store,
+            "worker": {"data_connections_max": RAW},
+            "coordinator": {"heartbeat_s": 0.1, "lease_s": 1.0},
+            "server": {"stop_grace_s": 0.5},
+        },
     )
 
 
@@ -218,6 +225,7 @@ async def prove(transfers: int, seed: int, kills_max: int) -> None:
             await proof.transfer(fault)
         for where, client in proof.clients.items():
             left = await client.end()
+            proof.seen["raw"] = proof.seen.get("raw", 0) + left["counters"].get("raw_gets", 0)
             more = {what: left["after"][what] - count for what, count in left["before"].items()}
             assert max(more.values()) <= 0, f"the {where} client left {more} behind"
         assert proof.problems == []

@@ -144,7 +144,7 @@ class Fleet:
         order = list(self.addresses)
         self.rng.shuffle(order)
         some = self.rng.random() < 0.5, self.rng.random() < 0.3
-        config = client(tuple(order), node.namespace, workers, watch=some[0], pull_through=some[1])
+        config = client(tuple(order), node.namespace, workers, watch=some[0], pull_through=some[1], raw=self.shape.raw)
         node.runtime = await KVClient.connect(config, node.system, self.network.transport(node.process))
         return node.runtime
 

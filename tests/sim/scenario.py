@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from unittest import mock
 
@@ -23,15 +23,17 @@ from tests.sim.loop import run
 from tests.sim.oracle import Oracle, Violation
 from tests.sim.shape import SOCKET, Shape, draw_faults
 from tests.sim.trouble import SLOW_S, Trouble
-from workers import outgoing
+from workers import data, outgoing
 
 LATE_S = 0.5  # what a call may take beyond its deadline: virtual time, so only its own delays
 PEACE_S = 60.0
 CHECK_S = 0.5
 TURNS = 6  # requests a client
+RAW_SEEDS = 1000  # from this seed on clients get and put by raw data connections, where gRPC serves before it
 SCALE = (
     (sources, "INLINE_BYTES", 0),  # small reads take their time, too
     (outgoing, "MESSAGE_BYTES", 4 << 10),  # a few blocks, so that things happen between two messages of a Get
+    (data, "TAKEN_BYTES", 4 << 10),
     (arena, "UNIT_BYTES", arena.PAGE_BYTES),  # so that neighbours do not keep a block's space from being used again
     (bulk, "UNIT_BYTES", arena.PAGE_BYTES),
 )
@@ -54,7 +56,8 @@ class Scenario:
         self.rng = Random(f"scenario/{seed}")
         faults = draw_faults(self.rng)
         self.seed, self.turns = seed, turns
-        self.fleet = Fleet(seed, shape or Shape.draw(self.rng), faults)
+        drawn = shape or replace(Shape.draw(self.rng), raw=seed >= RAW_SEEDS)
+        self.fleet = Fleet(seed, drawn, faults)
         self.oracle = Oracle()
         self.checks = Checks(self.fleet, self.oracle)
         self.seen = self.oracle.seen

@@ -36,6 +36,7 @@ class Shape:
     announce_queue: int = 1 << 16
     announce_batch: int = 4096
     hold_max_s: float = 2.0
+    raw: bool = False  # clients open raw data connections
     drift: float = 0.0  # share by which clocks run faster or slower
 
     @classmethod
@@ -102,11 +103,13 @@ def client(
     *,
     watch: bool = False,
     pull_through: bool = False,
+    raw: bool = False,
 ) -> ClientConfig:
     """Of a client. Its staging is small: a put takes several commits."""
     return ClientConfig(
         watch=watch,
         pull_through=pull_through,
+        data_connections_max=2 if raw else 0,
         coordinators=coordinators,
         workers=workers,
         namespace=namespace,

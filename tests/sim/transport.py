@@ -12,7 +12,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from kvstore.errors import DeadlineExceeded, SetupError, Unavailable
-from kvstore.transport.base import Authenticator, CallContext, Credentials, Method
+from kvstore.seams import Pool
+from kvstore.transport.base import Authenticator, CallContext, Credentials, DataService, Method
 from kvstore.transport.methods import SERVICES
 from tests.sim.calls import Call, parse, pump
 from tests.sim.loop import SimProcess
@@ -97,6 +98,23 @@ class MemoryTransport:
         from tests.sim.local import serve
 
         return await serve(self.network, self.process, path, service, auth)
+
+    async def connect_data(self, address: str, ticket: bytes, pool: Pool, *, timeout_s: float) -> Any:
+        from tests.sim.data import MemoryDataChannel
+
+        channel = MemoryDataChannel(self.network, self.process, address, ticket, pool)
+        await channel.admit(timeout_s)
+        return channel
+
+    async def serve_data(
+        self, address: str, service: DataService, pool: Pool, *, connections_max: int, idle_s: float
+    ) -> MemoryServer:
+        from tests.sim.data import MemoryDataServer
+
+        port = int(address.rpartition(":")[2]) or self.network.port()
+        server = MemoryDataServer(self.network, self.process, f"{self.process.name}:{port}", service, pool)
+        self.network.listeners[server.address] = server
+        return server
 
 
 class MemoryChannel:
