@@ -289,8 +289,8 @@ class Fetch:
                 await self._by(route, missing, end - self._system.clock.monotonic())
                 return
             except Unavailable:
-                missing = [piece for piece in missing if piece.tier is None]
-                came = sum(piece.chunks for piece in missing) > before
+                left = [piece for piece in missing if piece.tier is None]
+                came = len(left) < len(missing) or sum(piece.chunks for piece in left) > before
                 if route.socket or not came or attempt == RESUMES_MAX or self._system.clock.monotonic() >= end:
                     raise
                 self._counters["streams_resumed"] += 1

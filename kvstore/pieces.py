@@ -101,6 +101,11 @@ class Asked:
     verify: bool = False  # sum raw blocks in this host's memory, too
     _names: dict[Shard, tuple[bytes, bytes, bytes, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def by_block(self) -> bool:
+        """Whether nobody looks at parts of a block before it is whole."""
+        return self.layers is None and not self.layerwise
+
     def names(self, shard: Shard) -> tuple[bytes, bytes, bytes, int, int]:
         """What the header of every block of a stored shard says, found out once."""
         found = self._names.get(shard)

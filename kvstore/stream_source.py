@@ -59,6 +59,7 @@ async def read_remote(
         redis=asked.redis,
     )
     request.planes = asked.planes
+    request.by_block = asked.by_block
     if asked.layers is not None:
         request.layer_first, request.layer_count = asked.layers.start, len(asked.layers)
     for index, piece in enumerate(ordered):
@@ -68,7 +69,13 @@ async def read_remote(
     arrivals = Arrivals(pool, asked, ordered, arrived)
     failure: KVStoreError | None = None
     try:
-        left_s = timeout_s if raw is None else await raw(request, arrivals.landing(), timeout_s)
+        left_s = timeout_s
+        if raw is not None:
+            landing = arrivals.landing()
+            try:
+                left_s = await raw(request, landing, timeout_s)
+            finally:
+                landing.conclude()
         if left_s > 0:
             async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=left_s)) as stream:
                 async for frame in stream:
@@ -102,6 +109,7 @@ class _Arriving:
     span: Span | None  # of the bytes that go on to the target as they come; None: at the end
     missing: dict[int, None]  # chunks
     direct: bool  # `raw` is the target
+    whole: bool | None = None  # whether its bytes are those of its copy; None: not looked at since something came
 
 
 class Arrivals:
@@ -117,9 +125,14 @@ class Arrivals:
             piece.problem = "missing"
 
     def landing(self) -> InPlace:
-        """For frames whose data is received where it belongs. What has landed is noted in this event loop."""
+        """For frames whose data is received where it belongs. What has landed is noted in this event loop: at once
+        where somebody waits for layers, else by `InPlace.conclude`, since waking the loop takes the receiver's time."""
         loop = asyncio.get_running_loop()
-        return InPlace(self, lambda landed: loop.call_soon_threadsafe(self._note, landed))
+
+        def at_once(landed: Landed) -> None:
+            loop.call_soon_threadsafe(self.note, landed)
+
+        return InPlace(self, at_once if self._asked.layerwise else None)
 
     def announce(self, header: worker_pb2.GetHeader) -> None:
         """The first header says what will come. Mutates. Corrupt."""
@@ -139,7 +152,7 @@ class Arrivals:
             self._landing.popleft()
 
     async def _come(self, frame: bytes) -> None:
-        self._note(await self._pool.run(self._land, frame))
+        self.note(await self._pool.run(self._land, frame))
 
     def _announced(self, piece: Piece, info: worker_pb2.BlockInfo) -> _Arriving | None:
         if info.state != worker_pb2.BLOCK_FOUND:
@@ -204,7 +217,13 @@ class Arrivals:
 
     def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview, there: bool) -> int:
         spec, first, stored = self._asked.spec, part.first_chunk, item.header.stored
-        count = decode_chunks(part.table, data, spec, item.piece.shard, item.raw, first, stored, in_place=there)
+        at_last = self._asked.by_block and stored == Fidelity.EXACT  # the sum of the whole block says it all
+        item.whole = None
+        count = decode_chunks(
+            part.table, data, spec, item.piece.shard, item.raw, first, stored, in_place=there, summed=not at_last
+        )
+        if at_last and first + count == len(chunks(spec, item.piece.shard)):
+            item.whole = xxh3(item.raw) == item.header.copy_id  # now, while it lies in the cache
         if not item.direct and item.span is not None and count:
             span = item.span
             low, high = max(first, span.first_chunk), min(first + count, span.first_chunk + len(span.chunks))
@@ -214,7 +233,7 @@ class Arrivals:
                 item.piece.target.fill(begin.offset - span.source + span.target, raw)
         return count
 
-    def _note(self, landed: Landed) -> None:
+    def note(self, landed: Landed) -> None:
         for block, first, count in landed:
             item = self.blocks[block]
             if item is None:
@@ -264,19 +283,23 @@ class Arrivals:
         problems = []
         for item in whole:
             lossy = item.header.stored < Fidelity.EXACT  # its chunks have sums, what they decode to has none
-            same = lossy or self._asked.layers is not None or xxh3(item.raw) == item.header.copy_id
+            same = lossy or self._asked.layers is not None or self._same(item)
             if same and item.span is None:
                 item.piece.fill(self._asked.spec, item.raw)
             problems.append("" if same else "Corrupt")
         return problems
+
+    def _same(self, item: _Arriving) -> bool:
+        return xxh3(item.raw) == item.header.copy_id if item.whole is None else item.whole
 
 
 class InPlace:
     """`kvstore.transport.base.Landing` over the blocks of one Get: raw chunks are received where they belong, others
     into memory of its own. Runs in a byte mover."""
 
-    def __init__(self, arrivals: Arrivals, note: Callable[[Landed], object]) -> None:
-        self._arrivals, self._note = arrivals, note
+    def __init__(self, arrivals: Arrivals, at_once: Callable[[Landed], object] | None) -> None:
+        self._arrivals, self._at_once = arrivals, at_once
+        self._later: Landed = []
         self._parts: list[tuple[worker_pb2.ChunkPart, memoryview, bool]] = []
         self._aside = memoryview(b"")
 
@@ -304,7 +327,16 @@ class InPlace:
     def landed(self) -> None:
         """Mutates."""
         parts, self._parts = self._parts, []
-        self._note([self._arrivals.land(part, place, there=there) for part, place, there in parts])
+        landed = [self._arrivals.land(part, place, there=there) for part, place, there in parts]
+        if self._at_once is None:
+            self._later += landed
+        else:
+            self._at_once(landed)
+
+    def conclude(self) -> None:
+        """In the event loop, when nothing comes any more. Mutates."""
+        landed, self._later = self._later, []
+        self._arrivals.note(landed)
 
 
 def _wanted(span: Span | None, count: int) -> range:

@@ -74,8 +74,9 @@ async def test_a_restarted_worker_is_served_again(cluster: MiniCluster) -> None:
     assert not kept.usable and client.counters["raw_gets"] == 2 and not client.counters["raw_broken"]
 
 
+@pytest.mark.parametrize("layered", [True, False])
 async def test_a_connection_that_breaks_goes_on_where_it_broke(
-    cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch
+    cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch, layered: bool
 ) -> None:
     await cluster.worker("one")
     client = await cluster.client(far=True)
@@ -84,6 +85,7 @@ async def test_a_connection_that_breaks_goes_on_where_it_broke(
     plan = await found(client, prefix, BLOCKS)
     monkeypatch.setattr("workers.outgoing.MESSAGE_BYTES", 4096)
     resumed: list[int] = []
+    sent: list[int] = []
     taken, init = DataLink.take_frame, Outgoing.__init__
     count = 0
 
@@ -96,12 +98,19 @@ async def test_a_connection_that_breaks_goes_on_where_it_broke(
 
     def noting(outgoing: Outgoing, *args: Any, **options: Any) -> None:
         resumed.append(len(options["resume"]))
+        sent.append(len(args[2]))
         init(outgoing, *args, **options)
 
     monkeypatch.setattr(DataLink, "take_frame", breaking)
     monkeypatch.setattr(Outgoing, "__init__", noting)
-    check(plan, await client.get(plan), BLOCKS)
-    assert client.counters["streams_resumed"] == 1 and resumed[0] == 0 and resumed[1] > 0
+    seen: list[int] = []
+    check(plan, await client.get(plan, on_layer=(lambda ready: seen.append(ready.layer)) if layered else None), BLOCKS)
+    assert client.counters["streams_resumed"] == 1 and client.counters["raw_gets"] == 1
+    assert sent[0] == BLOCKS and resumed[0] == 0
+    if layered:
+        assert sent[1] == BLOCKS and resumed[1] > 0 and seen == sorted(seen)
+    else:
+        assert 0 < sent[1] < BLOCKS, "blocks that were whole came again"
 
 
 @pytest.mark.parametrize("place", [0, -1])

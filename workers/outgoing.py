@@ -55,6 +55,7 @@ class Outgoing:
         chunk_bytes_max: int,
         resume: Mapping[int, tuple[int, int]] | None = None,
         planes: int = 0,
+        by_block: bool = False,
     ) -> None:
         """`spec` None: of a model that nobody has put a block of. `resume`: block -> (copy id, first chunk) of those
         the reader has in part. `planes`: of nested chunks; 0: all there are."""
@@ -66,6 +67,7 @@ class Outgoing:
         self._resume = resume or {}
         self._alike: dict[Shard, list[tuple[int, Part]]] = {}  # the parts of any raw block of a shard
         self._planes = planes or PLANES_MAX
+        self._by_block = by_block  # the reader sums whole blocks, so raw chunks need no sums
         self.lost: dict[int, None] = {}
 
     def begin(self) -> tuple[bytes, list[list[Part]]]:
@@ -176,7 +178,10 @@ class Outgoing:
         if placed.raw and block not in self._resume:
             if shard not in self._alike:  # the same for all of them
                 self._alike[shard] = self._cut(block, shard, pieces, sizes, 0)
-            return [(layer, Part(block, part.first, part.count, part.nbytes)) for layer, part in self._alike[shard]]
+            return [
+                (block if self._by_block else layer, Part(block, part.first, part.count, part.nbytes))
+                for layer, part in self._alike[shard]
+            ]
         copy_id, start = self._resume.get(block, (0, 0))
         if copy_id != placed.header.copy_id:
             start = 0
@@ -186,6 +191,8 @@ class Outgoing:
         self, block: int, shard: Shard, pieces: Sequence[Chunk], sizes: Sequence[int], start: int
     ) -> list[tuple[int, Part]]:
         """(layer of the model, part) of the layers asked for, from chunk `start` on."""
+        if self._by_block and self._layers is None:
+            return [(block, part) for part in self._split(block, start, sizes[start:])] if sizes[start:] else []
         base = self._bases[shard.group]
         found: list[tuple[int, Part]] = []
         for index in range(start + 1, len(pieces) + 1):
@@ -214,8 +221,10 @@ class Outgoing:
         if placed.raw:
             shard = self._shards[part.block]
             mine = chunks(self._spec, shard)[part.first : part.first + part.count]
-            table = _raw_entries(self._spec, shard)[part.first : part.first + part.count].copy()
-            table["xxh3"] = [xxh3(view[piece.offset : piece.offset + piece.nbytes]) for piece in mine]
+            table = _raw_entries(self._spec, shard)[part.first : part.first + part.count]
+            if not self._by_block:
+                table = table.copy()
+                table["xxh3"] = [xxh3(view[piece.offset : piece.offset + piece.nbytes]) for piece in mine]
             return table.tobytes(), [view[mine[0].offset : mine[-1].offset + mine[-1].nbytes]]
         record, by_chunk = self._records[part.block]
         rows = [row for planes in by_chunk[part.first : part.first + part.count] for row in planes]

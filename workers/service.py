@@ -156,6 +156,7 @@ class WorkerService(PinCalls):
                 layers=layers or None,
                 chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
                 planes=request.planes,
+                by_block=request.by_block and not layers,
                 resume={part.block: (part.copy_id, part.first_chunk) for part in request.resume},
             )
             try:

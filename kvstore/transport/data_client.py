@@ -38,7 +38,7 @@ async def connect(
     link: DataLink | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            link = DataLink(await _connected(host, int(port)), pool, message_bytes_max)
+            link = DataLink(await _connected(host, int(port), pool), pool, message_bytes_max)
             if tls is not None:
                 await link.secure(tls[0], name=tls[1] or host)
             await link.send(frames.hello(ticket))
@@ -58,9 +58,10 @@ async def connect(
     return DataClient(address, link)
 
 
-async def _connected(host: str, port: int) -> socket.socket:
+async def _connected(host: str, port: int, pool: Pool) -> socket.socket:
     loop = asyncio.get_running_loop()
-    [family, kind, protocol, _, where], *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = await pool.run(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))  # a name takes its time
+    family, kind, protocol, _, where = found[0]
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     try:
         await loop.sock_connect(sock, where)

@@ -118,8 +118,9 @@ class GetHeader(_message.Message):
     def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[ChunkPart, _Mapping]]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ["blocks", "layer_count", "layer_first", "least", "planes", "redis", "resume", "root"]
+    __slots__ = ["blocks", "by_block", "layer_count", "layer_first", "least", "planes", "redis", "resume", "root"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BY_BLOCK_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIRST_FIELD_NUMBER: _ClassVar[int]
     LEAST_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +129,7 @@ class GetRequest(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
+    by_block: bool
     layer_count: int
     layer_first: int
     least: _common_pb2.Fidelity
@@ -135,7 +137,7 @@ class GetRequest(_message.Message):
     redis: bool
     resume: _containers.RepeatedCompositeFieldContainer[Resume]
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ..., planes: _Optional[int] = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ..., planes: _Optional[int] = ..., by_block: bool = ...) -> None: ...
 
 class HintReply(_message.Message):
     __slots__ = ["blocks"]
