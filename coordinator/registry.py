@@ -58,6 +58,7 @@ class Registry:
         directories = {name: inbox.directory for name, inbox in self.inboxes.items()}
         self.repair = Repair(config, copies or {}, directories, self.membership, self._members.get)
         self._whole_at = now + config.lease_s
+        self._renewed: dict[str, int] = {}  # worker -> the epoch it came with, until all it has is known
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {name: {} for name in namespaces}
 
     # --- members ---------------------------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ class Registry:
         for name, inbox in self.inboxes.items():
             if outcome.fresh:
                 inbox.forget(member.id)
+                self._renewed[member.id] = member.epoch
             if name in heads:
                 receiver = inbox.open(member.id, member.epoch)
                 if receiver is not None:
@@ -105,6 +107,11 @@ class Registry:
         self.take(self.membership.tick(now), now)
         for inbox in self.inboxes.values():
             inbox.directory.sweep(SWEEP_SLOTS)
+        for id, epoch in list(self._renewed.items()):
+            lives = [receiver for inbox in self.inboxes.values() if (receiver := inbox.get(id, epoch)) is not None]
+            if all(life.complete for life in lives):
+                del self._renewed[id]
+                self.repair.again()  # the members are the same, but what it lost has a copy too few
         self.repair.tick(now)
         self.turns.tick(now)
 

@@ -74,6 +74,11 @@ class Repair:
         for replicas in self._replicas.values():
             replicas.forget_marks(worker)
 
+    def again(self) -> None:
+        """Look at all groups, in one round from here on. Mutates."""
+        for replicas in self._replicas.values():
+            replicas.again()
+
     def tick(self, now: float) -> None:
         """Look at some groups. Mutates. Bounded by `repair_groups` looks."""
         self._see(now)
@@ -82,8 +87,7 @@ class Repair:
                 self._replicas[name].asked(group)
         if now - self._round_at >= self._config.repair_round_s:
             self._round_at = now
-            for replicas in self._replicas.values():
-                replicas.again()
+            self.again()
         busy = [name for name, replicas in self._replicas.items() if replicas.waiting]
         for name in busy:
             directory, replicas = self._directories[name], self._replicas[name]

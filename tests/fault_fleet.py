@@ -1,0 +1,359 @@
+"""A fleet on a Ray cluster of several nodes, a trace that is replayed, and faults that strike meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvstore.client import KVClient
+from kvstore.config import ClientConfig
+from kvstore.fleet_state import FleetState, read_status
+from kvstore.keys import Chain
+from kvstore.observe import Observer
+from kvstore.plan import HitPlan, is_redis
+from kvstore.processes import all_processes
+from kvstore.spec import Shard
+from kvstore.system import real_system
+from kvstore.transport.base import Credentials
+from kvstore.transport.methods import COORDINATOR, WORKER
+from kvstore.transport.rpc import GrpcTransport
+from kvstore.types import Fidelity, Tier, pack_keys
+from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wireform import plan_from_wire, shard_to_wire
+from tests.fault_load import CALL_S, MATCH_S, SPEC, Load, trace
+from tests.fleet_helpers import kvstore
+from tests.ray_cluster import RayCluster
+
+T = TypeVar("T")
+
+SLOTS = (2, 1, 1)
+"""Workers of each node: four on three."""
+
+COORDINATORS, COPIES = 2, 2
+SETTLE_S = 60.0
+HITS_MIN = 0.9  # of the share of blocks that survive: with two copies of each, all of them
+NAME = "kvstore"
+
+SETTINGS = {
+    "store.host_bytes": "6MiB",
+    "store.hot_bytes": "2MiB",
+    "store.segment_bytes": "1MiB",
+    "store.ssd_bytes": "12MiB",
+    "store.ssd_segment_bytes": "1MiB",
+    "store.redis_bytes": "32MiB",
+    "store.redis_timeout_s": "0.5",
+    "store.staging_bytes": "512KiB",
+    "store.threads": "2",
+    "server.stop_grace_s": "1",
+    "worker.drain_grace_s": "3",
+    "worker.redis_lease_s": "2",
+    "coordinator.heartbeat_s": "0.2",
+    "coordinator.lease_s": "1.5",
+    "coordinator.hint_again_s": "1",
+    "coordinator.repair_round_s": "3",  # what was evicted meanwhile; sooner where a worker is lost
+    "fleet.reconcile_s": "0.5",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a fault did, for the table."""
+
+    name: str
+    flying: int  # requests on their way when it struck
+    requests: int  # that ended while it lasted
+    hits: float  # share of the blocks asked for meanwhile
+    settled_s: float  # from its end until everything was as before
+
+    def row(self) -> str:
+        return f"| {self.name} | {self.flying} | {self.requests} | {100 * self.hits:.1f} % | {self.settled_s:.1f} s |"
+
+
+class FaultFleet:
+    """`with FaultFleet(folder) as fleet`: up, the trace stored twice. `run` runs its coroutines."""
+
+    def __init__(self, folder: Path, prompts: int = 12) -> None:
+        self.folder = folder
+        self.prompts = trace(1, prompts)
+        self.seen: list[Seen] = []
+        self.cluster = RayCluster([{"kvstore_worker": slots, "GPU": 2} for slots in SLOTS])
+        self.slots: dict[str, int] = {}
+        self.disk = Disk(folder / "ssd", 96 << 20)
+        self._runner = asyncio.Runner()
+        self._system = real_system(2)
+        self._transport = GrpcTransport(self._system.clock)
+        self._observer = Observer(self._transport, Credentials(), 5.0)
+
+    def __enter__(self) -> FaultFleet:
+        self.cluster.__enter__()
+        self.slots = dict(zip(self.cluster.nodes, SLOTS, strict=True))
+        self.disk.mount()
+        namespaces = self.folder / "namespaces.toml"
+        namespaces.write_text(f"[namespaces.default]\ncopies = {COPIES}\n")
+        settings = SETTINGS | {"server.namespaces_file": str(namespaces), "store.ssd_folder": str(self.disk.path)}
+        flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        where = ("--address", self.cluster.address, "--coordinators", str(COORDINATORS))
+        done = kvstore(self.folder, "up", *where, *flags, timeout_s=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.run(self._fill())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with ExitStack() as stack:
+            stack.callback(self.cluster.__exit__, None, None, None)
+            stack.callback(self.disk.unmount)
+            stack.callback(self._system.pool.close)
+            stack.callback(self._runner.close)
+            done = kvstore(self.folder, "down", timeout_s=90)
+            assert done.returncode == 0, done.stdout + done.stderr
+            left = self.cluster.actors().get(NAME, [])
+            assert left == [], left
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(coroutine)
+
+    # --- what there is ---------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> FleetState:
+        state = FleetState.load(self.folder / "state" / "tiered-kvstore" / NAME)
+        assert state is not None
+        return state
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return read_status(self.state)
+
+    def rows(self, role: str) -> list[dict[str, Any]]:
+        return [row for row in self.status["actors"] if row["role"] == role]
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        os.kill(pid, number)
+
+    def redis(self) -> int:
+        """The process of the embedded Redis."""
+        for process in all_processes():
+            with suppress(OSError):
+                words = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+                mine = os.readlink(f"/proc/{process.pid}/cwd").startswith(str(self.folder))
+                if b"redis-server" in words and mine:
+                    return process.pid
+        raise AssertionError("no redis-server of this fleet")
+
+    async def client(self, stack: AsyncExitStack, *, far: bool = False, **config: Any) -> KVClient:
+        system = replace(self._system, host="elsewhere") if far else self._system
+        made = ClientConfig(
+            coordinators=self.state.coordinators,
+            match_timeout_s=MATCH_S,
+            get_timeout_s=CALL_S,
+            put_timeout_s=CALL_S,
+            negative_cache_s=0.5,
+            staging_bytes=512 << 10,
+        )
+        client = await KVClient.connect(replace(made, **config), system, self._transport)
+        stack.push_async_callback(client.close)
+        return client
+
+    # --- faults ----------------------------------------------------------------------------------------------------
+
+    async def _fill(self) -> None:
+        async with AsyncExitStack() as stack:
+            client = await self.client(stack)
+            load = Load([], self.prompts)
+            for prompt in self.prompts:
+                await load.one(client, prompt)
+            assert not load.trouble
+        await self.settle()
+
+    async def fault(
+        self,
+        name: str,
+        strike: Callable[[], object],
+        heal: Callable[[], object] | None = None,
+        *,
+        seconds: float = 2.0,
+        beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        clear: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> Seen:
+        """Strike under load, heal after some seconds, and see that all is as before. AssertionError otherwise.
+
+        `beside` runs while the fault lasts, `clear` once it is over and the load has ended."""
+        loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            clients = [await self.client(stack, far=number % 2 == 1) for number in range(3)]
+            async with Load(clients, self.prompts) as load:
+                while len(load.moments) < 10 or load.flying() == 0:
+                    await asyncio.sleep(0.001)
+                flying, began = load.flying(), loop.time()
+                await asyncio.to_thread(strike)
+                if beside is not None:
+                    await beside()
+                await asyncio.sleep(max(0.0, began + seconds - loop.time()))
+                if heal is not None:
+                    await asyncio.to_thread(heal)
+                ended = loop.time()
+                requests, asked, got = load.since(began, ended)
+                await self._whole()
+        assert not load.trouble, dict(load.trouble)
+        if clear is not None:
+            await clear()
+        await self.settle()
+        seen = Seen(name, flying, requests, got / max(1, asked), loop.time() - ended)
+        self.seen.append(seen)
+        assert seen.hits >= HITS_MIN, seen
+        return seen
+
+    async def _whole(self) -> None:
+        """Until everybody who should be there is, by Ray and by both coordinators."""
+        wanted = sum(self.slots.values())
+        await self._until(lambda: self._standing(wanted), "the fleet is whole")
+
+    async def _standing(self, wanted: int) -> str:
+        status = self.status
+        rows = [row["role"] for row in status.get("actors", ())]
+        if status["state"] != "settled" or rows.count("worker") != wanted or rows.count("coordinator") != COORDINATORS:
+            return f"{status}"
+        for address in self.state.coordinators:
+            said = await self._observer.coordinator_status(address)
+            alive = [w for w in said.workers if w.member.state == "alive" and not is_redis(w.member.id)]
+            if not said.complete or len(alive) != wanted:
+                return f"{address}: complete {said.complete}, workers {[w.member for w in said.workers]}"
+        return ""
+
+    async def settle(self) -> None:
+        """Until the fleet is whole, every block of the trace lies on two workers, and directories say what is there."""
+        await self._whole()
+        await self._until(self._as_before, "everything is as before")
+
+    async def _until(self, complaint: Callable[[], Coroutine[Any, Any, str]], what: str) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + SETTLE_S
+        while True:
+            try:
+                wrong = await complaint()
+            except Exception as error:  # noqa: BLE001 - whoever is asked may be the one that was killed
+                wrong = f"{type(error).__name__}: {error}"
+            if not wrong:
+                return
+            assert loop.time() < end, f"not within {SETTLE_S} s: {what}: {wrong}"
+            await asyncio.sleep(0.1)
+
+    async def _as_before(self) -> str:
+        workers = {row["id"]: row["address"] for row in self.rows("worker")}
+        if not all(workers.values()):
+            return f"not all workers have an address: {workers}"
+        held: dict[str, set[bytes]] = {}
+        for worker, address in workers.items():
+            held[worker] = await self._held(address)
+            said = await self._observer.worker_status(address)
+            blocks = sum(entry.blocks for entry in said.namespaces)
+            pinned = sum(entry.pinned_bytes + entry.staging_bytes for entry in said.namespaces)
+            if blocks != len(held[worker]) or pinned:
+                return (
+                    f"{worker} has {blocks} blocks, {len(held[worker])} of them known; {pinned} bytes pinned or staged"
+                )
+        copies = Counter(key for keys in held.values() for key in keys)
+        single = sum(copies[key] < COPIES for prompt in self.prompts for key in prompt.keys)
+        if single:
+            return f"{single} blocks lie on fewer than {COPIES} workers"
+        for address in self.state.coordinators:
+            known = await self._directory(address)
+            if {id: keys for id, keys in known.items() if not is_redis(id)} != {i: k for i, k in held.items() if k}:
+                return f"the directory of {address} differs from what workers hold"
+        return ""
+
+    async def _held(self, address: str) -> set[bytes]:
+        """Keys of the trace that a worker has, each of its copies verified."""
+        found: set[bytes] = set()
+        channel = await self._transport.connect(address, Credentials())
+        try:
+            for key in {key for prompt in self.prompts for key in prompt.keys}:
+                reply = await channel.unary(WORKER["Inspect"], worker_pb2.InspectRequest(key=key), timeout_s=5.0)
+                assert not any(copy.error for block in reply.blocks for copy in block.copies), reply
+                found |= {key for block in reply.blocks if block.copies}
+        finally:
+            await channel.close()
+        return found
+
+    async def _directory(self, address: str) -> dict[str, set[bytes]]:
+        """Holder -> keys of the trace, by what a coordinator answers to lookups."""
+        shard = Shard.whole(SPEC)
+        request = common_pb2.MatchRequest(root=SPEC.root, shards=[shard_to_wire(shard)])
+        request.least = int(Fidelity.EXACT)  # type: ignore[assignment]
+        found: dict[str, set[bytes]] = {}
+        channel = await self._transport.connect(address, Credentials())
+        try:
+            for prompt in self.prompts:
+                request.keys = pack_keys(prompt.keys)
+                reply = await channel.unary(COORDINATOR["Match"], request, timeout_s=5.0)
+                plan: HitPlan = plan_from_wire(reply, SPEC, prompt.keys, (shard,), Fidelity.EXACT)
+                for run in plan.runs:
+                    keys = prompt.keys[run.first_depth : run.first_depth + run.count]
+                    found.setdefault(run.holder, set()).update(keys)
+        finally:
+            await channel.close()
+        return found
+
+    async def flood(self, spec: Any, prompts: Sequence[Chain], blocks: Callable[[bytes], Any]) -> None:
+        """Put other prompts, until some disk says that it can't take more."""
+        async with AsyncExitStack() as stack:
+            client = await self.client(stack)
+            for prompt in prompts:
+                await client.put(spec, prompt, [blocks(key) for key in prompt.keys])
+                if "ok" not in await self._disks():
+                    return
+            states = await self._disks()
+        assert set(states) != {"ok"}, "no disk was ever full"
+
+    async def _disks(self) -> list[str]:
+        """State of each worker's SSD tier."""
+        said = [await self._observer.worker_status(row["address"]) for row in self.rows("worker")]
+        return [tier.state for status in said for tier in status.tiers if tier.tier == Tier.SSD]
+
+    async def purge(self, spec: Any) -> None:
+        async with AsyncExitStack() as stack:
+            client = await self.client(stack)
+            await client.purge(spec)
+
+
+class Disk:
+    """A small file system of its own where this user may mount one; else the folder, and what fills it is a limit."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path, self._nbytes = path, nbytes
+        self.mounted = False
+
+    def mount(self) -> None:
+        self.path.mkdir()
+        argv = ["mount", "-t", "tmpfs", "-o", f"size={self._nbytes}", "none", str(self.path)]
+        self.mounted = subprocess.run(argv, capture_output=True, check=False).returncode == 0
+
+    def unmount(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+    def fill(self, pids: Sequence[int]) -> None:
+        """No byte more can be written there."""
+        if not self.mounted:
+            for pid in pids:
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            return
+        with (self.path / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(1 << 20))
+
+    def free(self, pids: Sequence[int]) -> None:
+        if not self.mounted:
+            for pid in pids:
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            return
+        (self.path / "filler").unlink()
