@@ -27,8 +27,8 @@ def announce(registry: Registry, source: ListSource, now: float) -> None:
         registry.repair.learn("default", [change for change in delta.changes if isinstance(change, Run)])
 
 
-def pulls(registry: Registry, worker: str) -> int:
-    return sum(len(reply.hints.pulls) for reply in registry.repair.hints(worker))
+def pulls(registry: Registry, worker: str, now: float) -> int:
+    return sum(len(reply.hints.pulls) for reply in registry.repair.hints(worker, now))
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -43,10 +43,10 @@ def test_what_a_restarted_worker_lost_is_copied_anew(lost: bool) -> None:
         announce(registry, source, 0.0)
     for _ in range(3):
         registry.tick(0.1)
-    assert pulls(registry, "a") == pulls(registry, "b") == 0  # two copies, as wanted
+    assert pulls(registry, "a", 0.1) == pulls(registry, "b", 0.1) == 0  # two copies, as wanted
     again = ListSource("b", epoch=2)
     if not lost:
         again.add("default", prompt(1, 4))
     announce(registry, again, 0.2)
     registry.tick(0.3)
-    assert pulls(registry, "a") == 0 and pulls(registry, "b") == (1 if lost else 0)
+    assert pulls(registry, "a", 0.3) == 0 and pulls(registry, "b", 0.3) == (1 if lost else 0)
