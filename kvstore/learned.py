@@ -16,9 +16,14 @@ import numpy as np
 from kvstore.learning import Learning
 from kvstore.usage import Hint, Use
 
-RUN_ROWS_MIN = 32
+RUN_ROWS_MIN = 256
 RUN_SHARE = 64  # of the rows in a run
 FRESH_ROWS_MAX = 64  # looked at one request late, or when there are more
+SORT_ROWS = 16  # rows that one use pays for: a new order of all with a new request, once enough were used
+SORT_ROWS_NEAR = 128  # as long as they are few: all they need lies in the processor's caches
+NEAR_ROWS = 1 << 14
+DEPTH_BITS = 16
+DEPTH_MASK = (1 << DEPTH_BITS) - 1
 GROWTH_ROWS_MIN = 64
 ABSENT = -1
 ROW_BITS = 32
@@ -38,7 +43,12 @@ class Learned:
         self._doomed: dict[int, int] = {}  # row -> its place before all others
         self._run: list[int] = []  # rows, the next to leave last
         self._run_keys: list[int] = []
-        self._back: list[tuple[int, int]] = []  # heap of (key, row): who came back into question
+        self._back: list[tuple[int, int]] = []  # heap of (key, row): who came back into question, or came in
+        self._offer: dict[int, int] = {}  # row -> its key there; a guess, if it came since the last look
+        self._came = (ABSENT, 0)  # the last new block, and the number of the request that brought it
+        self._like = (0, 0)  # the key of a new block, without its depth, and the request whose blocks are so
+        self._ordered = 0  # requests at the last run
+        self._paid = 0  # uses since then
         self._set_aside = 0
         self._fresh = array("i")  # came or were used since the last run or the last look; maybe gone, maybe twice
         self._reach = -1  # of the run: rows with lesser keys than this belong in front of its end
@@ -70,13 +80,18 @@ class Learned:
         self._rows.append(row)
         self._in_run[row] = 0
         self._fresh.append(row)
-        self.learning.admit(row, ident, above, depth)
+        self._paid += 1
+        if self.learning.admit(row, ident, above, depth):
+            self._came = row, self.learning.requests
+            if self._like[1] == self.learning.requests:
+                self._put_in(row, self._like[0] | (DEPTH_MASK - min(depth, DEPTH_MASK)))
 
     def touch(self, row: int) -> None:
         assert self._place[row] != ABSENT, f"row {row} is touched but absent"
         if self._used[row] == self.learning.requests:
             return  # by this request already
         self._used[row] = self.learning.requests
+        self._paid += 1
         self.learning.touch(row)
         self._in_run[row] = 0
         self._fresh.append(row)
@@ -97,6 +112,7 @@ class Learned:
             self._set_aside -= 1
         if self._doomed:
             self._doomed.pop(row, None)
+        self._offer.pop(row, None)
         self.learning.leave(row)
 
     def ready(self, row: int) -> None:
@@ -104,7 +120,8 @@ class Learned:
             self._aside[row] = 0
             self._set_aside -= 1
             if self._in_run[row]:  # else it was used since, or is not among the lowest
-                heappush(self._back, (self.learning.key(row), row))
+                self._offer[row] = self.learning.key(row)
+                heappush(self._back, (self._offer[row], row))
 
     def next(self, row: int) -> None:
         assert self._place[row] != ABSENT, f"row {row} is hinted but absent"
@@ -122,6 +139,7 @@ class Learned:
         self._run.clear()
         self._run_keys.clear()
         self._back.clear()
+        self._offer.clear()
 
     # ---- what is asked
 
@@ -132,7 +150,9 @@ class Learned:
                     if eligible(row):
                         return row
                     self._put_aside(row)
-        if self._run and (len(self._fresh) > FRESH_ROWS_MAX or self._seen != self.learning.requests):
+        if self._ordered != self.learning.requests and self._pays():
+            self._sort()
+        elif self._run and (len(self._fresh) > FRESH_ROWS_MAX or self._seen != self.learning.requests):
             self._look()
         while len(self._rows) > self._set_aside:
             row = self._first()
@@ -158,14 +178,26 @@ class Learned:
         self._aside[row] = 1
         self._set_aside += 1
 
+    def _pays(self) -> bool:
+        """Whether enough was used since the last run that a new one costs little beside it."""
+        rows = len(self._rows) - self._set_aside
+        return rows > 0 and (1 + self._paid) * (SORT_ROWS_NEAR if rows <= NEAR_ROWS else SORT_ROWS) >= rows
+
+    def _put_in(self, row: int, key: int) -> None:
+        """A row joins the run, if it belongs before its end. Mutates."""
+        if key < self._reach:
+            self._in_run[row] = 1
+            self._offer[row] = key
+            heappush(self._back, (key, row))
+
     def _first(self) -> int:
         """The head of the run or of what came back, whichever is less; ABSENT where both are used up. Mutates."""
-        run, in_run, aside = self._run, self._in_run, self._aside
-        while run and (not in_run[run[-1]] or aside[run[-1]]):
+        run, in_run, aside, offer = self._run, self._in_run, self._aside, self._offer
+        while run and (not in_run[run[-1]] or aside[run[-1]] or run[-1] in offer):
             run.pop()
             self._run_keys.pop()
         back = self._back
-        while back and (not in_run[back[0][1]] or aside[back[0][1]]):
+        while back and (not in_run[back[0][1]] or aside[back[0][1]] or offer.get(back[0][1]) != back[0][0]):
             heappop(back)
         if back and (not run or back[0] < (self._run_keys[-1], run[-1])):
             return back[0][1]
@@ -176,11 +208,21 @@ class Learned:
         rows = np.unique(np.frombuffer(self._fresh, np.int32))
         self.learning.settle()
         keys = self.learning.written(rows)
-        for row, key in zip(rows[keys < self._reach].tolist(), keys[keys < self._reach].tolist(), strict=True):
-            if self._place[row] != ABSENT and not self._in_run[row]:
-                self._in_run[row] = 1
-                heappush(self._back, (key, row))
+        for row, key in zip(rows.tolist(), keys.tolist(), strict=True):
+            if self._place[row] == ABSENT:
+                continue
+            if self._in_run[row]:
+                if self._offer.get(row, key) == key:
+                    continue
+                self._in_run[row] = 0  # the guess was wrong
+            self._put_in(row, key)
+        self._looked()
+
+    def _looked(self) -> None:
         self._fresh, self._seen = array("i"), self.learning.requests
+        row, request = self._came
+        if request == self.learning.requests and self._place[row] != ABSENT:
+            self._like = self.learning.key(row) & ~DEPTH_MASK, request
 
     def _sort(self) -> None:
         """A new run: the lowest of the rows that are in question. There is one. Mutates."""
@@ -200,4 +242,6 @@ class Learned:
         in_run[free] = 1
         in_run[rows[waits & (keys <= self._reach)]] = 1  # whose turn comes when `ready` is said of them
         self._back.clear()
-        self._fresh, self._seen = array("i"), self.learning.requests
+        self._offer.clear()
+        self._ordered, self._paid = self.learning.requests, 0
+        self._looked()

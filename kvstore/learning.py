@@ -95,6 +95,7 @@ class Learning:
         self._chain(known.blocks["newer"], FREE_ENTRY, 0)
         self._chain(known.requests["after"], FREE_RECORD, 0)
         self._rows = FIRST_ITEMS
+        self._copies = bytearray(FIRST_ITEMS)  # by row: at how many levels it lies
         self._events = array("Q")
         self._admits = self._begins = 0  # among them
         self.requests = 0
@@ -124,13 +125,16 @@ class Learning:
         self.requests += 1
         self._events.extend((FOLLOW << 56 | (NO_ROW if row is None else row), above, _bits(now_s), _bits(within_s)))
 
-    def admit(self, row: int, ident: int, above: int, depth: int) -> None:
-        """A copy of a block came to a level. `above`: its parent's ident, 0 for none. Mutates."""
+    def admit(self, row: int, ident: int, above: int, depth: int) -> bool:
+        """A copy of a block came to a level; whether it is the only one. `above`: its parent's ident, 0 for none.
+        Mutates."""
         if row >= self._rows:
             self._more_rows(row)
         self._make_way()
         self._admits += 1
         self._events.extend((ADMIT << 56 | min(depth, 0xFFFFFF) << 32 | row, ident, above))
+        self._copies[row] += 1
+        return self._copies[row] == 1
 
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
@@ -138,6 +142,7 @@ class Learning:
 
     def leave(self, row: int) -> None:
         """A copy left a level. Mutates."""
+        self._copies[row] -= 1
         self._events.append(LEAVE << 56 | row)
 
     def tell(self, row: int, hint: Hint) -> None:
@@ -238,6 +243,7 @@ class Learning:
             entry=np.concatenate((known.entry, np.full(more, NONE, np.int32))),
             key=np.concatenate((known.key, np.zeros(more, np.int64))),
         )
+        self._copies.extend(bytes(more))
         self._rows += more
 
 

@@ -197,6 +197,24 @@ def test_a_time_to_live_that_passed() -> None:
     policy.hint(2, Hint(ttl_s=5.0))
     policy.begin(Use(), 6.0)
     assert policy.victim(lambda row: True) != 2
-    policy.begin(Use(), 60.0)
-    policy.hint(0, Hint())  # the order is made anew
+    policy.begin(Use(), 60.0)  # with a new request the order is made anew
     assert policy.victim(lambda row: True) == 2
+
+
+def test_a_new_block_of_a_poor_kind_is_the_next_to_leave() -> None:
+    """Bypass within one request: what the first new block showed goes for those that come after it."""
+    policy = make_policy("default")
+    for row in range(40):
+        policy.begin(Use(), row / 1000)
+        policy.admit(row, row + 1, 1)
+    policy.begin(Use(), 0.041)
+    found = []
+    for depth in range(20, 0, -1):
+        policy.admit(100 + depth, 1000 + depth, 1, 999 + depth, depth)
+        if depth == 20:
+            policy.hint(120, Hint(priority=-8))
+        row = policy.victim(lambda row: True)
+        assert row is not None
+        policy.remove(row, evicted=True)
+        found.append(row)
+    assert found == list(range(120, 100, -1))

@@ -126,9 +126,16 @@ def write_key(s: Known, row: Any) -> Any:
 
 @jit
 def write_keys(s: Known, rows: Any) -> Any:
-    """Of many rows. Mutates."""
+    """Of many rows. Neighbours are mostly of one request and kind: then one index serves them all. Mutates."""
+    entry, blocks, key = s.entry, s.blocks, s.key
+    request, role, gap, index = np.int64(NONE), np.int64(0), np.int64(0), np.int64(0)
     for row in rows:
-        write_key(s, row)
+        e = entry[row]
+        if blocks[e].request != request or blocks[e].role != role or blocks[e].gap != gap:
+            request, role, gap = np.int64(blocks[e].request), np.int64(blocks[e].role), np.int64(blocks[e].gap)
+            write_key(s, row)
+            index = key[row] >> 16 << 16
+        key[row] = index | (0xFFFF - np.int64(blocks[e].depth))
 
 
 def first_classes(coarse: Any, number: Any) -> Any:
