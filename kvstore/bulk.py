@@ -18,10 +18,11 @@ from kvstore.header import HEADER_BYTES, MAGIC, VERSION, short_check
 from kvstore.host_link import Mapped
 from kvstore.pieces import Asked, Piece, Span, bound, intact, layers_before, span_of
 from kvstore.targets import address_of
-from kvstore.types import KEY_BYTES, Tier
+from kvstore.types import KEY_BYTES, Fidelity, Tier
 from kvstore.wire import worker_pb2
 
 _KEY = f"V{KEY_BYTES}"
+_FIDELITIES = {int(fidelity): fidelity for fidelity in Fidelity}
 HEADER_DTYPE = np.dtype(
     [
         ("magic", "V4"), ("version", "<u2"), ("length", "<u2"), ("flags", "<u4"), ("key", _KEY), ("parent", _KEY),
@@ -101,9 +102,11 @@ class Raws:
             & (rows["flags"] == 0) & (rows["chunks"] == 0) & (rows["stored_length"] == 0) & (rows["validity"] == 0)
             & (rows["check"] == checks)
         )  # fmt: skip
-        for index, copy_id in enumerate(rows["copy_id"].tolist()):
+        for index, (copy_id, worth) in enumerate(zip(rows["copy_id"].tolist(), fidelity.tolist(), strict=True)):
             if good[index] and not self.opened[index].piece.begin(copy_id):
                 self.refused[index] = True
+            elif good[index]:
+                self.opened[index].piece.fidelity = _FIDELITIES[worth]
         return good
 
     def _refuse(self, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_torch_makes_the_same_bytes(codec: int, component: int, rows: int, colum
         assert restored(planes[:count], chunk) == restored(planes[:count], chunk, TORCH)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_torch_makes_the_same_bytes_on_any_device(device: str) -> None:
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    use = Torch(device)
+    for codec, component, (rows, columns) in product(KV_CODECS, (K, V), ((64, 128), (65, 70), (1, 64))):
+        raw, chunk = kv(rows, columns, 7, component), piece(rows, columns, component)
+        planes = stored(codec, raw, chunk)
+        assert same_bytes(planes, stored(codec, raw, chunk, use))
+        for count in range(1, len(planes) + 1):
+            assert restored(planes[:count], chunk) == restored(planes[:count], chunk, use)
+
+
 words = st.one_of(
     st.integers(0, 0xFFFF), st.sampled_from([int(word) for word in SPECIALS]), st.integers(0x3E00, 0x3FFF)
 )
@@ -143,6 +159,31 @@ def test_every_form_of_the_fast_codec(dtype: str, rows: int, columns: int) -> No
     assert restored(planes, chunk) == raw == restored(planes, chunk, TORCH)
     assert same_bytes(planes, stored(FAST, raw, chunk, TORCH))
     assert rows < 64 or planes[0].codec == FAST
+
+
+@pytest.mark.parametrize("dtype", FORMS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 200), (3, 5), (64, 33), (200, 7)])
+def test_special_values_of_every_form_come_back(dtype: str, rows: int, columns: int) -> None:
+    """NaN with and without payload, infinities, both zeros, denormals, the largest: alone, and among others."""
+    import torch
+
+    itemsize, exponent_bits, mantissa_bits, _ = FORMS[dtype]
+    exponents, mantissas = ((1 << exponent_bits) - 1) << mantissa_bits, (1 << mantissa_bits) - 1
+    sign = 1 << (exponent_bits + mantissa_bits)
+    specials = [0, 1, mantissas, exponents, exponents | 1, exponents | mantissas, exponents - 1, 1 << mantissa_bits]
+    words = np.array([*specials, *(sign | word for word in specials)], f"<u{itemsize}")
+    normal = torch.from_numpy(np.random.default_rng(3).standard_normal(rows * columns).astype(np.float32))
+    mixed = normal.to(getattr(torch, dtype)).view(torch.uint8).numpy().view(f"<u{itemsize}").copy()
+    mixed[::37] = np.resize(words, len(mixed[::37]))
+    for raw in (np.resize(words, rows * columns).tobytes(), mixed.tobytes()):
+        chunk = piece(rows, columns, K, dtype)
+        for codec in (FAST, DENSE, NESTED, INT8):
+            planes = stored(codec, raw, chunk)
+            assert same_bytes(planes, stored(codec, raw, chunk, TORCH))
+            if exact(planes):
+                assert restored(planes, chunk) == raw == restored(planes, chunk, TORCH)
+            else:
+                assert dtype == "bfloat16" and codec == INT8 and np.isfinite(floats(raw)).all()
 
 
 def test_escapes_are_listed_and_too_many_are_refused() -> None:

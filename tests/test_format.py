@@ -27,14 +27,14 @@ from kvstore.format import (
 )
 from kvstore.header import long_checksum, short_check
 from kvstore.layout import chunks
-from kvstore.spec import ModelSpec, Shard
+from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import BlockId, Fidelity
 from tests.core_blocks import HYBRID, NAMESPACE, SHARDS, SPEC, header_of, payload
 
 WHOLE = Shard.whole(SPEC)
 HEADER = header_of(SPEC, WHOLE)
 RAW = payload(SPEC, WHOLE)
-LOSSLESS = (codecs.RAW, codecs.LZ4, codecs.SPLIT, codecs.FAST, codecs.ZSTD)
+LOSSLESS = (codecs.RAW, codecs.LZ4, codecs.SPLIT, codecs.FAST, codecs.ZSTD, codecs.DENSE)
 RECORDS = {codec: b"".join(encode_record(HEADER, RAW, SPEC, WHOLE, codec)[1]) for codec in LOSSLESS}
 
 
@@ -199,6 +199,26 @@ def test_no_single_bit_flip_passes(codec: int) -> None:
         data[bit // 8] ^= 1 << bit % 8
         with pytest.raises(DataError):
             loaded(data)
+
+
+@pytest.mark.parametrize("codec", codecs.KNOWN)
+def test_a_flipped_bit_in_any_plane_of_any_codec_is_caught(codec: int) -> None:
+    """Of every chunk and plane: its first, middle and last byte."""
+    spec = ModelSpec("wide", (Group(layers=2, kv_heads=2, k_dim=64, v_dim=64),))
+    shard = Shard.whole(spec)
+    _, parts = encode_record(header_of(spec, shard), payload(spec, shard), spec, shard, codec)
+    good = b"".join(parts)
+    rows = Record.parse(good).table.tolist()
+    planes = codecs.CODECS[codec].planes
+    assert len(rows) == 4 * planes, "a chunk fell back to another codec"
+    assert codec == codecs.LZ4 or {row[5] for row in rows} == {codec}, "and bf16 is nothing for lz4"
+    loaded(good, spec, shard)
+    for row in rows:
+        for at in (row[8], row[8] + row[9] // 2, row[8] + row[9] - 1):
+            bad = bytearray(good)
+            bad[at] ^= 0x10
+            with pytest.raises(Corrupt, match="checksum"):
+                loaded(bad, spec, shard)
 
 
 @pytest.mark.parametrize("codec", LOSSLESS)

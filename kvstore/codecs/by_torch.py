@@ -22,31 +22,33 @@ from kvstore.codecs.torch_chunks import (
 )
 
 
-def _tensor(buffer: Bytes) -> Tensor:
-    return torch.from_numpy(buffer.copy())
-
-
 def _put(dst: Bytes, start: int, room: int, made: Tensor | None, *, exact: bool) -> int:
     """Bytes written, -1 where nothing was made or it does not fit."""
     if made is None or len(made) > room or (exact and len(made) != room):
         return -1
-    dst[start : start + len(made)] = made.numpy()
+    dst[start : start + len(made)] = made.cpu().numpy()
     return 0 if exact else len(made)
 
 
 class Torch:
-    """`kvstore.codecs.batch.Backend`, chunk by chunk."""
+    """`kvstore.codecs.batch.Backend`, chunk by chunk, on one device: the same bits on every one."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def _tensor(self, buffer: Bytes) -> Tensor:
+        return torch.from_numpy(buffer.copy()).to(self.device)
 
     def fast_encode(self, form: int, src: Bytes, dst: Bytes, jobs: Jobs) -> Jobs:
         def one(at: int, size: int, rows: int, columns: int, to: int, room: int) -> int:
-            made = fast_encode_chunk(_tensor(src[at : at + size]), rows, columns, BY_FORM_ID[form], room)
+            made = fast_encode_chunk(self._tensor(src[at : at + size]), rows, columns, BY_FORM_ID[form], room)
             return _put(dst, to, room, made, exact=False)
 
         return _each(jobs, one)
 
     def fast_decode(self, form: int, src: Bytes, dst: Bytes, jobs: Jobs) -> Jobs:
         def one(at: int, size: int, rows: int, columns: int, to: int, room: int) -> int:
-            made = fast_decode_chunk(_tensor(src[at : at + size]), rows, columns, BY_FORM_ID[form])
+            made = fast_decode_chunk(self._tensor(src[at : at + size]), rows, columns, BY_FORM_ID[form])
             return _put(dst, to, room, made, exact=True)
 
         return _each(jobs, one)
@@ -57,7 +59,7 @@ class Torch:
         def one(at: int, size: int, rows: int, columns: int, to: int, room: int, v: int) -> int:
             if quant_bytes(bits, rows, columns, bool(v)) > room:
                 return -1
-            return _put(dst, to, room, encode(_tensor(src[at : at + size]), rows, columns, bool(v)), exact=False)
+            return _put(dst, to, room, encode(self._tensor(src[at : at + size]), rows, columns, bool(v)), exact=False)
 
         return _each(np.column_stack([jobs, by_row]), one)
 
@@ -67,7 +69,7 @@ class Torch:
         def one(at: int, size: int, rows: int, columns: int, to: int, room: int, v: int) -> int:
             if size != quant_bytes(bits, rows, columns, bool(v)):
                 return -1
-            stored = _tensor(src[at : at + size])
+            stored = self._tensor(src[at : at + size])
             if bits == 8:
                 return _put(dst, to, room, int8_decode_chunk(stored, rows, columns, bool(v)), exact=True)
             return _put(dst, to, room, int4_decode_chunk(stored, rows, columns, bool(v), factor, shift), exact=True)
@@ -78,7 +80,7 @@ class Torch:
         def one(
             at: int, size: int, rows: int, columns: int, to: int, room: int, low: int, more: int, place: int, v: int
         ) -> int:
-            made = nested_encode_chunk(_tensor(src[at : at + size]), rows, columns, bool(v))
+            made = nested_encode_chunk(self._tensor(src[at : at + size]), rows, columns, bool(v))
             if made is None or _put(dst, to, room, made[0], exact=True) or _put(dst, low, more, made[1], exact=True):
                 return -1
             return _put(rest, place, size, made[2], exact=True) if rest.size else 0
@@ -91,8 +93,8 @@ class Torch:
         ) -> int:
             if size != quant_bytes(4, rows, columns, bool(v)) or more != low_bytes(rows, columns):
                 return -1
-            missing = _tensor(rest[place : place + room]) if rest.size else None
-            planes = _tensor(src[at : at + size]), _tensor(src[low : low + more])
+            missing = self._tensor(rest[place : place + room]) if rest.size else None
+            planes = self._tensor(src[at : at + size]), self._tensor(src[low : low + more])
             return _put(dst, to, room, nested_decode_chunk(*planes, missing, rows, columns, bool(v)), exact=True)
 
         return _each(np.column_stack([jobs, by_row]), one)
