@@ -36,9 +36,9 @@ STATES = {
 PARTS = 4
 """A staging segment takes about so many commits at a time: one is written while another is copied out."""
 
-PART_BYTES = 4 << 20
-"""Of one commit, at most, unless a block is larger: so many parts of it stay in the last-level cache from the writer's
-copy to the worker's, since staging gives out its lowest space first."""
+PART_BYTES = 16 << 20
+"""Of one commit, at most, unless a block is larger: small enough that most of the writer's copy hides behind the
+worker's, large enough that handing over costs little beside copying."""
 
 MESSAGE_BYTES = 2 << 20
 """Payload of one message of a stream. Blocks are not cut across messages unless they are larger: the worker then stores
@@ -100,14 +100,15 @@ async def put_local(
     if size > staging.nbytes:
         raise Overloaded(f"a block of {size} bytes does not fit the staging segment of {staging.nbytes}")
     step = max(1, min(staging.nbytes // PARTS, PART_BYTES) // size)
-    turns = asyncio.Semaphore(PARTS)
+    turns, copying = asyncio.Semaphore(PARTS), asyncio.Lock()
 
     async def one(part: Sequence[Item]) -> CommitToken:
         async with turns, link.space(staging, size * len(part)) as space:
             view = space.view  # taken here: while it lives, the memory stays mapped even if the connection ends
             if len(view) < size * len(part):
                 raise Unavailable("the connection ended, and its staging memory with it")
-            await pool.run(_copy, part, view)
+            async with copying:  # one after the other: the worker has the first while the second is copied
+                await pool.run(_copy, part, view)
             return note(part, await link.commit(_commit(stored, part, staging, space), timeout_s=timeout_s))
 
     parts = [items[at : at + step] for at in range(0, len(items), step)]
