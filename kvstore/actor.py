@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from kvstore.assembly import server_transport, tune_malloc
+from kvstore.assembly import server_transport, settle, tune_malloc
 from kvstore.config import Config, override, parse_toml
 from kvstore.errors import KVStoreError
 from kvstore.seams import System
@@ -80,6 +80,7 @@ class ServerActor:
             try:
                 runtime = self.make(self._config, self._system, server_transport(self._config, self._system))
                 await runtime.start()
+                settle()
                 self._runtime, self._error = runtime, ""
                 self._watching = asyncio.get_running_loop().create_task(self.watch(runtime))
                 return

