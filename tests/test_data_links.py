@@ -10,6 +10,8 @@ import pytest
 
 from kvstore.client import KVClient
 from kvstore.errors import Unavailable
+from kvstore.host_link import HostLink
+from kvstore.transport.data_client import DataClient
 from kvstore.transport.data_link import DataLink
 from tests.service_cluster import MiniCluster, blocks_of, check, found
 from tests.service_helpers import FULL, prompt
@@ -166,3 +168,30 @@ async def test_a_client_that_leaves_takes_everything_along(cluster: MiniCluster)
     data = client._links.data
     await client.close()
     assert not data._idle and not data._busy and not data._open and data._own is None
+
+
+@pytest.mark.parametrize("far", [True, False])
+async def test_an_answer_that_was_lost_costs_nothing(
+    cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    """The blocks were committed and nobody heard of it: putting them again finds them held, once each."""
+    worker = await cluster.worker("one")
+    client = await cluster.client(far=far)
+    owner, name = (DataClient, "put") if far else (HostLink, "commit")
+    call, lost = getattr(owner, name), 0
+
+    async def losing(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal lost
+        answer = await call(self, *args, **options)
+        lost += 1
+        if lost == 1:
+            raise Unavailable("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(owner, name, losing)
+    prefix = prompt(1, BLOCKS)
+    put = await client.put(FULL, prefix, blocks_of(prefix))
+    assert put.states == ["held"] * BLOCKS and put.tokens and lost >= 1
+    assert worker.store.blocks("default") == worker.store.counters["puts_committed"] == BLOCKS
+    plan = await found(client, prefix, BLOCKS)
+    check(plan, await client.get(plan), BLOCKS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvstore.bench.baselines import memcpy
 from kvstore.bench.data_baselines import Child, RawSocket
@@ -20,6 +21,7 @@ from kvstore.bench.transfer_blocks import (
     Memory,
     Shape,
     client,
+    cold_bytes,
     plan_of,
     prompts,
     put_slice,
@@ -39,7 +41,6 @@ from kvstore.transport.rpc import GrpcTransport
 from kvstore.wire import common_pb2
 
 ROUNDS, ROUNDS_LONG = 8, 48
-ROOM_BYTES = 3 * COLD_BYTES
 PARTS = ("large", "small", "tcp", "layers")
 SHAPES = {"large": LARGE, "small": SMALL, "tcp": LARGE, "layers": DEEP}
 
@@ -51,21 +52,23 @@ def main(argv: Sequence[str]) -> Report:
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be given again")
     arguments = parser.parse_args(argv)
     report = Report("transfer")
-    asyncio.run(_run(report, ROUNDS if arguments.quick else ROUNDS_LONG, arguments.only or PARTS))
+    cold = COLD_BYTES if arguments.quick else cold_bytes()
+    report.result("working_set", [float(cold >> 20)], "MiB")
+    asyncio.run(_run(report, ROUNDS if arguments.quick else ROUNDS_LONG, arguments.only or PARTS, cold))
     report.target("wrong_blocks", at_most=0)
     return report
 
 
-def config() -> Config:
-    store = {"host_bytes": ROOM_BYTES + (256 << 20), "hot_bytes": ROOM_BYTES, "high_watermark": 0.98}
+def config(cold: int = COLD_BYTES) -> Config:
+    store = {"host_bytes": 3 * cold + (256 << 20), "hot_bytes": 3 * cold, "high_watermark": 0.98}
     return override(Config(), {"store": {**store, "low_watermark": 0.97}})
 
 
-async def _run(report: Report, rounds: int, parts: Sequence[str]) -> None:
+async def _run(report: Report, rounds: int, parts: Sequence[str], cold: int) -> None:
     wrong = 0
-    async with LocalCluster(config(), workers=1, redis=False) as cluster:
+    async with LocalCluster(config(cold), workers=1, redis=False) as cluster:
         for part in parts:
-            bench = Bench(cluster, SHAPES[part], part)
+            bench = Bench(cluster, replace(SHAPES[part], cold=cold), part)
             try:
                 if part == "tcp":
                     await bench.tcp(report, rounds)
@@ -99,7 +102,7 @@ class Bench:
         self._clients.append(made)
         await made.purge()
         for number, prompt in enumerate(prompts(self.read, self.shape)):
-            await put_slice(made, self.memory, prompt, number)
+            await put_slice(made, self.memory, prompt, number, again=True)
             self.plans.append(await plan_of(made, prompt))
         return made
 
