@@ -219,12 +219,12 @@ async def test_a_broken_stream_goes_on_at_the_chunk(
     cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch, scattered: bool
 ) -> None:
     prefix, raws = await stored(cluster)
-    client = await cluster.client(far=True)
+    client = await cluster.client(far=True, data_connections_max=0)
     plan = await found(client, prefix, 4)
     broken = Breaking(monkeypatch, 2, frames=3)
     parts = 6 if scattered else 1
     into = [[np.zeros(SIZE // parts, np.uint8) for _ in range(parts)] for _ in raws]
-    result = await client.get(plan, [into])
+    result = await client.get(plan, [into], on_layer=lambda ready: None)  # so that layers come in order
     assert result.blocks == 4 and client.counters["streams_resumed"] == 2
     assert all(np.array_equal(np.concatenate(have), raw) for have, raw in zip(into, raws, strict=True))
     assert [len(resumed) for resumed in broken.resumed] == [0, 4, 4]
@@ -236,7 +236,7 @@ async def test_a_stream_that_never_gets_further_is_a_miss(
     cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix, _ = await stored(cluster)
-    client = await cluster.client(far=True)
+    client = await cluster.client(far=True, data_connections_max=0)
     plan = await found(client, prefix, 4)
     broken = Breaking(monkeypatch, 99, frames=1)
     assert (await client.get(plan)).blocks == 0 and len(broken.sent) == 1
@@ -250,7 +250,7 @@ async def _two_copies(cluster: MiniCluster, same: bool) -> tuple[KVClient, HitPl
         worker = await cluster.worker(name, store=STORE)
         by = await cluster.client(alone=True, workers=(worker.socket,))
         await put_all(by, prefix, raws)
-    client = await cluster.client(far=True)
+    client = await cluster.client(far=True, data_connections_max=0)
     return client, await found(client, prefix, 4, holders=2), copies
 
 

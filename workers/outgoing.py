@@ -75,7 +75,8 @@ class Outgoing:
         header, messages = self._plan()
         return frames.encode(header, ()), messages
 
-    def _plan(self) -> tuple[bytes, list[list[Part]]]:
+    def _plan(self, *, first_alone: bool = False) -> tuple[bytes, list[list[Part]]]:
+        """`first_alone`: no message has parts of the first layer and of others."""
         header = worker_pb2.GetHeader()
         by_layer: dict[int, list[Part]] = {}
         for block, placed in enumerate(self._placed):
@@ -92,8 +93,12 @@ class Outgoing:
             for layer, part in parts:
                 by_layer.setdefault(layer, []).append(part)
         header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
-        ordered = [part for layer in sorted(by_layer) for part in by_layer[layer]]
-        return header.SerializeToString(), list(_messages(ordered))
+        first, *others = sorted(by_layer) or [0]
+        if not first_alone:
+            first, others = -1, sorted(by_layer)
+        messages = list(_messages(by_layer.get(first, [])))
+        messages += _messages([part for layer in others for part in by_layer[layer]], whole=bool(messages))
+        return header.SerializeToString(), messages
 
     def start(self) -> tuple[bytes, list[list[Part]], bytes | None]:
         """Runs in a byte mover. `begin`, and the first of the other messages: somebody waits for both."""
@@ -127,7 +132,7 @@ class Outgoing:
 
     def each(self) -> Iterator[tuple[bytes, Sequence[Buffer]]]:
         """Advanced in a byte mover. All frames as `scattered` ones, the first without data."""
-        header, messages = self._plan()
+        header, messages = self._plan(first_alone=not self._by_block)
         yield header, ()
         for parts in messages:
             made = self.scattered(parts)
@@ -245,10 +250,11 @@ def _raw_entries(spec: ModelSpec, shard: Shard) -> NDArray[np.void]:
     return table
 
 
-def _messages(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Parts packed into messages, their order kept. The first are smaller: somebody may wait for the first layer."""
+def _messages(parts: Sequence[Part], *, whole: bool = False) -> Iterator[list[Part]]:
+    """Parts packed into messages, their order kept. Unless `whole` the first are smaller: somebody may wait for the
+    first layer."""
     message: list[Part] = []
-    nbytes, limit = 0, MESSAGE_BYTES // FIRST_SHARE
+    nbytes, limit = 0, MESSAGE_BYTES if whole else MESSAGE_BYTES // FIRST_SHARE
     for part in parts:
         if message and nbytes + part.nbytes > limit:
             yield message
