@@ -198,5 +198,11 @@ class Registry:
         found = (self.member(id, now) for id in self.membership.members())
         return [m for m in found if m is not None and (not is_redis(m.id) or m.id == REDIS_HOLDER + namespace)]
 
+    def lag(self) -> int:
+        """Changes that members who live have told of and that are not in yet."""
+        alive = dict.fromkeys(self.membership.alive())
+        receivers = (r for inbox in self.inboxes.values() for r in inbox.receivers() if r.holder in alive)
+        return sum(max(0, receiver.head - receiver.applied) for receiver in receivers)
+
     def blocks(self, namespaces: Iterable[str]) -> int:
         return sum(self.inboxes[name].directory.blocks for name in namespaces)

@@ -18,6 +18,7 @@ from kvstore.seams import System
 from kvstore.transport.base import Credentials, Server, Transport
 from kvstore.transport.http import MetricsServer
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
+from kvstore.transport.tls import server_tls
 from kvstore.wire import common_pb2
 
 TICKS_A_LEASE = 12
@@ -76,7 +77,7 @@ class CoordinatorRuntime:
                 lambda: self.service.whole_status().complete,
                 auth,
             )
-            self._servers.append(await figures.start(config.metrics_bind))
+            self._servers.append(await figures.start(config.metrics_bind, server_tls(self._config).serving))
             self.metrics_address = figures.address
         self._ticking = [asyncio.create_task(self._tick()), asyncio.create_task(self._greet())]
 

@@ -13,6 +13,7 @@ from coordinator.scoring import CANDIDATES_MAX, Scoring
 from coordinator.session import Session
 from kvstore.config import CoordinatorConfig
 from kvstore.errors import BadRequest, Incompatible, Overloaded
+from kvstore.histogram import Histogram
 from kvstore.plan import ENGINE_HOLDER
 from kvstore.seams import System
 from kvstore.spec import Shard
@@ -26,6 +27,7 @@ from kvstore.wireform import (
     SHARDS_MAX,
     digest_from_wire,
     keys_from_wire,
+    latency_to_wire,
     least_from_wire,
     match_to_wire,
     member_to_wire,
@@ -50,6 +52,7 @@ class CoordinatorService:
     ) -> None:
         self._config, self._system, self._registry, self._engines = config, system, registry, engines
         self._scoring = Scoring(registry, engines)
+        self._matches = Histogram()
         self.info = peers.me  # the address is set once it is known
         self._peers, self._digest = peers, namespaces_digest
 
@@ -77,6 +80,7 @@ class CoordinatorService:
 
     async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
         """The longest prefix held, once the commits in `after` are in or the wait is over. BadRequest."""
+        begin = self._system.clock.monotonic()
         root, keys, shards, least = self._asked(request)
         missing = await self._wait(request, context.namespace)
         now = self._system.clock.monotonic()
@@ -91,6 +95,8 @@ class CoordinatorService:
         reply.boot_id = self.info.boot_id
         reply.coordinators.extend(self.coordinators(now))
         self._registry.counters["matches"] += 1
+        self._registry.counters["matched_blocks"] += found.blocks
+        self._matches.add(self._system.clock.monotonic() - begin)
         return reply
 
     def _asked(
@@ -164,6 +170,8 @@ class CoordinatorService:
             complete=self._registry.complete(context.namespace, now),
             counters={**self._registry.counters, **self._registry.repair.counters} if whole else {},
             pid=os.getpid(),
+            latencies=[latency_to_wire("match", self._matches)] if whole else (),
+            lag=self._registry.lag() if whole else 0,
         )
         reply.self.CopyFrom(self.info)
         reply.namespaces.extend(sums(workers))

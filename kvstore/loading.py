@@ -87,10 +87,14 @@ class Loading:
     async def _fly(self, name: Flight, flight: Load) -> Loaded | None:
         id, root, least, redis = name
         found: Loaded | None = None
+        clock = self.stack.system.clock
+        begin = clock.monotonic()
         try:
             found = await self._local(id, least)
             if found is None and redis and self.finder is not None:
                 found = await self._shared(id, root, least)
+            if found is not None:
+                self.stack.loads[found.tier].add(clock.monotonic() - begin)
             return found
         finally:
             del self._loads[name]

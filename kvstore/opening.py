@@ -59,7 +59,7 @@ class Opening:
             self.holds.end(hold.id)
             self.movement.nudge()
             raise
-        self._served(hold, wanted, namespace)
+        self._served(hold, wanted, namespace, root)
         return hold
 
     async def _load(
@@ -82,16 +82,20 @@ class Opening:
         else:
             residency.unpin(found.row)
 
-    def _served(self, hold: Hold, wanted: Sequence[tuple[bytes, bytes]], namespace: str) -> None:
+    def _served(self, hold: Hold, wanted: Sequence[tuple[bytes, bytes]], namespace: str, root: bytes) -> None:
         """Count, and promote what lies below."""
         residency = self.stack.residency
-        missed = 0
+        missed = raw_bytes = 0
         for placed in hold.blocks:
             if placed is None:
                 missed += 1
                 continue
             self.stack.hits[placed.tier] += 1
+            raw_bytes += placed.header.raw_length
         self.stack.counters["misses"] += missed
+        spec = self.stack.catalog.spec(root) if raw_bytes else None
+        if spec is not None:  # a rank loads its part of a block: as many tokens as its bytes are of the whole block's
+            self.stack.saved_tokens += spec.block_tokens * raw_bytes / sum(map(spec.group_bytes, spec.groups))
         for (shard, key), placed in zip(wanted, hold.blocks, strict=True):
             row = residency.find(namespace, shard, key) if placed is not None and not placed.raw else None
             if row is not None:

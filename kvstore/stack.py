@@ -6,7 +6,7 @@ A flip is: residency, the tier's space, the announcement. Bytes are moved by oth
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from kvstore.codecs import NESTED
 from kvstore.config import StoreConfig
 from kvstore.header import Header
 from kvstore.header_columns import kinds
+from kvstore.histogram import Histogram
 from kvstore.policy import make_policies
 from kvstore.quota_gate import QuotaGate
 from kvstore.quotas import Quotas
@@ -67,6 +68,8 @@ class Stack:
         self.redis = redis
         self.counters: Counter[str] = Counter()
         self.hits: Counter[Tier] = Counter()
+        self.loads: defaultdict[Tier, Histogram] = defaultdict(Histogram)
+        self.saved_tokens = 0.0
         self.corrupt: Counter[Tier] = Counter()
         hot_bytes = config.hot_bytes or config.host_bytes // 4
         self.arena = Arena(system.memory, config.host_bytes, config.segment_bytes)

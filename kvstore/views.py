@@ -20,7 +20,8 @@ def visible_status(status: common_pb2.WorkerStatus, context: CallContext) -> com
     seen.tiers.extend(
         common_pb2.TierStatus(tier=tier.tier, state=tier.state, capacity=tier.capacity) for tier in status.tiers
     )
-    seen.counters.clear()
+    for name in ("counters", "latencies", "lag", "saved_tokens", "coordinators"):
+        seen.ClearField(name)
     return seen
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.answers import Match
 from kvstore.errors import BadRequest, Corrupt
+from kvstore.histogram import BOUNDS_S, Histogram
 from kvstore.membership import Member
 from kvstore.plan import HitPlan, PlanRun
 from kvstore.spec import ModelSpec, Shard
@@ -42,6 +43,16 @@ def member_to_wire(member: Member) -> common_pb2.Member:
         node=member.node,
         state=member.state,
         slow_start=member.slow_start,
+    )
+
+
+def latency_to_wire(what: str, histogram: Histogram, tier: Tier | None = None) -> common_pb2.Latency:
+    return common_pb2.Latency(
+        what=what,
+        tier=int(tier or 0),  # type: ignore[arg-type]
+        bounds_s=BOUNDS_S,
+        counts=histogram.counts,
+        sum_s=histogram.sum_s,
     )
 
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstore.auth import Authenticator, load_policy
+from kvstore.config import MIB
 from kvstore.errors import SetupError
+from kvstore.histogram import BOUNDS_S, Histogram, quantile
+from kvstore.spec import Shard
+from kvstore.transport.base import CallContext
 from kvstore.transport.http import CONNECTIONS_MAX, REQUEST_BYTES_MAX, MetricsServer
-from kvstore.types import Tier
-from tests.service_cluster import MiniCluster, blocks_of, check, found
-from tests.service_helpers import FULL, prompt
+from kvstore.types import Fidelity, Tier
+from kvstore.views import visible_status
+from kvstore.wire import common_pb2
+from tests.service_cluster import STORE, MiniCluster, blocks_of, check, found, put_slowly
+from tests.service_helpers import FULL, LARGE, prompt, until
 
 LINE = re.compile(r'kvstore_[a-z_]+(\{[a-z]+="[^"\n]*"(,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+')
 
@@ -41,7 +48,8 @@ def figures(page: str) -> dict[str, float]:
             continue
         assert LINE.fullmatch(line), line
         sample, _, value = line.rpartition(" ")
-        assert sample.partition("{")[0] in described
+        family = sample.partition("{")[0]
+        assert family in described or re.sub("_(bucket|sum|count)$", "", family) in described
         assert sample not in found
         found[sample] = float(value)
     return found
@@ -131,3 +139,88 @@ async def test_bad_requests_are_answered_and_bounded() -> None:
         await server.close(1.0)
     with pytest.raises(SetupError, match="HOST:PORT"):
         await MetricsServer(lambda: "", lambda: True, Authenticator(load_policy())).start("nowhere")
+
+
+def moved(before: dict[str, float], after: dict[str, float], prefix: str) -> float:
+    """By how much the samples that begin so have grown, all together."""
+    return sum(value - before.get(name, 0.0) for name, value in after.items() if name.startswith(prefix))
+
+
+async def test_every_figure_moves_with_what_happens(cluster: MiniCluster) -> None:
+    """The ten an operator needs: before and after blocks are stored, spilled, loaded, missed, dropped, refused."""
+    coordinator = await cluster.coordinator(metrics_bind="127.0.0.1:0")
+    tight = replace(STORE, host_bytes=4 * MIB, hot_bytes=1 * MIB, put_wait_s=5.0, segment_bytes=1 * MIB)
+    worker = await cluster.worker("a", ssd=True, store=tight, metrics_bind="127.0.0.1:0")
+
+    async def both() -> tuple[dict[str, float], dict[str, float]]:
+        pages = [(await ask(one.metrics_address, "/metrics"))[1] for one in (worker, coordinator)]
+        return figures(pages[0]), figures(pages[1])
+
+    client = await cluster.client()
+    mine, its = await both()
+    prefixes = [prompt(seed, 40, LARGE) for seed in range(3)]
+    for prefix in prefixes:  # more than memory holds
+        await put_slowly(client, worker, prefix)
+    for prefix in prefixes:
+        await client.get(await found(client, prefix, 40))
+    await client.put(LARGE, prompt(7, 1, LARGE), blocks_of(prompt(7, 1, LARGE)))
+    await client.get(await found(client, prompt(7, 1, LARGE), 1))
+    worker.node.draining = True
+    put = await client.put(LARGE, prompt(9, 1, LARGE), blocks_of(prompt(9, 1, LARGE)))
+    worker.node.draining = False
+    assert put.states == ["dropped"]
+    await client.get(await client.match(LARGE, prompt(9, 1, LARGE)))
+    root, shard = LARGE.root, Shard.whole(LARGE).digest
+    hold = await worker.store.open("default", root, [(shard, b"nobody has this!")], least=Fidelity.EXACT, redis=False)
+    worker.store.release(hold.id)
+    worker.store.stack.counters["corrupt"] += 1  # as `Stack.damaged` does
+    await until(lambda: coordinator.service.whole_status().lag == 0, "everything is announced")
+    after_mine, after_its = await both()
+    for name in (
+        'tier_hits_total{tier="hot"}', 'tier_hits_total{tier="ssd"}', "misses_total", 'tier_used_bytes{tier="ssd"}',
+        'tier_blocks{tier="ssd"}', 'load_seconds_count{tier="ssd"}', 'load_seconds_sum{tier="ssd"}',
+        "get_seconds_count", "spills_total", "stores_dropped_total", 'errors_total{kind="corrupt"}',
+        "saved_prefill_tokens_total",
+    ):  # fmt: skip
+        assert moved(mine, after_mine, f"kvstore_{name}") > 0, name
+    for name in ("directory_blocks", "match_seconds_count", "match_seconds_sum", "matched_blocks_total"):
+        assert moved(its, after_its, f"kvstore_{name}") > 0, name
+    assert after_mine["kvstore_coordinators"] == 1 and after_mine['kvstore_tier_capacity_bytes{tier="ssd"}'] > 0
+    buckets = [v for n, v in after_mine.items() if n.startswith('kvstore_load_seconds_bucket{tier="ssd"')]
+    assert buckets == sorted(buckets) and buckets[-1] == after_mine['kvstore_load_seconds_count{tier="ssd"}']
+    served = sum(v for n, v in after_mine.items() if n.startswith("kvstore_tier_hits_total"))
+    assert after_mine["kvstore_saved_prefill_tokens_total"] == served * LARGE.block_tokens
+
+
+async def test_lag_is_what_a_coordinator_has_not_acknowledged(cluster: MiniCluster) -> None:
+    coordinator = await cluster.coordinator()
+    worker = await cluster.worker("a")
+    client = await cluster.client()
+    await until(lambda: worker.announcer.connected == 1, "it is welcome")
+    prefix = prompt(1, 40)
+    await client.put(FULL, prefix, blocks_of(prefix))
+    assert worker.announcer.lag == 40, "no heartbeat was answered since"
+    await until(lambda: worker.announcer.lag == 0, "the next heartbeat is answered")
+    await coordinator.stop()
+    await until(lambda: worker.announcer.connected == 0, "the connection has ended")
+    await client.put(FULL, prompt(2, 40), blocks_of(prompt(2, 40)))
+    assert worker.announcer.lag == 0, "only of those that are connected"
+
+
+def test_quantiles_and_buckets() -> None:
+    histogram = Histogram()
+    assert quantile(BOUNDS_S, histogram.counts, 0.5) is None
+    for seconds in (0.0001, 0.0004, 0.0004, 0.0004, 99.0):
+        histogram.add(seconds)
+    assert histogram.counts[0] == 1 and histogram.counts[2] == 3 and histogram.counts[-1] == 1
+    assert quantile(BOUNDS_S, histogram.counts, 0.2) == 0.0001
+    assert BOUNDS_S[1] < (quantile(BOUNDS_S, histogram.counts, 0.5) or 0) <= BOUNDS_S[2]
+    assert quantile(BOUNDS_S, histogram.counts, 0.99) == BOUNDS_S[-1]
+
+
+def test_a_client_sees_no_figures_of_others() -> None:
+    whole = common_pb2.WorkerStatus(lag=3, saved_tokens=2.0, coordinators=1, counters={"misses": 1})
+    whole.latencies.add(what="get", counts=[1])
+    seen = visible_status(whole, CallContext("someone", "client", "default", ""))
+    assert seen == common_pb2.WorkerStatus()
+    assert visible_status(whole, CallContext("operator", "node", "default", "")) == whole

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
+import socket
+import ssl
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from kvstore.auth import client_credentials
+from kvstore.auth import Authenticator, client_credentials, load_policy
 from kvstore.cli.main import main
 from kvstore.client import KVClient
 from kvstore.config import ClientConfig, Config, load_config
@@ -22,9 +25,10 @@ from kvstore.errors import KVStoreError, SetupError, Unauthenticated, Unavailabl
 from kvstore.local_cluster import LocalCluster
 from kvstore.observe import Observer
 from kvstore.system import real_system
+from kvstore.transport.http import MetricsServer
 from kvstore.transport.methods import WORKER
 from kvstore.transport.rpc import GrpcTransport
-from kvstore.transport.tls import PLAIN, client_tls, server_tls
+from kvstore.transport.tls import PLAIN, Files, client_tls, http_context, server_tls
 from kvstore.wire import worker_pb2
 from tests.service_cluster import blocks_of, check, found
 from tests.service_helpers import FULL, prompt
@@ -78,6 +82,60 @@ class Authority:
         if hosts:
             made = made.add_extension(x509.SubjectAlternativeName(hosts), critical=False)
         return made.sign(self.key, hashes.SHA256())
+
+
+def fetch(address: str, path: str, context: ssl.SSLContext | None, *headers: str) -> int:
+    """The status that a scraper gets; 0 where the port says nothing it understands."""
+    host, _, port = address.rpartition(":")
+    lines = [f"GET {path} HTTP/1.1", f"Host: {address}", *headers, "", ""]
+    try:
+        plain = socket.create_connection((host, int(port)), timeout=10)
+        with plain, context.wrap_socket(plain) if context is not None else plain as connection:
+            connection.sendall("\r\n".join(lines).encode())
+            answer = connection.recv(4096).decode("latin-1")
+    except (ssl.SSLError, ConnectionError):
+        return 0
+    return int(answer.split(" ")[1]) if answer.startswith("HTTP/1.1 ") else 0
+
+
+def scraper(ca: str, own: tuple[str, str] | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca)
+    context.check_hostname = False
+    if own is not None:
+        context.load_cert_chain(*own)
+    return context
+
+
+async def test_figures_are_behind_tls_the_certificate_and_the_token_too(authority: Authority, tmp_path: Path) -> None:
+    config, _ = settings(authority, tmp_path)
+    stranger = Authority(tmp_path, "stranger")
+    mine, foreign = authority.issue("scraper", []), stranger.issue("foreign", [])
+    auth = Authenticator(load_policy(token_file=config.server.token_file, bind="0.0.0.0:0"))
+    server = await MetricsServer(lambda: "figures\n", lambda: True, auth).start("0.0.0.0:0", server_tls(config).serving)
+    address, right = f"127.0.0.1:{server.address.rpartition(':')[2]}", f"Authorization: Bearer {TOKEN}"
+    good = scraper(authority.file, mine)
+
+    async def status(path: str, context: ssl.SSLContext | None, *headers: str) -> int:
+        return await asyncio.to_thread(fetch, address, path, context, *headers)
+
+    try:
+        assert await status("/metrics", good, right) == 200
+        assert await status("/metrics", good) == 401
+        assert await status("/metrics", good, "Authorization: Bearer another-token-altogether") == 401
+        assert await status("/metrics", scraper(authority.file), right) == 401, "no certificate"
+        assert await status("/metrics", scraper(authority.file, foreign), right) == 0, "of another authority"
+        assert await status("/metrics", scraper(stranger.file, mine), right) == 0, "the server is not believed"
+        assert await status("/metrics", None, right) == 0 and await status("/healthz", None) == 0, "plain text"
+        assert await status("/healthz", scraper(authority.file)) == 200
+    finally:
+        await server.close(1.0)
+
+
+def test_a_wrong_certificate_file_is_one_line(authority: Authority, tmp_path: Path) -> None:
+    own = authority.issue("one", [])
+    other = authority.issue("two", [])
+    with pytest.raises(SetupError, match="not a certificate with its key"):
+        http_context(Files(own=(own[0], other[1])))
 
 
 @pytest.fixture

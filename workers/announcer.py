@@ -173,6 +173,18 @@ class Announcer:
         streams = self._streams.values()
         return all(stream.acked.get(name, 0) >= seq for stream in streams for name, seq in seqs.items())
 
+    @property
+    def connected(self) -> int:
+        """Coordinators that have welcomed this holder and whose streams stand. Pure."""
+        return sum(stream.standing for stream in self._streams.values())
+
+    @property
+    def lag(self) -> int:
+        """Changes that the slowest connected coordinator has not acknowledged. Pure."""
+        heads = {name: self.source.outbox(name).head for name in self.source.namespaces()}
+        standing = [stream for stream in self._streams.values() if stream.standing]
+        return max((sum(max(0, h - s.acked.get(n, 0)) for n, h in heads.items()) for s in standing), default=0)
+
     async def stop(self, grace_s: float, *, leaving: bool) -> None:
         """End all streams; with `leaving` say so first, so that no lease has to run out. Idempotent."""
         self._leaving = leaving
@@ -198,6 +210,7 @@ class Stream:
         self._twin = False
         self._lease_s = BACKOFF_MAX_S / BACKOFF_LEASES  # of the coordinator, once it has said so
         self._turn = 0
+        self._up = False
         self._begin()
 
     def _begin(self) -> None:
@@ -212,11 +225,17 @@ class Stream:
         self._parts: dict[str, tuple[Iterator[SnapshotChunk], Introduced]] = {}
         self._wants: dict[str, None] = {}  # namespaces whose snapshot waits until the coordinator asks for it
 
+    @property
+    def standing(self) -> bool:
+        """Whether it is welcome there, and the connection has not ended. Pure."""
+        return self._welcome is not None and self._up
+
     async def run(self) -> None:
         announcer = self._announcer
         delay = BACKOFF_FIRST_S
         while not announcer.stopping.is_set():
             self._begin()
+            self._up = True
             try:
                 await self._connected()
             except (ServiceError, DataError) as error:
@@ -224,6 +243,7 @@ class Stream:
             except KVStoreError as error:  # refused for good, until somebody mends it; said again with each attempt
                 announcer.counters[f"refused_{type(error).__name__}"] += 1
             finally:
+                self._up = False
                 announcer.disclaim(self.address)
                 self.view = {}
                 announcer.viewed()

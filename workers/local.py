@@ -79,6 +79,7 @@ class LocalService(PinCalls):
         if len(peer.holds) >= HOLDS_MAX:
             raise Overloaded(f"{HOLDS_MAX} holds on one connection: release some")
         timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
+        begin = node.system.clock.monotonic()
         now = node.now(root, shards)
         hold = await node.open(context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=timeout_s)
         peer.holds[hold.id] = None
@@ -99,6 +100,7 @@ class LocalService(PinCalls):
                 header=placed.header.pack(),
             )
         reply.blocks.extend([worker_pb2.OpenBlock(state=worker_pb2.BLOCK_LATER)] * (len(wanted) - now))
+        node.gets.add(node.system.clock.monotonic() - begin)
         return reply
 
     def _share(self, placed: Placed, peer: Peer, reply: worker_pb2.OpenReply, context: CallContext) -> None:

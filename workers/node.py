@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from kvstore.arena import PAGE_BYTES
@@ -17,6 +17,7 @@ from kvstore.codec_use import Use
 from kvstore.config import Config
 from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
 from kvstore.header import Header
+from kvstore.histogram import Histogram
 from kvstore.identity import Identity
 from kvstore.layout import block_bytes
 from kvstore.membership import Member
@@ -30,6 +31,7 @@ from kvstore.wireform import (
     SHARDS_MAX,
     digest_from_wire,
     keys_from_wire,
+    latency_to_wire,
     least_from_wire,
     match_to_wire,
     member_to_wire,
@@ -80,6 +82,15 @@ class Receiving:
                 del self._used_by[namespace]
 
 
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """How telling the coordinators goes."""
+
+    lag: int = 0  # changes that the slowest connected one has not acknowledged
+    coordinators: int = 0  # connected
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
 class Node:
     """One worker in one life."""
 
@@ -103,6 +114,8 @@ class Node:
         self.data_port = 0  # of raw connections; 0: none are served
         self.draining = False
         self.counters: Counter[str] = Counter()
+        self.gets = Histogram()  # whole calls, to their last byte
+        self.announced: Callable[[], Announced] = Announced  # how that goes
         self.sending = Budget(config.worker.get_bytes_max, config.worker.get_bytes_max)
         self.receiving = Receiving(config.worker.put_bytes_max, shared)
         self._digest = digest
@@ -251,13 +264,19 @@ class Node:
             )
             for stats in self.store.stats()
         ]
+        announced = self.announced()
+        loads = [latency_to_wire("load", known, tier) for tier, known in sorted(self.store.stack.loads.items())]
         namespaces = [self._namespace(name, seq) for name, seq in self.store.heads().items()]
         return common_pb2.WorkerStatus(
             member=member_to_wire(self.member()),
             tiers=tiers,
             namespaces=namespaces,
-            counters={**self.store.counters, **self.counters},
+            counters={**self.store.counters, **self.counters, **announced.counters},
             pid=os.getpid(),
+            latencies=[latency_to_wire("get", self.gets), *loads],
+            lag=announced.lag,
+            coordinators=announced.coordinators,
+            saved_tokens=self.store.stack.saved_tokens,
         )
 
 

@@ -25,13 +25,14 @@ from kvstore.store import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
 from kvstore.transport.http import MetricsServer
+from kvstore.transport.tls import server_tls
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, coordinator_pb2
 from workers.announcer import Announcer, Source
 from workers.data import DataCalls
 from workers.draining import Draining
 from workers.local import LocalService
-from workers.node import Node
+from workers.node import Announced, Node
 from workers.prefetching import Prefetching
 from workers.puller import Puller
 from workers.service import WorkerService
@@ -172,9 +173,10 @@ class WorkerRuntime:
         self._cleanup.append("node")
         if config.server.metrics_bind:
             figures = MetricsServer(lambda: worker_page(self.node.status()), lambda: "announcer" in self._cleanup, auth)
-            self._servers.append(await figures.start(config.server.metrics_bind))
+            self._servers.append(await figures.start(config.server.metrics_bind, server_tls(config).serving))
             self.metrics_address = figures.address
         self.announcer = self._new_announcer(StoreSource(self.node), self.puller.hinted)
+        self.node.announced = self._announced
         self.store.subscribe(self._changed)
         self.announcer.start()
         self.puller.start()
@@ -248,6 +250,9 @@ class WorkerRuntime:
 
     def _changed(self, namespace: str, seq: int, change: Change) -> None:
         self.announcer.wake()
+
+    def _announced(self) -> Announced:
+        return Announced(self.announcer.lag, self.announcer.connected, self.announcer.counters)
 
     async def _tick(self) -> None:
         while True:

@@ -132,6 +132,7 @@ class WorkerService(PinCalls):
     async def outgoing(self, request: worker_pb2.GetRequest, context: CallContext) -> AsyncIterator[Outgoing]:
         """The blocks of a Get, held for the time of the block. BadRequest, Overloaded, DeadlineExceeded."""
         node = self.node
+        begin = node.system.clock.monotonic()
         root = digest_from_wire("root", request.root)
         wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
@@ -161,6 +162,7 @@ class WorkerService(PinCalls):
             )
             try:
                 yield outgoing
+                node.gets.add(node.system.clock.monotonic() - begin)
             finally:
                 node.store.release(hold.id)
                 node.counters["blocks_lost_in_flight"] += len(outgoing.lost)

@@ -1,6 +1,7 @@
 """A small HTTP server of a process's own figures: `/metrics`, `/healthz`, `/readyz`. GET only, an answer a connection.
 
 Beyond loopback `/metrics` wants an identity of role node (`Authorization: Bearer`), like any call; health wants none.
+With TLS the port answers nothing in plain text, and where callers must show a certificate, `/metrics` wants that too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from kvstore.errors import KVStoreError, SetupError
 from kvstore.metrics import CONTENT_TYPE
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import COORDINATOR
+from kvstore.transport.tls import Files, http_context
 
 REQUEST_BYTES_MAX = 8192
 REQUEST_S = 5.0
@@ -29,17 +31,20 @@ class MetricsServer:
         self.address = ""
         self._page, self._ready, self._auth = page, ready, auth
         self._open = True  # to everybody
+        self._certified = False  # /metrics is for those who show a certificate
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], None] = {}
 
-    async def start(self, address: str) -> MetricsServer:
+    async def start(self, address: str, tls: Files | None = None) -> MetricsServer:
         """Listening when it returns. SetupError."""
+        self._certified = tls is not None and bool(tls.authority)
+        context = http_context(tls) if tls is not None else None
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise SetupError(f"cannot listen on {address}: write it as HOST:PORT")
         try:
             self._server = await asyncio.start_server(
-                self._connected, host.strip("[]"), int(port), limit=REQUEST_BYTES_MAX
+                self._connected, host.strip("[]"), int(port), limit=REQUEST_BYTES_MAX, ssl=context
             )
         except OSError as error:
             raise SetupError(
@@ -73,17 +78,18 @@ class MetricsServer:
             async with asyncio.timeout(REQUEST_S):
                 try:
                     head = await reader.readuntil(b"\r\n\r\n")
-                    status, body = self._answer(head.decode("latin-1"))
+                    shown = bool(writer.get_extra_info("peercert"))
+                    status, body = self._answer(head.decode("latin-1"), shown)
                 except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
                     status, body = 400, "send one short GET\n"
                 writer.write(_response(status, body))
                 await writer.drain()
-        except (TimeoutError, OSError):
+        except (TimeoutError, OSError):  # of TLS too
             return  # whoever asked is gone, or too slow
         finally:
             writer.close()
 
-    def _answer(self, head: str) -> tuple[int, str]:
+    def _answer(self, head: str, certified: bool) -> tuple[int, str]:
         first, *lines = head.split("\r\n")
         parts = first.split(" ")
         if len(parts) != 3 or parts[0] != "GET":
@@ -96,6 +102,8 @@ class MetricsServer:
             return (200, "ready\n") if self._ready() else (503, "not ready\n")
         if path != "/metrics":
             return 404, "there are /metrics, /healthz and /readyz\n"
+        if self._certified and not certified:
+            return 401, "a certificate is needed\n"
         if not self._open and not self._granted(headers.get("authorization", "")):
             return 401, "a bearer token of role node is needed\n"
         return 200, self._page()

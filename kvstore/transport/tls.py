@@ -1,5 +1,4 @@
-"""TLS on the gRPC ports and the data channel: files named by the configuration become credentials. Unix sockets stay
-as they are.
+"""TLS on all ports: files named by the configuration become credentials. Unix sockets stay as they are.
 
 A server shows one certificate, and may insist that callers show one of its own authority; a client believes one
 authority. Certificates say which host one talks to, tokens (`kvstore.auth`) who talks: one does not replace the other.
@@ -86,6 +85,22 @@ def channel_credentials(files: Files) -> tuple[Any, list[tuple[str, str]]]:
     authority, key, chain = files.read()
     options = [("grpc.ssl_target_name_override", files.name)] if files.name else []
     return grpc.ssl_channel_credentials(authority, key, chain), options
+
+
+def http_context(files: Files) -> ssl.SSLContext:
+    """For the port of figures. With an authority a certificate is asked for, and who shows none gets health only."""
+    files.read()  # a SetupError that names what is wrong
+    assert files.own is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(*files.own)
+        if files.authority:
+            context.load_verify_locations(files.authority)
+            context.verify_mode = ssl.CERT_OPTIONAL
+    except ssl.SSLError as error:
+        raise SetupError(f"{files.own[0]}: not a certificate with its key: {error.reason}") from None
+    return context
 
 
 def server_credentials(files: Files) -> Any:

@@ -117,6 +117,20 @@ class HolderRun(_message.Message):
     tier: Tier
     def __init__(self, holder: _Optional[int] = ..., shard: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., fidelity: _Optional[_Union[Fidelity, str]] = ..., first_depth: _Optional[int] = ..., count: _Optional[int] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
 
+class Latency(_message.Message):
+    __slots__ = ["bounds_s", "counts", "sum_s", "tier", "what"]
+    BOUNDS_S_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_S_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    bounds_s: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum_s: float
+    tier: Tier
+    what: str
+    def __init__(self, what: _Optional[str] = ..., tier: _Optional[_Union[Tier, str]] = ..., bounds_s: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum_s: _Optional[float] = ...) -> None: ...
+
 class MatchReply(_message.Message):
     __slots__ = ["blocks", "boot_id", "complete", "coordinators", "holders", "not_applied", "runs", "shards"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -278,7 +292,7 @@ class TierUse(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used: _Optional[int] = ..., quota: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ["counters", "member", "namespaces", "pid", "tiers"]
+    __slots__ = ["coordinators", "counters", "lag", "latencies", "member", "namespaces", "pid", "saved_tokens", "tiers"]
     class CountersEntry(_message.Message):
         __slots__ = ["key", "value"]
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -286,17 +300,25 @@ class WorkerStatus(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    COORDINATORS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    LATENCIES_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    SAVED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    coordinators: int
     counters: _containers.ScalarMap[str, int]
+    lag: int
+    latencies: _containers.RepeatedCompositeFieldContainer[Latency]
     member: Member
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
     pid: int
+    saved_tokens: float
     tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ...) -> None: ...
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[Latency, _Mapping]]] = ..., lag: _Optional[int] = ..., saved_tokens: _Optional[float] = ..., coordinators: _Optional[int] = ...) -> None: ...
 
 class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = []

@@ -60,7 +60,7 @@ class Change(_message.Message):
     def __init__(self, added: _Optional[_Union[_common_pb2.Run, _Mapping]] = ..., removed: _Optional[_Union[_common_pb2.RemovedRun, _Mapping]] = ...) -> None: ...
 
 class CoordinatorStatus(_message.Message):
-    __slots__ = ["complete", "counters", "directory_blocks", "namespaces", "pid", "self", "workers"]
+    __slots__ = ["complete", "counters", "directory_blocks", "lag", "latencies", "namespaces", "pid", "self", "workers"]
     class CountersEntry(_message.Message):
         __slots__ = ["key", "value"]
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,8 @@ class CoordinatorStatus(_message.Message):
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    LATENCIES_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SELF_FIELD_NUMBER: _ClassVar[int]
@@ -78,11 +80,13 @@ class CoordinatorStatus(_message.Message):
     complete: bool
     counters: _containers.ScalarMap[str, int]
     directory_blocks: int
+    lag: int
+    latencies: _containers.RepeatedCompositeFieldContainer[_common_pb2.Latency]
     namespaces: _containers.RepeatedCompositeFieldContainer[_common_pb2.NamespaceStatus]
     pid: int
     self: _common_pb2.CoordinatorInfo
     workers: _containers.RepeatedCompositeFieldContainer[_common_pb2.WorkerStatus]
-    def __init__(self, self_: _Optional[_Union[_common_pb2.CoordinatorInfo, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[_common_pb2.WorkerStatus, _Mapping]]] = ..., directory_blocks: _Optional[int] = ..., complete: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[_common_pb2.NamespaceStatus, _Mapping]]] = ...) -> None: ...
+    def __init__(self, self_: _Optional[_Union[_common_pb2.CoordinatorInfo, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[_common_pb2.WorkerStatus, _Mapping]]] = ..., directory_blocks: _Optional[int] = ..., complete: bool = ..., counters: _Optional[_Mapping[str, int]] = ..., pid: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[_common_pb2.NamespaceStatus, _Mapping]]] = ..., latencies: _Optional[_Iterable[_Union[_common_pb2.Latency, _Mapping]]] = ..., lag: _Optional[int] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ["changes", "dictionary", "first_seq", "last_seq", "namespace"]
