@@ -69,6 +69,9 @@ class Registry:
             raise BadRequest("a member needs an id and an epoch of 1 or more")
         if is_redis(member.id) and any(member.id != REDIS_HOLDER + name for name in heads):
             raise BadRequest(f"{member.id} may announce its own namespace only")
+        if self._forgetful(member, heads):
+            self.counters["forgetful_lives"] += 1
+            return Fenced(member.epoch)
         outcome = self.membership.register(member.id, member.epoch, now, empty=not any(heads.values()))
         if isinstance(outcome, Fenced):
             return outcome
@@ -88,6 +91,13 @@ class Registry:
         self._tell(member.id, now)
         self._wake_all()
         return outcome
+
+    def _forgetful(self, member: Member, heads: Mapping[str, int]) -> bool:
+        """Whether it has given fewer numbers than it has told here: another life under the same epoch, as when a disk
+        or Redis is set back to an old state. Its changes cannot be told from those of the other. Pure."""
+        known = ((self.inboxes[name].get(member.id, member.epoch), head) for name, head in heads.items()
+                 if name in self.inboxes)  # fmt: skip
+        return any(receiver is not None and head < receiver.applied for receiver, head in known)
 
     def heartbeat(self, member: str, epoch: int, now: float) -> Fenced | Unknown | None:
         outcome = self.membership.heartbeat(member, epoch, now)

@@ -249,3 +249,21 @@ def test_who_comes_back_with_changes_that_are_still_kept_sends_no_snapshot(monke
         return freed - before, len(storm.seen.finished) - freed
 
     assert storm.play(body) == (5, 0), "those who were forgotten tell everything, once; the others only what is new"
+
+
+def test_a_life_that_has_told_more_than_it_knows_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its epoch was set back with its disk: fenced, it takes a higher one, and what the other life told is gone."""
+    storm = Storm(monkeypatch, 1, snapshots_max=2)
+
+    async def body(runtime: CoordinatorRuntime) -> list[int]:
+        await storm.whole(runtime)
+        (first,), (source,) = storm.announcers, storm.sources
+        await first.stop(0.0, leaving=False)
+        young = ListSource(source.worker, source.epoch)
+        young.add("default", prompt(77, 3))
+        storm.announce(young)
+        while runtime.registry.inboxes["default"].directory.blocks != 3:
+            await asyncio.sleep(0.05)
+        return young.fenced_by
+
+    assert storm.play(body) == [1]
