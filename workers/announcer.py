@@ -6,21 +6,20 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
-from typing import Protocol
 
-from kvstore.announce import Outbox, SnapshotChunk, run_chunks
-from kvstore.catalog import Catalog
+from kvstore.announce import SnapshotChunk, run_chunks
 from kvstore.config import WorkerConfig
 from kvstore.convert import Introduced, chunk_to_wire, delta_to_wire
 from kvstore.errors import DataError, DeadlineExceeded, KVStoreError, ServiceError
-from kvstore.membership import Member
 from kvstore.placement import membership_digest
-from kvstore.runs import Run
 from kvstore.seams import System
 from kvstore.transport.base import Credentials, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
 from kvstore.wire import common_pb2, coordinator_pb2
 from kvstore.wireform import member_to_wire
+from workers.source import Source
+
+__all__ = ["Announcer", "Source", "Stream"]
 
 COORDINATORS_MAX = 64
 BACKOFF_FIRST_S = 0.05
@@ -35,27 +34,6 @@ SILENCE_LEASES = 2.0
 """A coordinator that answers no heartbeat for so many leases is taken for dead, and connected to anew."""
 
 Request = coordinator_pb2.AnnounceRequest
-
-
-class Source(Protocol):
-    """A holder: a worker's store, or a namespace's Redis. Numbers of `outbox` and `snapshot` are the same ones."""
-
-    catalog: Catalog
-
-    def member(self) -> Member:
-        """As it is now, its epoch too."""
-
-    def namespaces(self) -> Sequence[str]: ...
-
-    def outbox(self, namespace: str) -> Outbox: ...
-
-    def snapshot(self, namespace: str) -> tuple[int, Iterable[Run]]:
-        """The number it stands for, and everything held then: taken one after the other, later."""
-
-    def status(self) -> common_pb2.WorkerStatus | None: ...
-
-    async def fenced(self, epoch: int) -> None:
-        """A coordinator knows this higher epoch: `member().epoch` is above it when this returns."""
 
 
 class Announcer:
