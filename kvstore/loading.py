@@ -246,15 +246,29 @@ class Loading:
         if place is None:
             return None
         row = residency.find(id.namespace, id.shard, id.key)
+        better = row is not None and residency.fidelity(row) > header.fidelity
         if row is not None and stack.mapped(row, least) is not None and residency.fidelity(row) >= header.fidelity:
             stack.host.free(id.namespace, header, place)  # put here meanwhile
+        elif row is not None and better and self._may_join(row, header):
+            stack.add(row, stack.HOST, place, header.stored)
+            stack.counters["loads"] += 1
+        elif better:
+            stack.host.free(id.namespace, header, place)  # what is here can't be read now, and is worth more
+            return None
         else:
             if row is not None:
                 stack.remove(row)
             row = stack.admit(id.namespace, header, stack.HOST, place)
             stack.counters["loads"] += 1
+        assert row is not None
         residency.pin(row)
         return Loaded(row, Tier.REDIS)
+
+    def _may_join(self, row: int, header: Header) -> bool:
+        """Whether fewer planes of a block's very copy may lie in host beside what it has elsewhere. Pure."""
+        residency, host = self.stack.residency, self.stack.HOST
+        same = residency.header(row).copy_id == header.copy_id
+        return same and not residency.present(row, host) and not residency.writing(row, host)
 
     async def close(self) -> None:
         """What is on its way is given up: who waits for it is cancelled."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.cli.tables import print_status
 from kvstore.client import GetResult, KVClient
 from kvstore.codecs.batch import ready
 from kvstore.config import KIB, StoreConfig
@@ -106,12 +107,18 @@ async def test_planes_that_the_plan_does_not_accept_are_refused(cluster: MiniClu
         await client.get(plan, planes=2)
 
 
-async def test_status_says_what_codecs_make_of_it(cluster: MiniCluster, tmp_path: Path) -> None:
+async def test_status_says_what_codecs_make_of_it(
+    cluster: MiniCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     worker, _, _ = await filled(cluster, tmp_path)
     status = worker.node.status()
     uses = {tier.tier: {use.codec: use for use in tier.codecs} for tier in status.tiers}
     host = uses[int(Tier.HOST)]["nested"]
     assert host.chunks > 0 and host.encode_s > 0 and 1.2 < host.raw_bytes / host.stored_bytes < 1.4
+    client = await cluster.client(token_file=str(tmp_path / "token"))
+    print_status(await client.cluster_status())
+    printed = capsys.readouterr().out
+    assert "nested" in printed and f"{host.raw_bytes / host.stored_bytes:.2f}" in printed
 
 
 TIGHT = replace(SMALL, hot_bytes=64 * KIB, host_bytes=320 * KIB)

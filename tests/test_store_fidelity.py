@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.codec_rules import CodecRules
 from kvstore.codecs import DENSE, FAST, INT4, INT8, NESTED
-from kvstore.format import Record
+from kvstore.format import Record, encode_record, trim_record
 from kvstore.runs import Added
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
@@ -153,6 +153,34 @@ async def test_losing_a_tier_lowers_fidelity_instead_of_losing_the_block() -> No
     assert [change.fidelity for _, change in said if isinstance(change, Added)] == [COMPACT]
     assert await rig.get(depth, least=EXACT) is None
     assert await rig.get(depth, least=COMPACT) == back
+    await rig.close()
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_a_lossy_copy_from_redis_does_not_take_the_place_of_what_a_failing_disk_has(same: bool) -> None:
+    ssd, redis = FaultyTier(Tier.SSD, 4 << 20), FaultyTier(Tier.REDIS, 64 << 20)
+    rig = await rig_with(CodecRules(COMPACT, "nested"), ssd=ssd, redis=redis)
+    await rig.put_all(MANY)
+    await rig.settle()
+    depth = only_in(rig, Tier.SSD)[0]
+    header, record = next((header, record) for _, header, record in ssd.kept.values() if header.depth == depth)
+    if not same:
+        _, parts = encode_record(
+            replace(header.unencoded(), copy_id=0), rig.raw(depth, salt=b"other"), rig.spec, rig.whole, NESTED
+        )
+        record = b"".join(parts)
+    header, trimmed = trim_record(Record.parse(record), 1)
+    redis.kept[1] = NAMESPACE, header, b"".join(bytes(part) for part in trimmed)
+
+    ssd.down = True
+    back = await rig.get(depth, least=COMPACT, redis=True)
+    if same:
+        assert back is not None and 0.01 < error(rig.raw(depth), back) < 0.15
+        assert planes(rig, depth) == {Tier.HOST: 1, Tier.SSD: 7}
+    else:
+        assert back is None and planes(rig, depth) == {Tier.SSD: 7}
+    ssd.down = False
+    assert await rig.get(depth, least=EXACT) == rig.raw(depth)
     await rig.close()
 
 

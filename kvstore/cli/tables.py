@@ -55,10 +55,28 @@ def print_status(status: dict[str, Any], title: str = "") -> None:
             head = ["", "", "", ""]
         workers.add_section()
     out.print(workers)
+    if any(row["codecs"] for worker in status["workers"] for row in worker["tiers"].values()):
+        print_codecs(status["workers"])
     if status.get("reconciler"):
         out.print(f"reconciler: {reconciler_line(status['reconciler'])}")
     if any(use["quota"] for entry in status["namespaces"] for use in entry["tiers"].values()):
         print_namespaces(status["namespaces"])
+
+
+def print_codecs(workers: list[dict[str, Any]]) -> None:
+    """What each codec made of what was written to each tier since the worker's start. GB/s are of raw bytes."""
+    columns = ("worker", "tier", "codec", "chunks", "ratio", "encode s", "GB/s", "decode s")
+    made = table(*columns, right="chunks ratio GB/s")
+    for worker in workers:
+        head = worker["id"]
+        for tier, row in worker["tiers"].items():
+            for name, use in row["codecs"].items():
+                ratio = "" if use["ratio"] is None else f"{use['ratio']:.2f}"
+                speed = f"{use['raw_bytes'] / use['encode_s'] / 1e9:.1f}" if use["encode_s"] else ""
+                times = f"{use['encode_s']:.2f}", speed, f"{use['decode_s']:.2f}"
+                made.add_row(head, tier, name, str(use["chunks"]), ratio, *times)
+                head = ""
+    console().print(made)
 
 
 def reconciler_line(reconciler: dict[str, Any]) -> str:
