@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kvstore.cli import bench, data, demo, doctor, drain, engine_events, fleet, replay, servers
+from kvstore.cli import bench, data, demo, doctor, drain, engine_events, fleet, replay, servers, top
 from kvstore.cli.common import EXIT_INTERRUPTED, EXIT_OK, Parser, note
 from kvstore.errors import KVStoreError
 
@@ -15,6 +15,7 @@ EPILOG = """\
 first steps:
   kvstore up                       Ray, a coordinator, a worker and Redis on this machine
   kvstore status                   workers, tiers, bytes, compression
+  kvstore top                      rates, latency, lag and errors of all processes, live
   kvstore doctor                   proves that every tier works, or names what does not and the fix
   kvstore down                     ends all of it and only it
 
@@ -35,7 +36,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for group in (fleet, doctor, demo, servers, engine_events, drain, replay, data, bench):
+    for group in (fleet, top, doctor, demo, servers, engine_events, drain, replay, data, bench):
         group.add(commands)
     fleet.add_hidden(commands)
     return made
