@@ -68,8 +68,10 @@ def _coordinator(
         "address": address,
         "state": "complete" if status.complete else "filling",
         "blocks": status.directory_blocks,
-        "matches_s": _counter_rate(["matches"], status.counters, before and before.counters, seconds),
-        **_latency("match", status.latencies, before and before.latencies),
+        "matches_s": _counter_rate(
+            ["matches"], status.counters, before.counters if before is not None else None, seconds
+        ),
+        **_latency("match", status.latencies, before.latencies if before is not None else None),
         "lag": status.lag,
         "gaps": status.counters.get("gaps", 0),
     }
