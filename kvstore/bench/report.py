@@ -48,6 +48,15 @@ class Report:
         self.results[metric] = {"value": value, "unit": unit, "n": len(values)}
         return value
 
+    def series(self, metric: str, points: Sequence[tuple[float, float]], unit: str) -> None:
+        """Values over time, (when, value) each; the result is the last one."""
+        self.results[metric] = {
+            "value": points[-1][1],
+            "unit": unit,
+            "n": len(points),
+            "series": [list(p) for p in points],
+        }
+
     def missing(self, metric: str, unit: str, reason: str) -> None:
         self.results[metric] = {"value": None, "unit": unit, "n": 0, "reason": reason}
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from kvstore.bench.report import Report
-from kvstore.bench.tiers_churn import measure_churn
+from kvstore.bench.tiers_churn import QUEUE_QUICK, measure_churn
 from kvstore.bench.tiers_memory import measure_host
 from kvstore.bench.tiers_recovery import measure_index, measure_recovery
 from kvstore.bench.tiers_redis import measure_redis
@@ -26,7 +26,9 @@ PARTS: dict[str, Part] = {
     "redis": lambda report, quick, folder: measure_redis(report, ROUNDS if quick else ROUNDS_LONG, 32),
     "recovery": lambda report, quick, folder: measure_recovery(report, ROUNDS, (256 if quick else 2048) * MIB, folder),
     "index": lambda report, quick, folder: measure_index(report, 3 if quick else ROUNDS, folder),
-    "churn": lambda report, quick, folder: measure_churn(report, 4.0 if quick else 600.0, folder),
+    "churn": lambda report, quick, folder: (
+        measure_churn(report, 4.0, folder, QUEUE_QUICK) if quick else measure_churn(report, 600.0, folder)
+    ),
 }
 
 
