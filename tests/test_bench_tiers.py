@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvstore.bench.report import Report
-from kvstore.bench.tiers_churn import measure_churn
+from kvstore.bench.tiers_churn import QUEUE_QUICK, measure_churn
 from kvstore.bench.tiers_recovery import measure_recovery
 from kvstore.bench.tiers_redis import measure_redis
 from kvstore.bench.tiers_residency import Resident, measure_residency
@@ -33,5 +33,5 @@ def test_residency_and_churn(tmp_path: Path) -> None:
     assert report.results["residency_ops"]["value"] > 0
     made = Resident(300)
     validate(made.residency)
-    measure_churn(report, 0.1, str(tmp_path))
+    measure_churn(report, 0.1, str(tmp_path), QUEUE_QUICK)
     assert report.results["churn_blocks_spilled"]["value"] > 0
