@@ -26,6 +26,9 @@ from kvstore.wire import worker_pb2
 HELLO_S = 5.0
 """From connecting to the end of the greeting."""
 
+RETRY_S = 0.05
+"""After an accept that failed."""
+
 BACKLOG = 128
 LOG = logging.getLogger("kvstore")
 
@@ -74,10 +77,14 @@ class DataServer:
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener)
-                link = DataLink(sock, self._pool, self._message_bytes_max)
-            except OSError as error:  # gone again, or no descriptors: the next one is waited for all the same
+            except OSError as error:  # no descriptors, mostly: the next one is waited for all the same
                 LOG.warning("a data connection was not accepted: %s", error)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(RETRY_S)
+                continue
+            try:
+                link = DataLink(sock, self._pool, self._message_bytes_max)
+            except OSError:  # gone again
+                sock.close()
                 continue
             if not self._room():
                 link.close()
