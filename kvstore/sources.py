@@ -18,7 +18,7 @@ from kvstore.seams import Pool
 from kvstore.types import Tier
 from kvstore.wire import worker_pb2
 
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 32 << 20
 """Raw bytes that one turn of a byte mover copies: long enough to pay for the turn, short enough to end soon."""
 
 INLINE_BYTES = 256 << 10
