@@ -12,7 +12,7 @@ import numpy as np
 
 from kvstore.kernels import jit
 from kvstore.kernels.quant import int4_bytes, scratch_size
-from kvstore.kernels.scales import affine, column_ranges, narrow, ordered, stored, tile_ranges, widen
+from kvstore.kernels.scales import affine, column_ranges, ordered, steps, stored, tile_ranges, value_of
 
 U8, U16, U32, I16, I32, F32 = np.uint8, np.uint16, np.uint32, np.int16, np.int32, np.float32
 
@@ -30,17 +30,17 @@ def low_bytes(rows: Any, cols: Any) -> Any:
 def _quantise(row: Any, by_row: Any, least: Any, inv: Any, q: Any) -> Any:
     if not by_row:
         for c in range(row.size):
-            v = F32(F32(F32(widen(row[c]) - least[c]) * inv[c]) + F32(8388608.0)).view(np.uint32)
+            v = steps(row[c], least[c], inv[c])
             q[c] = U8(v & U32(255))
         return
     for tile in range(row.size // 64):
         bottom, over = least[tile], inv[tile]
         for c in range(64):
-            v = F32(F32(F32(widen(row[tile * 64 + c]) - bottom) * over) + F32(8388608.0)).view(np.uint32)
+            v = steps(row[tile * 64 + c], bottom, over)
             q[tile * 64 + c] = U8(v & U32(255))
     for c in range(row.size // 64 * 64, row.size):
         tile = row.size // 64
-        v = F32(F32(F32(widen(row[c]) - least[tile]) * inv[tile]) + F32(8388608.0)).view(np.uint32)
+        v = steps(row[c], least[tile], inv[tile])
         q[c] = U8(v & U32(255))
 
 
@@ -48,15 +48,15 @@ def _quantise(row: Any, by_row: Any, least: Any, inv: Any, q: Any) -> Any:
 def _values(q: Any, by_row: Any, scale: Any, least: Any, row: Any) -> Any:
     if not by_row:
         for c in range(row.size):
-            row[c] = narrow(F32(F32(F32(I32(q[c])) * scale[c]) + least[c]))
+            row[c] = value_of(q[c], scale[c], least[c])
         return
     for tile in range(row.size // 64):
         step, bottom = scale[tile], least[tile]
         for c in range(64):
-            row[tile * 64 + c] = narrow(F32(F32(F32(I32(q[tile * 64 + c])) * step) + bottom))
+            row[tile * 64 + c] = value_of(q[tile * 64 + c], step, bottom)
     for c in range(row.size // 64 * 64, row.size):
         tile = row.size // 64
-        row[c] = narrow(F32(F32(F32(I32(q[c])) * scale[tile]) + least[tile]))
+        row[c] = value_of(q[c], scale[tile], least[tile])
 
 
 @jit

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from kvstore.kernels import jit
-from kvstore.kernels.scales import affine, column_ranges, narrow, row_ranges, stored, symmetric, tile_ranges, widen
+from kvstore.kernels.scales import (
+    affine,
+    column_ranges,
+    narrow,
+    row_ranges,
+    steps,
+    stored,
+    symmetric,
+    tile_ranges,
+    value_of,
+    widen,
+)
 
 U8, U16, U32, I8, I16, I32, F32 = np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int32, np.float32
 
@@ -42,14 +53,14 @@ def int8_bytes(rows: Any, cols: Any, by_row: Any) -> Any:
 @jit
 def _low_by_column(row: Any, least: Any, inv: Any, packed: Any) -> Any:
     for c in range(row.size):
-        q = F32(F32(F32(widen(row[c]) - least[c]) * inv[c]) + F32(8388608.0)).view(np.uint32)
+        q = steps(row[c], least[c], inv[c])
         packed[c] = U8(q & U32(15))
 
 
 @jit
 def _high_by_column(row: Any, least: Any, inv: Any, packed: Any) -> Any:
     for c in range(row.size):
-        q = F32(F32(F32(widen(row[c]) - least[c]) * inv[c]) + F32(8388608.0)).view(np.uint32)
+        q = steps(row[c], least[c], inv[c])
         packed[c] = U8(U32(packed[c]) | U32(U32(q & U32(15)) << U32(4)))
 
 
@@ -58,11 +69,11 @@ def _low_by_row(row: Any, least: Any, inv: Any, packed: Any) -> Any:
     for tile in range(row.size // 64):
         bottom, over = least[tile], inv[tile]
         for c in range(64):
-            q = F32(F32(F32(widen(row[tile * 64 + c]) - bottom) * over) + F32(8388608.0)).view(np.uint32)
+            q = steps(row[tile * 64 + c], bottom, over)
             packed[tile * 64 + c] = U8(q & U32(15))
     for c in range(row.size // 64 * 64, row.size):
         tile = row.size // 64
-        q = F32(F32(F32(widen(row[c]) - least[tile]) * inv[tile]) + F32(8388608.0)).view(np.uint32)
+        q = steps(row[c], least[tile], inv[tile])
         packed[c] = U8(q & U32(15))
 
 
@@ -71,11 +82,11 @@ def _high_by_row(row: Any, least: Any, inv: Any, packed: Any) -> Any:
     for tile in range(row.size // 64):
         bottom, over = least[tile], inv[tile]
         for c in range(64):
-            q = F32(F32(F32(widen(row[tile * 64 + c]) - bottom) * over) + F32(8388608.0)).view(np.uint32)
+            q = steps(row[tile * 64 + c], bottom, over)
             packed[tile * 64 + c] = U8(U32(packed[tile * 64 + c]) | U32(U32(q & U32(15)) << U32(4)))
     for c in range(row.size // 64 * 64, row.size):
         tile = row.size // 64
-        q = F32(F32(F32(widen(row[c]) - least[tile]) * inv[tile]) + F32(8388608.0)).view(np.uint32)
+        q = steps(row[c], least[tile], inv[tile])
         packed[c] = U8(U32(packed[c]) | U32(U32(q & U32(15)) << U32(4)))
 
 
@@ -116,13 +127,13 @@ def _int4_encode(
 @jit
 def _value_low(row: Any, packed: Any, scale: Any, least: Any) -> Any:
     for c in range(row.size):
-        row[c] = narrow(F32(F32(F32(I32(packed[c] & U8(15))) * scale[c]) + least[c]))
+        row[c] = value_of(packed[c] & U8(15), scale[c], least[c])
 
 
 @jit
 def _value_high(row: Any, packed: Any, scale: Any, least: Any) -> Any:
     for c in range(row.size):
-        row[c] = narrow(F32(F32(F32(I32(packed[c] >> U8(4))) * scale[c]) + least[c]))
+        row[c] = value_of(packed[c] >> U8(4), scale[c], least[c])
 
 
 @jit
@@ -130,10 +141,10 @@ def _value_low_by_row(row: Any, packed: Any, scale: Any, least: Any) -> Any:
     for tile in range(row.size // 64):
         step, bottom = scale[tile], least[tile]
         for c in range(64):
-            row[tile * 64 + c] = narrow(F32(F32(F32(I32(packed[tile * 64 + c] & U8(15))) * step) + bottom))
+            row[tile * 64 + c] = value_of(packed[tile * 64 + c] & U8(15), step, bottom)
     for c in range(row.size // 64 * 64, row.size):
         tile = row.size // 64
-        row[c] = narrow(F32(F32(F32(I32(packed[c] & U8(15))) * scale[tile]) + least[tile]))
+        row[c] = value_of(packed[c] & U8(15), scale[tile], least[tile])
 
 
 @jit
@@ -141,10 +152,10 @@ def _value_high_by_row(row: Any, packed: Any, scale: Any, least: Any) -> Any:
     for tile in range(row.size // 64):
         step, bottom = scale[tile], least[tile]
         for c in range(64):
-            row[tile * 64 + c] = narrow(F32(F32(F32(I32(packed[tile * 64 + c] >> U8(4))) * step) + bottom))
+            row[tile * 64 + c] = value_of(packed[tile * 64 + c] >> U8(4), step, bottom)
     for c in range(row.size // 64 * 64, row.size):
         tile = row.size // 64
-        row[c] = narrow(F32(F32(F32(I32(packed[c] >> U8(4))) * scale[tile]) + least[tile]))
+        row[c] = value_of(packed[c] >> U8(4), scale[tile], least[tile])
 
 
 @jit

@@ -55,6 +55,18 @@ def inverse(scale: Any) -> Any:
 
 
 @jit
+def steps(bits: Any, least: Any, inv: Any) -> Any:
+    """(bf16 - least) * inv, rounded to nearest, ties to even, by adding 2^23: in the lower bits of what is returned."""
+    return F32(F32(F32(widen(bits) - least) * inv) + F32(8388608.0)).view(np.uint32)
+
+
+@jit
+def value_of(q: Any, scale: Any, least: Any) -> Any:
+    """bf16 of q * scale + least, each operation rounded to float32."""
+    return narrow(F32(F32(F32(I32(q)) * scale) + least))
+
+
+@jit
 def column_ranges(x: Any, first: Any, rows: Any, cols: Any, low: Any, high: Any) -> Any:
     """Ordered minimum and maximum per column of `rows` rows from `first` on. False where a value is too large."""
     for c in range(cols):
