@@ -26,7 +26,7 @@ class Movement:
         self.stack = stack
         self.outlets = Outlets(stack)
         self.growth = Growth(stack.arena, stack.system.pool, self.nudge)
-        self.room = Room(stack, self.outlets, self.growth, self.press, self._move_on)
+        self.room = Room(stack, self.outlets, self.growth, self.press, self._anything_moves, self._move_on)
         self._carrier = Carrier(stack, finder, self.room)
         self.moving_bytes = 0  # of the copies on their way down
         self._targets: dict[int, int] = {}  # level -> bytes it is being drained to, since it crossed its watermark
@@ -42,12 +42,14 @@ class Movement:
     def busy(self) -> bool:
         return bool(self._tasks) or self._again or self.growth.busy
 
-    def press(self, level: int, nbytes: int) -> bool:
-        """`nbytes` are waited for in a level; whether anything is on its way that may make room. Mutates."""
+    def _anything_moves(self) -> bool:
+        return bool(self._tasks) or self.growth.busy
+
+    def press(self, level: int, nbytes: int) -> None:
+        """`nbytes` are waited for in a level. Mutates."""
         if not self.stack.arena.asked or self.stack.arena_tier(level) is None:
             self._want(level, nbytes)
             self.pump()
-        return bool(self._tasks) or self.growth.busy
 
     def _want(self, level: int, nbytes: int) -> None:
         """Drain a level until `nbytes` fit; where they would, but find no place in one piece, by as much. Mutates."""

@@ -80,13 +80,15 @@ class Room:
         stack: Stack,
         outlets: Outlets,
         growth: Growth,
-        press: Callable[[int, int], bool],
+        press: Callable[[int, int], None],
+        moving: Callable[[], bool],
         move_on: Callable[[int, int], bool],
     ) -> None:
         self.stack = stack
         self.outlets = outlets
         self.growth = growth
-        self._press = press  # (level, bytes): move so much down; whether anything is on its way
+        self._press = press  # (level, bytes): move so much down
+        self._anything_moves = moving  # whether anything is on its way that may make room, a new segment too
         self._move_on = move_on  # (row, level): begin to move it down; whether that, or its end, has begun
         self._lines = [FairLine[Waiter]() for _ in stack.tiers]  # those who wait, by level
         self._progress = asyncio.Event()
@@ -170,31 +172,39 @@ class Room:
             if row is None or not self.shed(row, level, clean_only=clean_only):
                 break
         if not clean_only and tier.fits(nbytes):
-            self._clear_segments()
-            return tier.reserve(namespace, nbytes)
+            self._clear_segments(namespace)
+            location = tier.reserve(namespace, nbytes)
+            self.growth.poke()  # what it asks for begins at once: nothing else moves on its behalf
+            return location
         return None
 
-    def _clear_segments(self) -> None:
-        """Empty the lightest segments of what may be shed at once; nothing for those with a block that may not."""
+    def _clear_segments(self, namespace: str) -> None:
+        """Empty the lightest segments of what may be shed at once, of those without a block that is moving or read. For
+        a namespace without any segment, one that nobody reads: what may not be shed begins to move down."""
         stack = self.stack
+        waits = all(segment.namespace != namespace for segment in stack.arena.segments())
         residency = stack.residency
         for segment in sorted(stack.arena.segments(), key=lambda s: (s.live, s.id))[:SEGMENTS_TRIED]:
             found = [(row, level) for level in (stack.HOT, stack.HOST) for row in residency.at(level, segment.id)]
-            movable = [
-                (row, level) for row, level in found if not residency.pinned(row) and residency.staying(row, level)
-            ]
-            if not found or len(movable) < len(found):
+            free = [(row, level) for row, level in found if not residency.pinned(row) and residency.staying(row, level)]
+            if not found or (len(free) < len(found) and not waits) or any(residency.pinned(row) for row, _ in found):
                 continue
-            if all(self.shed(row, level) for row, level in movable if residency.present(row, level)):
+            if all(self._clear(row, level, waits) for row, level in free):
                 return
+
+    def _clear(self, row: int, level: int, waits: bool) -> bool:
+        """Whether a copy is gone, or on its way down."""
+        if not self.stack.residency.present(row, level) or self.shed(row, level):
+            return True
+        return waits and self._move_on(row, level)
 
     async def come(self, level: int, nbytes: int) -> None:
         """`make`, waiting as long as any move is on its way; the caller bounds that. TierFull where none is."""
         while not self.make(level, nbytes):
-            moving = self._press(level, nbytes)
+            self._press(level, nbytes)
             if self.make(level, nbytes):
                 return
-            if not moving:
+            if not self._anything_moves():
                 raise TierFull("all blocks there are held by readers, or can't be moved on")
             await self.progress()
 
@@ -203,7 +213,7 @@ class Room:
         return 0 if self.stack.quota.over(namespace, level, 1) > 0 else nbytes
 
     async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
-        """`reserve`, and if need be wait for room: for moves at most `wait_s`, for a segment that is being made longer.
+        """`reserve`, and if need be wait for room: for moves at most `wait_s`, for new segments GROWTH_WAIT_S besides.
 
         Within `spill_queue_bytes` of waiting blocks, where namespaces take turns by bytes; where the line is full, the
         last one of whoever has most in it gives way.
@@ -233,19 +243,28 @@ class Room:
             line.remove(namespace, waiter)
 
     async def _wait(self, level: int, namespace: str, waiter: Waiter, wait_s: float) -> Location | None:
-        begun = asyncio.get_running_loop().time()
-        first = True
+        time = asyncio.get_running_loop().time
+        until, grown_s, first = time() + wait_s, 0.0, True  # what a new segment takes does not count
         while waiter.place is None and not waiter.over:
             if first or self._served[level] is not self._progress:  # once for all who wait, at each progress
-                self._moving[level] = self._press(level, self._asked(level, namespace, self._lines[level].nbytes))
-                self._serve(level)  # pressing may have made room at once
+                self._press(level, self._asked(level, namespace, self._lines[level].nbytes))
+                self._serve(level)  # pressing may have made room at once; what it can't serve moves and asks for more
+                self._moving[level] = self._anything_moves() or self._filling(level)
                 self._served[level], first = self._progress, False
             if waiter.place is not None or not self._moving[level]:
                 break
-            bound = max(wait_s, GROWTH_WAIT_S) if self.stack.arena.asked else wait_s
-            async with asyncio.timeout_at(begun + bound):
+            growing, before = self.stack.arena.asked > 0, time()
+            async with asyncio.timeout_at(until + (GROWTH_WAIT_S if growing else grown_s)):
                 await self.progress()
+            if growing:
+                grown_s = min(GROWTH_WAIT_S, grown_s + time() - before)
         return waiter.place
+
+    def _filling(self, level: int) -> bool:
+        """Whether space is given to blocks that are not complete: they may be moved on when they are. Pure."""
+        stack = self.stack
+        levels = [level] if stack.arena_tier(level) is None else [stack.HOT, stack.HOST]
+        return any(stack.tiers[level].used > stack.residency.used[level] for level in levels)
 
     def _serve(self, level: int) -> None:
         """Give room to those in line, in turn; who can't have any (its quota, its segments) holds up nobody else."""
