@@ -41,6 +41,7 @@ from kvstore.kernels.reuse_state import (
     RECORDS,
     REQUEST,
     RESIDENT,
+    REUSED,
     TABLES,
     USES,
     X_FIELDS,
@@ -54,6 +55,7 @@ PENDING_WORDS = 8192
 FIRST_ITEMS = 256
 SWEEP_USES_MIN = 1024
 SWEEP_SHARE = 4  # of the entries: so many uses between two sweeps
+REUSES_MIN = 1024  # before anything but age counts
 KEEP = 0.97  # what a count weighs after one sweep more
 GHOST_BYTES = 72  # of an entry with its record and slots
 GHOSTS_MIN = 4096
@@ -101,6 +103,8 @@ class Learning:
         self.requests = 0
         self._swept = 0  # uses at the last sweep
         self._judged, self._rounds, self._lru_rounds = 0, 0, 1
+        self._cold = True  # nothing was measured yet: everything goes by age
+        known.n[BY_AGE] = 1
         sweep(known, 1.0)
         self.begin(Use(time_s=0.0), 0.0)
         self.keys(np.zeros(0, np.int32))  # the kernels are loaded here, not under the first request
@@ -169,7 +173,11 @@ class Learning:
         n = self._known.n
         if n[USES] - self._swept >= max(SWEEP_USES_MIN, n[ENTRIES] // SWEEP_SHARE):
             self._swept = int(n[USES])
-            self._judge()
+            if self._cold:
+                self._cold = float(self._known.tables[REUSED].sum()) < REUSES_MIN
+                n[BY_AGE] = self._cold
+            else:
+                self._judge()
             sweep(self._known, KEEP)
 
     def keys(self, rows: Array) -> Array:

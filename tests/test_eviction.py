@@ -133,7 +133,7 @@ def test_the_guard_goes_by_age_where_lru_is_better() -> None:
     assert isinstance(policy, Learned)
     learning = policy.learning
     rows = 64
-    seen = False
+    seen, learned = False, False
     learning._known.tables[3] = np.linspace(
         0.0, 1.0, learning._known.tables.shape[2], dtype=np.float32
     )  # older: better
@@ -153,7 +153,8 @@ def test_the_guard_goes_by_age_where_lru_is_better() -> None:
             policy.admit(free, block + 1, 1)
             learning.settle()
         learning._known.tables[3] = np.linspace(0.0, 1.0, learning._known.tables.shape[2], dtype=np.float32)
-        seen = seen or learning.by_age
+        learned = learned or not learning.by_age  # by age at first, as long as nothing was measured
+        seen = seen or (learned and learning.by_age)
     assert seen
 
 
@@ -171,6 +172,24 @@ def test_levels_learn_together_and_ghosts_are_bounded() -> None:
     learning.settle()
     assert int(learning._known.n[0]) <= 4096 + 50
     assert int(learning._known.n[6]) == 50  # resident, each once although at two levels
+
+
+def test_before_anything_is_measured_the_oldest_leaves_first() -> None:
+    policy, lru = make_policy("default"), make_policy("lru")
+    rng = Random(5)
+    for row in range(500):
+        for each in (policy, lru):
+            each.begin(Use(), row / 1000)
+            each.admit(row, row + 1, 1)
+        used = rng.randrange(row + 1)
+        for each in (policy, lru):
+            each.begin(Use(), (row + 0.5) / 1000)
+            each.touch(used)
+    for _ in range(500):
+        row = lru.victim(lambda row: True)
+        assert row is not None and policy.victim(lambda row: True) == row
+        policy.remove(row, evicted=True)
+        lru.remove(row, evicted=True)
 
 
 def test_hints_order_victims() -> None:

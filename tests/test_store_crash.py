@@ -27,7 +27,8 @@ def killed_mid_spill(folder: Path, log: Path, first: int, rng: Random) -> tuple[
     finally:
         assert child.alive(), log.read_text()
         child.kill()
-    lines = [line.split() for line in log.read_text().splitlines() if line.count(" ") == 4]
+    whole = log.read_text().rpartition("\n")[0]  # the last line may have been cut off, too
+    lines = [line.split() for line in whole.splitlines() if line.count(" ") == 4]
     return int(lines[-1][0]), int(lines[-1][2]), int(lines[-1][4])
 
 

@@ -17,6 +17,7 @@ from kvstore.demo.model import TINY, demo_spec, make_model, weights_digest  # no
 from kvstore.demo.replica import greedy  # noqa: E402
 from kvstore.demo.watch import Watched, Zeroed  # noqa: E402
 from kvstore.errors import UsageError  # noqa: E402
+from kvstore.hinting import NO_HINT  # noqa: E402
 from kvstore.integrations.transformers import (  # noqa: E402
     BlockClient,
     Prefilled,
@@ -24,6 +25,7 @@ from kvstore.integrations.transformers import (  # noqa: E402
     cache_from_blocks,
     prefill,
     spec_for,
+    tell,
 )
 from kvstore.keys import Chain  # noqa: E402
 from kvstore.layout import block_bytes, chunks  # noqa: E402
@@ -31,6 +33,7 @@ from kvstore.plan import HitPlan  # noqa: E402
 from kvstore.spec import ModelSpec, Shard  # noqa: E402
 from kvstore.store_blocks import PutResult  # noqa: E402
 from kvstore.types import CommitToken, Tier  # noqa: E402
+from kvstore.usage import Hint, Use  # noqa: E402
 
 
 class DictClient:
@@ -224,3 +227,21 @@ async def test_what_cannot_be_shared_is_refused(model: Any, spec: ModelSpec) -> 
     other.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UsageError, match="dynamic"):
         spec_for(other, name="m")
+
+
+async def test_what_is_told_of_a_prompt_names_its_full_blocks(spec: ModelSpec) -> None:
+    told: list[Any] = []
+
+    class Client:
+        async def hint(self, spec: ModelSpec, prefix: Chain, hint: Hint = NO_HINT, *, use: Use | None = None) -> int:
+            told.append((len(prefix), hint, use))
+            return len(prefix)
+
+    ids = torch.arange(2 * spec.block_tokens + 3)[None]
+    over, begin = Hint(ended=True, output_tokens=9), Use(session=b"chat")
+    assert await tell(Client(), spec, ids, over) == 2
+    assert await tell(Client(), spec, ids, use=begin) == 2
+    assert await tell(Client(), spec, ids[:, :3], over) == 0, "no full block, nothing to tell"
+    assert told == [(2, over, None), (2, NO_HINT, begin)]
+    with pytest.raises(UsageError):
+        await tell(Client(), spec, ids[0], over)

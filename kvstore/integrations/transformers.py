@@ -26,12 +26,14 @@ from transformers import DynamicCache
 
 from kvstore.client import GetResult
 from kvstore.errors import UsageError
+from kvstore.hinting import NO_HINT
 from kvstore.keys import Chain, chain
 from kvstore.layout import K, block_bytes, chunks
 from kvstore.plan import HitPlan
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.store_blocks import PutResult
 from kvstore.types import Buffer, CommitToken, Tier
+from kvstore.usage import Hint, Use
 
 POSITION_ONLY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotations whose angle does not depend on the length of the sequence (transformers' names)."""
@@ -224,6 +226,31 @@ async def prefill(
         commits=tuple(stored.tokens),
     )
     return Prefilled(cache, logits, stats)
+
+
+class TellingClient(Protocol):
+    """What `tell` needs of `kvstore.KVClient`."""
+
+    async def hint(self, spec: ModelSpec, prefix: Chain, hint: Hint = ..., *, use: Use | None = None) -> int: ...
+
+
+async def tell(
+    client: TellingClient,
+    spec: ModelSpec,
+    input_ids: torch.Tensor,
+    hint: Hint = NO_HINT,
+    *,
+    use: Use | None = None,
+) -> int:
+    """Say what is known of a prompt: before `prefill` with `use` (session, time), after its output was generated with
+    `hint` (output length, how it ended, session over, reuse expected). `input_ids`: [1, token], as given to `prefill`.
+
+    How many (shard, block) pairs the workers told hold. Never raises for a fault of the service.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        raise UsageError(f"input_ids have shape {list(input_ids.shape)}: give one prompt as [1, tokens]")
+    prompt = chain(spec, input_ids[0].numpy(force=True))
+    return await client.hint(spec, prompt, hint, use=use) if len(prompt) else 0
 
 
 async def _match(client: BlockClient | None, prompt: Chain, most: int, after: Iterable[CommitToken]) -> HitPlan:

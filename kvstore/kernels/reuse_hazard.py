@@ -29,6 +29,7 @@ from kvstore.kernels.reuse_state import (
     NOW,
     OPEN,
     REUSED,
+    SERIAL,
     Known,
     age_bin,
     class_of,
@@ -112,15 +113,17 @@ def write_key(s: Known, row: Any) -> Any:
     now = s.x[NOW]
     age = now - s.requests[r].time
     if s.n[BY_AGE]:
-        value = 1.0 / (1.0 + age)
+        value = 1.0 / (1.0 + np.float64(s.n[SERIAL] - s.requests[r].serial))  # age in requests: clocks may stand still
+        if s.requests[r].finish == ENDED:
+            value *= PRIOR_ENDED / PRIOR_ALL
     else:
         value = np.float64(s.tables[INDEX, class_of(s, e), age_bin(age)])
-        if s.requests[r].expect > now:
-            value = max(value, 1.0 / (s.requests[r].expect - now))
-        if s.requests[r].priority:
-            value *= 2.0 ** s.requests[r].priority
-        if now > s.requests[r].until:
-            value = 0.0
+    if s.requests[r].expect > now:
+        value = max(value, 1.0 / (s.requests[r].expect - now))
+    if s.requests[r].priority:
+        value *= 2.0 ** s.requests[r].priority
+    if now > s.requests[r].until:
+        value = 0.0
     s.key[row] = (np.int64(min(value, VALUE_MAX) * VALUE_SCALE) << 16) | (0xFFFF - np.int64(s.blocks[e].depth))
 
 

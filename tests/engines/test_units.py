@@ -83,6 +83,10 @@ class Client:
     async def unpin(self, pin: Pin) -> None:
         self._event("unpin")
 
+    async def hint(self, spec: ModelSpec, prefix: Any, hint: Any, **options: Any) -> int:
+        self._event("hint")
+        return 0
+
     async def match(self, spec: ModelSpec, prefix: Any, shards: Any, after: Any = (), *, timeout_s: float) -> HitPlan:
         self.shown.append(list(after))
         return HitPlan(spec, tuple(prefix.keys), tuple(shards)).shortened(self.held)

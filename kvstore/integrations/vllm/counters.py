@@ -30,6 +30,9 @@ COUNTERS: Mapping[str, str] = {
     "hits_ssd": "blocks loaded from SSD, per rank",
     "hits_redis": "blocks loaded from Redis, per rank",
     "seconds_loading": "seconds that loads took, summed",
+    "hints": "begins and ends of requests that were told to the store",
+    "hints_dropped": "begins and ends that were not told: too much was in flight",
+    "hints_refused": "things a request said of itself that are not of their kind",
     "errors": "faults inside the connector: each is logged, none reaches the engine",
 }
 

@@ -29,6 +29,7 @@ class Tracked:
     lookup_at: float = 0.0  # begun
     plan: HitPlan | None = None
     plan_at: float = 0.0
+    told: bool = False  # whether its begin was told
     own_since: float | None = None  # first time its lookup was put off because this engine is storing its blocks
     saving: dict[int, int] = field(default_factory=dict)  # save number -> ranks that still need its pages
 

@@ -17,6 +17,7 @@ from kvstore.integrations.vllm.metadata import Load, Report, Save, Step
 from kvstore.integrations.vllm.options import Options
 from kvstore.integrations.vllm.own import OwnSaves
 from kvstore.integrations.vllm.requests import Tracked, track
+from kvstore.integrations.vllm.telling import Teller
 from kvstore.layout import block_bytes
 from kvstore.seams import Clock
 
@@ -50,6 +51,7 @@ class SchedulerSide:
         self._own = OwnSaves(clock)
         self._lookups = Lookups(identity, options, face, clock, self.counters, self._own)
         self._keeper = Keeper(options, face, clock, self.counters)
+        self._teller = Teller(identity, face, self.counters)
 
     # --- matching --------------------------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class SchedulerSide:
         ):
             return 0, False
         keys = tracked.extend(request.num_tokens)
+        self._teller.begins(tracked, keys)
         if tracked.lookup is None and self._lookups.waits_for_own(tracked, keys[first:limit]):
             return None, False
         plan = self._lookups.plan(tracked, keys)
@@ -228,6 +231,7 @@ class SchedulerSide:
             return False
         self._lookups.forget(tracked)
         self._keeper.let_go(tracked.id)
+        self._teller.ended(tracked)
         if not tracked.saving:
             return False
         self._ended[tracked.id] = tracked.saving
