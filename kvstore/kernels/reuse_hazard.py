@@ -112,10 +112,11 @@ def write_key(s: Known, row: Any) -> Any:
     r = s.blocks[e].request
     now = s.x[NOW]
     age = now - s.requests[r].time
+    value: Any = 0.0
     if s.n[BY_AGE]:
         value = 1.0 / (1.0 + np.float64(s.n[SERIAL] - s.requests[r].serial))  # age in requests: clocks may stand still
         if s.requests[r].finish == ENDED:
-            value *= PRIOR_ENDED / PRIOR_ALL
+            value = value * PRIOR_ENDED / PRIOR_ALL
     else:
         value = np.float64(s.tables[INDEX, class_of(s, e), age_bin(age)])
     if s.requests[r].expect > now:
