@@ -20,9 +20,10 @@ from kvstore.codecs.batch import Backend, Coded, Plane, decode, encode
 from kvstore.codecs.by_numba import Numba
 from kvstore.codecs.by_torch import Torch
 from kvstore.codecs.registry import CODECS, FORMS
-from kvstore.errors import DataError
+from kvstore.errors import BadRequest, DataError
 from kvstore.layout import Chunk, K, V
 from kvstore.spec import DTYPES
+from kvstore.targets import buffer_of
 from kvstore.types import Fidelity
 from tests.golden import make_codecs
 
@@ -271,6 +272,20 @@ def test_other_element_types_are_never_made_lossy() -> None:
     for codec in (INT8, INT4, NESTED, DENSE):
         planes = stored(codec, raw, piece(64, 64, K, "float16"))
         assert exact(planes) and restored(planes, piece(64, 64, K, "float16")) == raw
+
+
+def test_what_is_not_contiguous_is_refused_at_put_and_any_contiguous_form_is_taken() -> None:
+    import torch
+
+    values = torch.randn(4, 6, dtype=torch.bfloat16)
+    array = np.arange(24, dtype=np.uint16).reshape(4, 6)
+    for good in (values, values[1:3], array, array[2:], memoryview(array).cast("B"), bytes(48)):
+        size = good.nbytes if not isinstance(good, bytes) else len(good)
+        assert buffer_of(good).nbytes == size
+    assert bytes(buffer_of(values)) == values.view(torch.uint8).numpy().tobytes()
+    for bad in (values.T, values[:, ::2], array.T, array[:, 1:], memoryview(bytes(48))[::2], np.asfortranarray(array)):
+        with pytest.raises(BadRequest, match="contiguous"):
+            buffer_of(bad)
 
 
 def test_many_chunks_of_many_codecs_in_one_call() -> None:
