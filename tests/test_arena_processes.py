@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +27,45 @@ inodes = sorted({os.fstat(segment.segment.fd).st_ino for segment in arena.segmen
 print("made", *inodes, flush=True)
 threading.Event().wait()
 """
+
+
+SMALL_SHM = """
+import os, subprocess, sys
+from kvstore.arena import Arena
+from kvstore.memory import MemfdMemory
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", "/dev/shm"], check=True)
+full = 0
+with open("/dev/shm/filler", "wb", 0) as filler:
+    try:
+        while True:
+            full += filler.write(bytes(1 << 20))
+    except OSError:
+        pass
+assert full <= 64 << 20, full
+arena = Arena(MemfdMemory(), 256 << 20, 32 << 20)
+slots = []
+while (slot := arena.allocate("n", 2 << 20)) is not None or arena.asked:
+    if slot is None:
+        arena.keep_spare(arena.make(arena.asked), arena.asked)
+    else:
+        arena.view(slot)[:] = len(slots).to_bytes(1, "little") * (2 << 20)
+        slots.append(slot)
+assert all(bytes(arena.view(slot)) == bytes([at]) * (2 << 20) for at, slot in enumerate(slots))
+print("filled", full, len(slots) * (2 << 20))
+"""
+
+
+def test_an_arena_of_256_mib_beside_a_dev_shm_of_64_that_is_full() -> None:
+    """In a mount namespace of its own where this machine lets one be made; else the same file-system identity counts
+    that `test_segments_do_not_lie_in_dev_shm` looks at, and nothing less than that."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", SMALL_SHM]
+    if shutil.which("unshare") is None or subprocess.run([*command[:4], "true"], capture_output=True).returncode:
+        test_segments_do_not_lie_in_dev_shm()
+        return
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    word, shm_bytes, arena_bytes = done.stdout.split()
+    assert word == "filled" and int(shm_bytes) <= 64 * MIB and int(arena_bytes) >= 0.95 * 256 * MIB
 
 
 def holders(inodes: set[int]) -> set[int]:

@@ -95,16 +95,13 @@ class RedisTier:
         return found
 
     async def start(self) -> list[Recovered]:
-        """Nothing is recovered: what is in Redis is no worker's own. SetupError when it can't be reached."""
-        url = self.config.redis_url
+        """Nothing is recovered: what is in Redis is no worker's own. Out of reach, the tier is down until a probe finds
+        it. SetupError where Redis answers and refuses."""
         try:
-            await self._gate.open(self._connect(url, self.config.redis_timeout_s))
-        except TierDown as error:
+            await self._gate.open(self._connect(self.config.redis_url, self.config.redis_timeout_s))
+        except Refused as error:
             await self.close()
-            if isinstance(error, Refused):
-                raise SetupError(str(error)) from error
-            message = f"Redis at {place(url)} does not answer: start it or leave out --redis-url"
-            raise SetupError(message) from error
+            raise SetupError(str(error)) from error
         return []
 
     async def close(self) -> None:

@@ -34,9 +34,14 @@ class Gate:
         return self._link is not None and self.stats.state == "ok"
 
     async def open(self, link: Link) -> None:
-        """Use this link. TierDown when it does not answer; `Refused` when it answers, but not to us."""
+        """Use this link, from when it answers. `Refused` when it answers, but not to us."""
         self._link = link
-        await self._ask()
+        try:
+            await self._ask()
+        except Refused:
+            raise
+        except TierDown as error:
+            self._become("down", str(error))
 
     async def close(self) -> None:
         link, self._link = self._link, None
@@ -77,8 +82,10 @@ class Gate:
         now = self._clock.monotonic()
         try:
             free = await self._ask()
-        except TierDown:
+        except TierDown as error:
             free = -1
+            if self.stats.state == "down":
+                self.stats.detail = str(error)
         if free < self._needed_bytes:
             self._pause_s = min(2 * self._pause_s, PROBE_PAUSE_MAX_S)
             self.probe_at = now + self._pause_s

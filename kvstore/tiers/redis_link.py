@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -103,6 +104,8 @@ class SocketLink:
         except OSError as error:
             _close(kept)
             _close(self._idle)  # what one meets the others will
+            if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+                raise Refused(f"Redis at {self._where} refuses TLS, or its certificate does not hold") from error
             raise TierDown(f"Redis at {self._where} does not answer ({type(error).__name__})") from error
         except ReplyError as error:
             raise self._refusal(error) from error
