@@ -21,6 +21,7 @@ from kvstore.layout import block_bytes
 from kvstore.observe import Observer, View, look
 from kvstore.payload import Payload, replay_spec, tokens_of
 from kvstore.seams import System
+from kvstore.sizing import size_problems
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, worker_pb2
@@ -93,6 +94,7 @@ class Doctor:
             self._workers(workers)
         reachable = [worker for worker in workers.values() if worker.member.address]
         await self._namespaces(view, reachable)
+        self._sizes(workers)
         await asyncio.gather(*(self._tiers(worker) for worker in reachable))
         self._ssd_folders()
         await self._redis()
@@ -154,6 +156,18 @@ class Doctor:
         self._add("namespaces", len(parts) == 1, same if parts else "nobody answers", fix)
 
     # --- tiers -----------------------------------------------------------------------------------------------------
+
+    def _sizes(self, workers: Mapping[str, common_pb2.WorkerStatus]) -> None:
+        """Whether each tier is large enough to help."""
+        for worker in workers.values():
+            if not worker.tiers:
+                continue
+            name = f"sizes of {self._expected.workers.get(worker.member.id, worker.member.id)}"
+            problems = size_problems(worker)
+            for what, fix in problems:
+                self._add(name, False, what, fix)
+            if not problems:
+                self._add(name, True, "each tier is large enough to help, as far as its figures say")
 
     async def _tiers(self, worker: common_pb2.WorkerStatus) -> None:
         """Write a block through every tier of a worker and read it back."""

@@ -12,7 +12,20 @@ import pytest
 from kvstore.cli.main import main, parser
 from tests.fleet_helpers import Running, json_of, kvstore, one_line
 
-LISTED = ("up", "down", "status", "doctor", "demo", "worker", "coordinator", "replay", "purge", "inspect", "bench")
+LISTED = (
+    "up",
+    "down",
+    "status",
+    "top",
+    "doctor",
+    "demo",
+    "worker",
+    "coordinator",
+    "replay",
+    "purge",
+    "inspect",
+    "bench",
+)
 LISTED += ("drain",)
 
 

@@ -19,7 +19,7 @@ from kvstore.local_cluster import LocalCluster
 from tests.fleet_helpers import check_names
 
 SMALL = {
-    "store": {"host_bytes": "16MiB", "ssd_bytes": "16MiB", "ssd_segment_bytes": "1MiB", "redis_bytes": "16MiB"},
+    "store": {"host_bytes": "16MiB", "ssd_bytes": "64MiB", "ssd_segment_bytes": "1MiB", "redis_bytes": "16MiB"},
     "coordinator": {"heartbeat_s": 0.2, "lease_s": 1.0},
 }
 TRIES = 400  # examinations; each takes a while itself
