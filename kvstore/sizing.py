@@ -55,7 +55,8 @@ def _working_set(status: common_pb2.WorkerStatus, last: common_pb2.TierStatus | 
         return []
     if last.used < FULL_SHARE * last.capacity:
         return []
-    name, key = Tier(last.tier).name.lower(), "store.ssd_bytes" if last.tier == Tier.SSD else "store.host_bytes"
+    tier = Tier(last.tier)
+    name, key = tier.name.lower(), "store.ssd_bytes" if tier == Tier.SSD else "store.host_bytes"
     wanted = last.capacity + missed * (last.used // last.blocks)
     return [(
         f"{name} is full, {evicted} blocks were given up and {misses} of {asked} asked for were not there: "
