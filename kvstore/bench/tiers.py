@@ -17,7 +17,7 @@ ROUNDS, ROUNDS_LONG = 7, 15
 MIB = 1 << 20
 
 Part = Callable[[Report, bool, str], None]
-"""Mutates the report; (quick, folder). Residency first: it counts pages of a process that has used none before."""
+"""Mutates the report; (quick, folder)."""
 
 PARTS: dict[str, Part] = {
     "residency": lambda report, quick, folder: measure_residency(report, ROUNDS, 100_000 if quick else 1_000_000),
