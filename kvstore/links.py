@@ -226,6 +226,11 @@ class Coordinators:
         """Whether any is known that did not fail a moment ago."""
         return any(not self._channels.avoided(address) for address in self._addresses)
 
+    @property
+    def preferred(self) -> str:
+        """The one that answered last; empty for none. Pure."""
+        return self._nearest.preferred
+
     def learn(self, coordinators: Iterable[CoordinatorInfo]) -> None:
         """Remember the addresses a reply named; forget those that failed and that it does not name any more. Those
         that were configured stay. Mutates; bounded."""

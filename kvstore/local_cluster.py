@@ -47,16 +47,24 @@ class Server:
 class LocalCluster:
     """`async with LocalCluster(config, workers=2) as cluster`. Start it from the main thread."""
 
-    def __init__(self, config: Config, *, workers: int = 2, redis: bool = True, ssd_folder: str = "") -> None:
+    def __init__(
+        self, config: Config, *, workers: int = 2, coordinators: int = 1, redis: bool = True, ssd_folder: str = ""
+    ) -> None:
         """`redis`: an embedded one, unless the configuration names another. `ssd_folder`: one that is kept; empty for a
         temporary one."""
         self._config, self._worker_count, self._with_redis, self._ssd_folder = config, workers, redis, ssd_folder
+        self._coordinator_count = coordinators
         self._worker_config = config  # with what is known once the others are up
         self._spawner = LocalSpawner()
         self.folder = ""
         self.redis: EmbeddedRedis | None = None
-        self.coordinator: Server | None = None
+        self.coordinators: list[Server] = []
         self.workers: list[Server] = []
+
+    @property
+    def coordinator(self) -> Server | None:
+        """The first."""
+        return self.coordinators[0] if self.coordinators else None
 
     async def __aenter__(self) -> LocalCluster:
         try:
@@ -78,8 +86,11 @@ class LocalCluster:
         if self._with_redis and not config.store.redis_url:
             self.redis = EmbeddedRedis(str(Path(self.folder) / "redis"), config.store.redis_bytes)
             config = override(config, {"store": {"redis_url": self.redis.start()}})
-        self.coordinator = (await self._spawn([("coordinator", "coordinator", config)]))[0]
-        config = override(config, {"server": {"coordinators": [self.coordinator.address]}})
+        for index in range(self._coordinator_count):
+            name = f"coordinator-{index}" if index else "coordinator"
+            await self._spawn([("coordinator", name, config)])
+            addresses = [server.address for server in self.coordinators]
+            config = override(config, {"server": {"coordinators": addresses}})
         self._worker_config = config
         self.workers = await self._spawn([self._planned(index) for index in range(self._worker_count)])
 
@@ -97,9 +108,9 @@ class LocalCluster:
 
     def client_config(self, worker: int | None = None) -> ClientConfig:
         """For a client beside worker number `worker`: its socket comes first."""
-        assert self.coordinator is not None, "the cluster is not started"
+        assert self.coordinators, "the cluster is not started"
         sockets = () if worker is None else (str(self.workers[worker].ready["socket"]),)
-        return ClientConfig(coordinators=(self.coordinator.address,), workers=sockets)
+        return ClientConfig(coordinators=tuple(server.address for server in self.coordinators), workers=sockets)
 
     async def restart_worker(self, index: int) -> Server:
         """Kill a worker as a crash would, and start it again on its folder."""
@@ -108,15 +119,23 @@ class LocalCluster:
         self.workers[index] = (await self._started([self._launch(old.name, old.argv)]))[0]
         return self.workers[index]
 
+    async def restart_coordinator(self, index: int) -> Server:
+        """Kill one as a crash would, and start it again on its address."""
+        old = self.coordinators[index]
+        old.process.kill()
+        argv = old.argv if "--bind" in old.argv else [*old.argv[:-2], "--bind", old.address, *old.argv[-2:]]
+        self.coordinators[index] = (await self._started([self._launch(old.name, argv)]))[0]
+        return self.coordinators[index]
+
     def stop(self) -> None:
         """End everything, remove every file. Idempotent."""
         for server in self.workers:  # all at once; the coordinator after them, so that they can take leave
             with contextlib.suppress(ProcessLookupError):
                 if server.process.alive():
                     os.kill(server.process.pid, signal.SIGTERM)
-        for server in [*self.workers, *([self.coordinator] if self.coordinator else [])]:
+        for server in [*self.workers, *self.coordinators]:
             server.process.terminate(self._config.server.stop_grace_s + STOP_EXTRA_S)
-        self.workers, self.coordinator = [], None
+        self.workers, self.coordinators = [], []
         if self.redis is not None:
             self.redis.stop()
             self.redis = None
@@ -138,10 +157,12 @@ class LocalCluster:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KVSTORE_")}
         log = str(Path(self.folder) / f"{name}.log")
         server = Server(name, self._spawner.spawn(argv, env=environment, log=log), {}, argv)
-        if "coordinator" in server.argv:
-            self.coordinator = server  # known before it is ready, so that `stop` ends it
+        known = self.coordinators if "coordinator" in server.argv else self.workers
+        places = [place for place, other in enumerate(known) if other.name == name]
+        if places:
+            known[places[0]] = server
         else:
-            self.workers = [*(worker for worker in self.workers if worker.name != name), server]
+            known.append(server)  # known before it is ready, so that `stop` ends it
         return server
 
     async def _started(self, servers: list[Server]) -> list[Server]:

@@ -172,7 +172,7 @@ class Proof:
         elif whom == "worker":
             await self.cluster.restart_worker(0)
         else:
-            await restart_coordinator(self.cluster)
+            await self.cluster.restart_coordinator(0)
         return 0.0
 
     def _server(self, whom: str) -> Server:
@@ -180,16 +180,6 @@ class Proof:
             return self.cluster.workers[0]
         assert self.cluster.coordinator is not None
         return self.cluster.coordinator
-
-
-async def restart_coordinator(cluster: LocalCluster) -> None:
-    """Kill it as a crash would; it comes back empty at the address that everybody knows."""
-    old = cluster.coordinator
-    assert old is not None
-    path = Path(old.argv[old.argv.index("--config") + 1])
-    path.write_text(path.read_text().replace('bind = "127.0.0.1:0"', f'bind = "{old.address}"'))
-    old.process.kill()
-    cluster.coordinator = (await cluster._started([cluster._launch(old.name, old.argv)]))[0]
 
 
 def held_by(pid: int) -> dict[str, int]:
