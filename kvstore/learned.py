@@ -47,7 +47,7 @@ class Learned:
         self._offer: dict[int, int] = {}  # row -> its key there; a guess, if it came since the last look
         self._came = (ABSENT, 0)  # the last new block, and the number of the request that brought it
         self._like = (0, 0)  # the key of a new block, without its depth, and the request whose blocks are so
-        self._ordered = 0  # requests at the last run
+        self._ordered = 0  # requests begun at the last run
         self._paid = 0  # uses since then
         self._set_aside = 0
         self._fresh = array("i")  # came or were used since the last run or the last look; maybe gone, maybe twice
@@ -150,7 +150,7 @@ class Learned:
                     if eligible(row):
                         return row
                     self._put_aside(row)
-        if self._ordered != self.learning.requests and self._pays():
+        if self._ordered != self.learning.begun and self._pays():
             self._sort()
         elif self._run and (len(self._fresh) > FRESH_ROWS_MAX or self._seen != self.learning.requests):
             self._look()
@@ -243,5 +243,5 @@ class Learned:
         in_run[rows[waits & (keys <= self._reach)]] = 1  # whose turn comes when `ready` is said of them
         self._back.clear()
         self._offer.clear()
-        self._ordered, self._paid = self.learning.requests, 0
+        self._ordered, self._paid = self.learning.begun, 0
         self._looked()

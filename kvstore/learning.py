@@ -100,7 +100,8 @@ class Learning:
         self._copies = bytearray(FIRST_ITEMS)  # by row: at how many levels it lies
         self._events = array("Q")
         self._admits = self._begins = 0  # among them
-        self.requests = 0
+        self.requests = 0  # begun, or blocks that one stored after it began
+        self.begun = 0  # of these, not such blocks
         self._swept = 0  # uses at the last sweep
         self._judged, self._rounds, self._lru_rounds = 0, 0, 1
         self._cold = True  # nothing was measured yet: everything goes by age
@@ -116,6 +117,7 @@ class Learning:
         self._make_way()
         self._begins += 1
         self.requests += 1
+        self.begun += 1
         now = now_s if use.time_s is None else use.time_s
         session = int.from_bytes(blake2b(use.session, digest_size=8).digest(), "little") if use.session else 0
         output = 0 if use.output_tokens is None else min(use.output_tokens, 1 << 40) + 1
@@ -127,6 +129,7 @@ class Learning:
         self._make_way()
         self._begins += 1
         self.requests += 1
+        self.begun += row is not None
         self._events.extend((FOLLOW << 56 | (NO_ROW if row is None else row), above, _bits(now_s), _bits(within_s)))
 
     def admit(self, row: int, ident: int, above: int, depth: int) -> bool:
