@@ -99,13 +99,20 @@ class FaultFleet:
         self.disk.mount()
         namespaces = self.folder / "namespaces.toml"
         namespaces.write_text(f"[namespaces.default]\ncopies = {COPIES}\n")
-        settings = SETTINGS | {"server.namespaces_file": str(namespaces), "store.ssd_folder": str(self.disk.path)}
-        flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        self.up()
+        self.run(self._fill())
+        return self
+
+    def up(self) -> None:
+        """`kvstore up`; where it is up already, nodes whose worker was drained get one again."""
+        own = {
+            "server.namespaces_file": str(self.folder / "namespaces.toml"),
+            "store.ssd_folder": str(self.disk.path),
+        }
+        flags = [part for key, value in (SETTINGS | own).items() for part in ("--set", f"{key}={value}")]
         where = ("--address", self.cluster.address, "--coordinators", str(COORDINATORS))
         done = kvstore(self.folder, "up", *where, *flags, timeout_s=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        self.run(self._fill())
-        return self
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:

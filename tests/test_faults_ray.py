@@ -13,8 +13,9 @@ import pytest
 
 from kvstore.keys import chain
 from kvstore.payload import Payload, replay_spec, tokens_of
-from tests.fault_fleet import FaultFleet
+from tests.fault_fleet import NAME, FaultFleet
 from tests.fault_load import BLOCK_BYTES
+from tests.fleet_helpers import kvstore, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -104,6 +105,23 @@ def test_a_node_dies_and_another_joins(fleet: FaultFleet) -> None:
 
     fleet.run(fleet.fault("node added", join, seconds=4.0))
     assert len(fleet.rows("worker")) == 4
+
+
+def test_a_drained_worker_leaves_no_empty_actor(fleet: FaultFleet) -> None:
+    victim = next(row for row in fleet.rows("worker") if fleet.slots[row["node"]] == 1)
+    done = kvstore(fleet.folder, "drain", victim["name"], "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: fleet.status.get("held") == [victim["node"]], "the reconciler has seen it off")
+    assert victim["name"] not in [row["name"] for row in fleet.rows("worker")]
+    assert not any(name.startswith(f"{victim['name']} ") for name in fleet.cluster.actors()[NAME])
+    fleet.up()
+    fleet.run(fleet.settle())
+    assert victim["name"] in [row["name"] for row in fleet.rows("worker")]
+
+
+def test_an_engine_that_wants_all_gpus_of_a_node_gets_them(fleet: FaultFleet) -> None:
+    assert all(fleet.cluster.engine(2, node) for node in fleet.slots)
+    assert not fleet.cluster.engine(3)
 
 
 def test_every_fault_landed_under_load(fleet: FaultFleet) -> None:
