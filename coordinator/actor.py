@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.actor import ServerActor
 from kvstore.config import Config
+from kvstore.fleet.actor import ServerActor
 from kvstore.seams import System
 from kvstore.transport.base import Transport
 

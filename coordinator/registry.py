@@ -10,13 +10,13 @@ from dataclasses import replace
 from coordinator.repair import Repair
 from coordinator.turns import Turns
 from coordinator.watch import Watchers
-from kvstore.announce import Inbox, Receiver
+from kvstore.client.plan import REDIS_HOLDER, is_redis
 from kvstore.config import CoordinatorConfig
-from kvstore.directory import Directory
+from kvstore.directory.announce import Inbox, Receiver
+from kvstore.directory.directory import Directory
+from kvstore.directory.membership import Accepted, Event, Fenced, Freed, Member, Membership, Returned, State, Unknown
+from kvstore.directory.replicas import Copies
 from kvstore.errors import BadRequest
-from kvstore.membership import Accepted, Event, Fenced, Freed, Member, Membership, Returned, State, Unknown
-from kvstore.plan import REDIS_HOLDER, is_redis
-from kvstore.replicas import Copies
 from kvstore.types import CommitToken
 from kvstore.wire import common_pb2
 

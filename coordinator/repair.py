@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from kvstore.client.plan import is_redis
 from kvstore.config import CoordinatorConfig
 from kvstore.convert import spec_to_wire
-from kvstore.directory import Directory
-from kvstore.membership import Member, Membership, State
-from kvstore.placement import membership_digest
-from kvstore.plan import is_redis
-from kvstore.popular import GROUPS_A_LOOKUP, Popular
-from kvstore.replicas import Copies, Fleet, Mark, Pull, Replicas
-from kvstore.runs import Run
+from kvstore.directory.directory import Directory
+from kvstore.directory.membership import Member, Membership, State
+from kvstore.directory.placement import membership_digest
+from kvstore.directory.popular import GROUPS_A_LOOKUP, Popular
+from kvstore.directory.replicas import Copies, Fleet, Mark, Pull, Replicas
+from kvstore.directory.runs import Run
 from kvstore.wire import common_pb2, coordinator_pb2
 from kvstore.wireform import member_to_wire, shard_to_wire
 

@@ -13,7 +13,7 @@ from coordinator.service import CoordinatorService
 from kvstore.auth import Authenticator, load_policy, node_credentials
 from kvstore.config import Config
 from kvstore.errors import KVStoreError
-from kvstore.metrics import coordinator_page
+from kvstore.operations.metrics import coordinator_page
 from kvstore.seams import System
 from kvstore.transport.base import Credentials, Server, Transport
 from kvstore.transport.http import MetricsServer

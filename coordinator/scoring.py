@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coordinator.registry import Registry
-from kvstore.answers import Match
+from kvstore.client.plan import ENGINE_HOLDER
+from kvstore.directory.answers import Match
+from kvstore.directory.membership import Member
 from kvstore.errors import BadRequest
-from kvstore.membership import Member
-from kvstore.plan import ENGINE_HOLDER
 from kvstore.spec import Shard
 from kvstore.types import Fidelity, Keys
 from kvstore.wire import coordinator_pb2

@@ -11,10 +11,10 @@ from coordinator.peers import Peers
 from coordinator.registry import Registry
 from coordinator.scoring import CANDIDATES_MAX, Scoring
 from coordinator.session import Session
+from kvstore.client.plan import ENGINE_HOLDER
 from kvstore.config import CoordinatorConfig
 from kvstore.errors import BadRequest, Incompatible, Overloaded
 from kvstore.histogram import Histogram
-from kvstore.plan import ENGINE_HOLDER
 from kvstore.seams import System
 from kvstore.spec import Shard
 from kvstore.transport.base import CallContext

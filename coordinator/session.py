@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from coordinator.registry import Registry
-from kvstore.announce import SnapshotChunk, Verdict
 from kvstore.catalog import Catalog
+from kvstore.client.plan import ENGINE_HOLDER, is_redis
 from kvstore.convert import chunk_from_wire, delta_from_wire, entry_from_wire
-from kvstore.directory import Directory
+from kvstore.directory.announce import SnapshotChunk, Verdict
+from kvstore.directory.directory import Directory
+from kvstore.directory.membership import Accepted, Fenced, State, Unknown
+from kvstore.directory.runs import RemovedRun, Run, RunChange
 from kvstore.errors import BadRequest, Unavailable
-from kvstore.membership import Accepted, Fenced, State, Unknown
-from kvstore.plan import ENGINE_HOLDER, is_redis
-from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec
 from kvstore.wire import common_pb2, coordinator_pb2

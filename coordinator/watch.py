@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from kvstore.announce import Receiver, SnapshotChunk
 from kvstore.config import CoordinatorConfig
 from kvstore.convert import Introduced, chunk_to_wire
-from kvstore.directory import Directory
+from kvstore.directory.announce import Receiver, SnapshotChunk
+from kvstore.directory.directory import Directory
+from kvstore.directory.membership import Member, State
+from kvstore.directory.runs import Run, RunChange
 from kvstore.errors import KVStoreError, Overloaded
-from kvstore.membership import Member, State
-from kvstore.runs import Run, RunChange
 from kvstore.wire import coordinator_pb2
 from kvstore.wireform import member_to_wire
 

@@ -57,7 +57,7 @@ def replica(model: str, transfer: dict[str, object]) -> None:
 def main() -> None:
     from kvstore.bench.engine_models import VISIBLE, make_model
     from kvstore.config import load_config
-    from kvstore.local_cluster import LocalCluster
+    from kvstore.fleet.local_cluster import LocalCluster
 
     cluster = LocalCluster(load_config(env={}), workers=1, redis=False)
     with tempfile.TemporaryDirectory() as folder:

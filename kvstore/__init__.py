@@ -11,9 +11,9 @@ from kvstore.errors import KVStoreError
 from kvstore.types import CommitToken, Fidelity, Tier
 
 if TYPE_CHECKING:
-    from kvstore.client import KVClient
+    from kvstore.client.kv_client import KVClient
+    from kvstore.client.plan import HitPlan
     from kvstore.keys import Chain, Extra, chain
-    from kvstore.plan import HitPlan
     from kvstore.spec import Group, ModelSpec, Shard
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "KVClient": "kvstore.client",
-    "HitPlan": "kvstore.plan",
+    "KVClient": "kvstore.client.kv_client",
+    "HitPlan": "kvstore.client.plan",
     "Chain": "kvstore.keys",
     "Extra": "kvstore.keys",
     "chain": "kvstore.keys",

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 from kvstore import codec_rules
 from kvstore.codec_rules import CodecRules
 from kvstore.config import ClientConfig, ServerConfig
+from kvstore.directory.replicas import Copies
 from kvstore.errors import ConfigError, NotGranted, SetupError, Unauthenticated
 from kvstore.quotas import Quotas
-from kvstore.replicas import Copies
 from kvstore.transport.base import CallContext, Credentials, Method
 from kvstore.transport.methods import SERVICES
 from kvstore.values import convert

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kvstore.announce import Delta, SnapshotChunk
+from kvstore.directory.announce import Delta, SnapshotChunk
+from kvstore.directory.runs import RemovedRun, Run, RunChange
 from kvstore.errors import BadRequest
-from kvstore.runs import RemovedRun, Run, RunChange
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import KEY_BYTES, Fidelity, Keys, Tier, pack_keys
 from kvstore.wire import common_pb2, coordinator_pb2

@@ -1,7 +1,7 @@
 """Everything impure, as ports: clock, random source, disk, memory, byte movers, processes.
 
 The logic of clients, workers and coordinators gets a `System` and reaches for nothing else, so that the
-simulator (tests/sim) runs the same code under virtual time. `kvstore.system` holds the real implementations;
+simulator (tests/sim) runs the same code under virtual time. `kvstore.machine.system` holds the real implementations;
 the network is a port of its own, `kvstore.transport.base`. Waiting is asyncio's own (`asyncio.timeout`,
 `asyncio.sleep`): the simulator replaces the event loop.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvstore.errors import BadRequest
-from kvstore.usage import PRIORITY_MAX, SESSION_BYTES_MAX, Finish, Hint, Use
+from kvstore.policies.usage import PRIORITY_MAX, SESSION_BYTES_MAX, Finish, Hint, Use
 from kvstore.wire import worker_pb2
 
 

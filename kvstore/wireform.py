@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstore.answers import Match
+from kvstore.client.plan import HitPlan, PlanRun
+from kvstore.directory.answers import Match
+from kvstore.directory.membership import Member
 from kvstore.errors import BadRequest, Corrupt
 from kvstore.histogram import BOUNDS_S, Histogram
-from kvstore.membership import Member
-from kvstore.plan import HitPlan, PlanRun
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import KEY_BYTES, CommitToken, Fidelity, Keys, Tier
 from kvstore.wire import common_pb2, worker_pb2

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from kvstore.directory import Directory, Match
-from kvstore.runs import Run
+from kvstore.directory.directory import Directory, Match
+from kvstore.directory.runs import Run
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan, is_redis
 from kvstore.config import ClientConfig
-from kvstore.fleet_state import FleetState, read_status
+from kvstore.fleet.state import FleetState, read_status
 from kvstore.keys import Chain
-from kvstore.observe import Observer
-from kvstore.plan import HitPlan, is_redis
-from kvstore.processes import all_processes
+from kvstore.machine.processes import all_processes
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import Observer
 from kvstore.spec import Shard
-from kvstore.system import real_system
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import COORDINATOR, WORKER
 from kvstore.transport.rpc import GrpcTransport

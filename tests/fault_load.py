@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.keys import Chain, chain
-from kvstore.payload import Payload, replay_spec, tokens_of
+from kvstore.operations.payload import Payload, replay_spec, tokens_of
 
 BLOCK_BYTES = 16 << 10
 SPEC = replay_spec(BLOCK_BYTES)

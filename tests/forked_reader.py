@@ -11,11 +11,11 @@ import sys
 
 import numpy as np
 
-from kvstore.client import GetResult
+from kvstore.client.engine_face import EngineClient
+from kvstore.client.kv_client import GetResult
+from kvstore.client.plan import HitPlan
 from kvstore.config import ClientConfig
-from kvstore.engine_face import EngineClient
 from kvstore.errors import BadRequest
-from kvstore.plan import HitPlan
 from kvstore.spec import Shard
 from tests.service_helpers import FULL, payload, prompt
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvstore.auth import Authenticator, load_policy
 from kvstore.errors import Overloaded
-from kvstore.memory import MemfdMemory
+from kvstore.machine.memory import MemfdMemory
 from kvstore.seams import Segment
 from kvstore.transport import local, local_frames
 from kvstore.transport.base import CallContext, Credentials

@@ -2,7 +2,7 @@
 
 What was written is visible at once and durable after `sync`. `crash` throws away or tears, at any byte, what was not
 synced; files open before it are dead. Creation, removal and `replace` are durable when they return, as they are with
-`kvstore.disk.FolderDisk`.
+`kvstore.machine.disk.FolderDisk`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import tempfile
 from types import TracebackType
 from typing import Any
 
-from kvstore.ray_nodes import HEALTH, LOOPBACK_SWITCH, OBJECT_STORE_BYTES
+from kvstore.fleet.ray_nodes import HEALTH, LOOPBACK_SWITCH, OBJECT_STORE_BYTES
 
 ENGINE_S = 5.0  # that an engine has to find its place
 

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.fleet.embedded_redis import EmbeddedRedis
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.system import real_system
 from kvstore.tiers.redis import RedisTier
 from tests.redis_helpers import Raw, tier_on
 

@@ -10,7 +10,7 @@ import redis
 
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
-from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.fleet.embedded_redis import EmbeddedRedis
 from kvstore.seams import System
 from kvstore.tiers.base import Location, Recovered
 from kvstore.tiers.redis import RedisTier

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvstore.header import Header
-from kvstore.residency import Level, Residency
+from kvstore.residency.residency import Level, Residency
 from kvstore.spec import namespace_digest
 from kvstore.types import Fidelity, Location, Tier
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.client import GetResult, KVClient
+from kvstore.client.kv_client import GetResult, KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.config import KIB, MIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig, WorkerConfig
 from kvstore.keys import Chain
-from kvstore.plan import HitPlan
-from kvstore.policy import make_policies
+from kvstore.machine.system import real_system
+from kvstore.policies.base import make_policies
 from kvstore.spec import ModelSpec, Shard
-from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
 from tests.service_helpers import payload
 from workers.runtime import WorkerRuntime

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvstore.announce import Outbox
 from kvstore.catalog import Catalog
+from kvstore.directory.announce import Outbox
+from kvstore.directory.membership import Member
+from kvstore.directory.runs import Added, Change, Removed, Run, in_chain_order, to_runs
 from kvstore.keys import Chain, chain
 from kvstore.layout import block_bytes
-from kvstore.membership import Member
-from kvstore.runs import Added, Change, Removed, Run, in_chain_order, to_runs
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 from kvstore.wire import common_pb2

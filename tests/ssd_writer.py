@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 
 from kvstore.config import StoreConfig
-from kvstore.system import real_system
+from kvstore.machine.system import real_system
 from kvstore.tiers.base import Location
 from kvstore.tiers.ssd import SsdTier
 from tests.contracts.records import Sample, catalog_of, sample

@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.arena import generation_at
 from kvstore.catalog import Catalog
 from kvstore.codec_rules import CodecRules
 from kvstore.config import StoreConfig
+from kvstore.directory.runs import Added, Change, Removed, blocks_of
 from kvstore.format import Record, decode_record
 from kvstore.quotas import Quotas
-from kvstore.runs import Added, Change, Removed, blocks_of
 from kvstore.seams import System
-from kvstore.shared import SharedTier
 from kvstore.spec import ModelSpec, Shard
-from kvstore.store import Hold, Placed, PutOutcome, TieredStore
+from kvstore.store.arena import generation_at
+from kvstore.store.shared import SharedTier
+from kvstore.store.tiered import Hold, Placed, PutOutcome, TieredStore
 from kvstore.tiers.base import TierStore
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, header_of, keys_of, raw_of, small_spec

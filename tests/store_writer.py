@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.store import TieredStore
-from kvstore.system import real_system
+from kvstore.store.tiered import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from tests.contracts.records import NAMESPACE
 from tests.store_rig import Rig

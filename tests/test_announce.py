@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.announce import Delta, Inbox, Outbox, Receiver, SnapshotChunk, Verdict, snapshot_chunks
+from kvstore.directory.announce import Delta, Inbox, Outbox, Receiver, SnapshotChunk, Verdict, snapshot_chunks
+from kvstore.directory.runs import Added, Removed, RemovedRun, blocks_of
 from kvstore.errors import BadRequest
-from kvstore.runs import Added, Removed, RemovedRun, blocks_of
 from kvstore.spec import Shard
 from tests.cluster_model import FULL, chain, directory_for, run_of
 

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.announce import Delta, Inbox, Outbox, Receiver, SnapshotChunk, Verdict, snapshot_chunks
-from kvstore.membership import Accepted, Fenced, Membership
-from kvstore.runs import Added, Change, Removed, blocks_of
+from kvstore.directory.announce import Delta, Inbox, Outbox, Receiver, SnapshotChunk, Verdict, snapshot_chunks
+from kvstore.directory.membership import Accepted, Fenced, Membership
+from kvstore.directory.runs import Added, Change, Removed, blocks_of
 from kvstore.types import Fidelity, Tier
 from tests.cluster_model import FULL, chain, directory_for, halves, run_of
 

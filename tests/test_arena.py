@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.arena import UNIT_BYTES, Arena, Slot, generation_at, table_bytes
 from kvstore.errors import Overloaded, SetupError
-from kvstore.extents import Extents
-from kvstore.memory import MemfdMemory
-from kvstore.staging import Staging, StagingSegment
+from kvstore.machine.memory import MemfdMemory
+from kvstore.store.arena import UNIT_BYTES, Arena, Slot, generation_at, table_bytes
+from kvstore.store.extents import Extents
+from kvstore.store.staging import Staging, StagingSegment
 from tests.store_fakes import PlainMemory, YieldingPool
 
 KIB, MIB = 1 << 10, 1 << 20

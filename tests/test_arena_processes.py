@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvstore.memory import MemfdMemory
-from kvstore.system import LocalSpawner
+from kvstore.machine.memory import MemfdMemory
+from kvstore.machine.system import LocalSpawner
 from tests.test_ssd_crash import wait_for
 
 SHM = Path("/dev/shm")
@@ -18,8 +18,8 @@ MIB = 1 << 20
 
 CHILD = """
 import os, threading
-from kvstore.arena import Arena
-from kvstore.memory import MemfdMemory
+from kvstore.store.arena import Arena
+from kvstore.machine.memory import MemfdMemory
 arena = Arena(MemfdMemory(), 32 << 20, 4 << 20)
 slots = [arena.allocate("n", 3 << 20) for _ in range(6)]
 assert None not in slots
@@ -31,8 +31,8 @@ threading.Event().wait()
 
 SMALL_SHM = """
 import os, subprocess, sys
-from kvstore.arena import Arena
-from kvstore.memory import MemfdMemory
+from kvstore.store.arena import Arena
+from kvstore.machine.memory import MemfdMemory
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", "/dev/shm"], check=True)
 full = 0
 with open("/dev/shm/filler", "wb", 0) as filler:

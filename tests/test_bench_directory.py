@@ -14,7 +14,7 @@ from kvstore.bench.directory_rig import COPIES, PROMPT, Rig
 from kvstore.bench.directory_snapshot import measure_snapshot
 from kvstore.bench.plot import Panel, svg
 from kvstore.bench.report import Report
-from kvstore.trace import Request
+from kvstore.operations.trace import Request
 from kvstore.wire import common_pb2
 
 

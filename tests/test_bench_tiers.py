@@ -10,7 +10,7 @@ from kvstore.bench.tiers_recovery import measure_recovery
 from kvstore.bench.tiers_redis import measure_redis
 from kvstore.bench.tiers_residency import Resident, measure_residency
 from kvstore.bench.tiers_ssd import measure_ssd
-from kvstore.residency_check import validate
+from kvstore.residency.check import validate
 
 MIB = 1 << 20
 

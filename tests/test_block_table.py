@@ -12,12 +12,12 @@ from random import Random
 import numpy as np
 import pytest
 
-from kvstore.block_table import SLOT_BYTES, BlockTable, key_array
-from kvstore.directory import Directory
-from kvstore.entries import BYTES_MAX, OWNERS_MAX, bytes_of, fidelity_of, owner_of, pack, tier_of
+from kvstore.directory.block_table import SLOT_BYTES, BlockTable, key_array
+from kvstore.directory.directory import Directory
+from kvstore.directory.entries import BYTES_MAX, OWNERS_MAX, bytes_of, fidelity_of, owner_of, pack, tier_of
+from kvstore.directory.runs import RemovedRun, Run
 from kvstore.kernels import private_folder
 from kvstore.kernels.directory import DEPTH_MAX, PAGE_SLOTS
-from kvstore.runs import RemovedRun, Run
 from kvstore.spec import Shard
 from kvstore.types import Fidelity, Keys, Tier
 from tests.cluster_model import FULL, chain, directory_for, halves, run_of

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from kvstore.auth import Authenticator, load_policy
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.config import ClientConfig
+from kvstore.directory.membership import Member
 from kvstore.errors import BadRequest, UsageError
 from kvstore.format import Header, encode_raw_parts
 from kvstore.keys import chain
 from kvstore.layout import block_bytes
-from kvstore.membership import Member
-from kvstore.plan import HitPlan
+from kvstore.machine.system import real_system
 from kvstore.spec import Shard
-from kvstore.system import real_system
 from kvstore.transport import frames
 from kvstore.transport.base import CallContext
 from kvstore.transport.rpc import GrpcTransport

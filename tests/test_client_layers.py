@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore import sources
-from kvstore.client import KVClient
+from kvstore.client import sources
+from kvstore.client.kv_client import KVClient
+from kvstore.client.needs import LayerReady
+from kvstore.client.plan import HitPlan
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.keys import Chain
 from kvstore.layout import block_bytes, chunks
-from kvstore.needs import LayerReady
-from kvstore.plan import HitPlan
 from kvstore.spec import Group, ModelSpec, Shard
 from tests.service_cluster import SMALL, STORE, MiniCluster, blocks_of, found, put_slowly
 from tests.service_helpers import prompt
@@ -261,7 +261,7 @@ async def test_what_was_told_is_never_of_two_copies(
     """One holder breaks for good after the first layers were told: the other goes on only with the same copy."""
     client, plan, copies = await _two_copies(cluster, same)
     Breaking(monkeypatch, 1, frames=3)
-    monkeypatch.setattr("kvstore.fetch.RESUMES_MAX", 0)
+    monkeypatch.setattr("kvstore.client.fetch.RESUMES_MAX", 0)
     told: list[int] = []
     into = [np.zeros(SIZE, np.uint8) for _ in range(4)]
     result = await client.get(plan, [into], on_layer=lambda ready: told.append(ready.layer))
@@ -280,7 +280,7 @@ async def test_without_layers_told_another_copy_takes_its_place(
 ) -> None:
     client, plan, copies = await _two_copies(cluster, same=False)
     Breaking(monkeypatch, 1, frames=3)
-    monkeypatch.setattr("kvstore.fetch.RESUMES_MAX", 0)
+    monkeypatch.setattr("kvstore.client.fetch.RESUMES_MAX", 0)
     result = await client.get(plan)
     assert result.blocks == 4
     for have, *raws in zip(result.buffers[0], *copies, strict=True):

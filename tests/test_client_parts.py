@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.client import delivered_blocks
+from kvstore.client.host_link import Staging
+from kvstore.client.kv_client import delivered_blocks
+from kvstore.client.links import Pooled
+from kvstore.client.plan import HitPlan, PlanRun, ways
+from kvstore.client.put_blocks import Tokens
+from kvstore.directory.matching import make_plan
 from kvstore.errors import Overloaded, Unavailable
-from kvstore.host_link import Staging
-from kvstore.links import Pooled
-from kvstore.matching import make_plan
-from kvstore.plan import HitPlan, PlanRun, ways
+from kvstore.machine.system import real_system
 from kvstore.recent import Recent
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.store_blocks import Tokens
-from kvstore.system import real_system
 from kvstore.types import CommitToken, Fidelity, Tier
 from tests.service_helpers import FULL
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.errors import BadRequest
 from tests.service_cluster import MiniCluster
 from tests.service_helpers import FULL, prompt

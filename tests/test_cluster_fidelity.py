@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from kvstore.cli.tables import print_status
-from kvstore.client import GetResult, KVClient
+from kvstore.client.kv_client import GetResult, KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.codecs.batch import ready
 from kvstore.config import KIB, StoreConfig
-from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import BadRequest
+from kvstore.fleet.embedded_redis import EmbeddedRedis
 from kvstore.keys import Chain, chain
-from kvstore.plan import HitPlan
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 from tests.service_cluster import SMALL, MiniCluster

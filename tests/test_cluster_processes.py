@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import MIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import Chain
-from kvstore.local_cluster import LocalCluster
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.system import real_system
 from kvstore.transport.rpc import GrpcTransport
 from tests.service_cluster import blocks_of, check, found
 from tests.service_helpers import LARGE, prompt
@@ -133,7 +133,7 @@ async def test_killed_clients_leave_nothing_behind(fleet: Fleet) -> None:
         "from kvstore.transport.base import Credentials\n"
         "from kvstore.transport.methods import WORKER_LOCAL\n"
         "from kvstore.transport.rpc import GrpcTransport\n"
-        "from kvstore.system import RealClock\n"
+        "from kvstore.machine.system import RealClock\n"
         "from kvstore.wire import worker_pb2\n"
         "async def main():\n"
         "    link = await GrpcTransport(RealClock()).connect_local(sys.argv[1], Credentials())\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client import KVClient
-from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
+from kvstore.fleet.embedded_redis import EmbeddedRedis
 from kvstore.keys import Chain
-from kvstore.plan import HitPlan
 from kvstore.types import Tier
 from tests.service_cluster import SMALL, MiniCluster, blocks_of, check, put_slowly
 from tests.service_cluster import found as found_blocks

@@ -21,7 +21,7 @@ def run(program: str, **environment: str) -> str:
 def test_a_client_that_meets_no_such_chunk_imports_neither_numba_nor_torch() -> None:
     program = """
 import sys
-import kvstore.client, kvstore.format
+import kvstore.client.kv_client, kvstore.format
 from kvstore import codecs
 raw = memoryview(bytes(4096))
 used, stored = codecs.encode(codecs.SPLIT, raw, 2)

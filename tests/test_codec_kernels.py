@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvstore.checksum import xxh3
+from kvstore.client.targets import buffer_of
 from kvstore.codecs import DENSE, FAST, INT4, INT8, KNOWN, NESTED, RAW, SPLIT, fidelity_of, general
 from kvstore.codecs.batch import Backend, Coded, Plane, decode, encode
 from kvstore.codecs.by_numba import Numba
@@ -23,7 +24,6 @@ from kvstore.codecs.registry import CODECS, FORMS
 from kvstore.errors import BadRequest, DataError
 from kvstore.layout import Chunk, K, V
 from kvstore.spec import DTYPES
-from kvstore.targets import buffer_of
 from kvstore.types import Fidelity
 from tests.golden import make_codecs
 

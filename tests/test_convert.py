@@ -10,7 +10,6 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.announce import Delta, SnapshotChunk
 from kvstore.catalog import Catalog
 from kvstore.convert import (
     Introduced,
@@ -27,8 +26,9 @@ from kvstore.convert import (
     spec_to_wire,
     tier_from_wire,
 )
+from kvstore.directory.announce import Delta, SnapshotChunk
+from kvstore.directory.runs import RemovedRun, Run
 from kvstore.errors import BadRequest
-from kvstore.runs import RemovedRun, Run
 from kvstore.spec import Shard
 from kvstore.types import Fidelity, Tier
 from kvstore.wire import common_pb2, coordinator_pb2

@@ -13,11 +13,11 @@ import pytest
 
 from coordinator.runtime import CoordinatorRuntime
 from kvstore.auth import node_credentials
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import ClientConfig, Config, CoordinatorConfig, ServerConfig, WorkerConfig
 from kvstore.errors import BadRequest, NotGranted, Unauthenticated
+from kvstore.machine.system import real_system
 from kvstore.spec import Shard
-from kvstore.system import real_system
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import COORDINATOR
 from kvstore.transport.rpc import GrpcTransport

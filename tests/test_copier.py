@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvstore.checksum import xxh3
-from kvstore.copier import Copier
+from kvstore.store.copier import Copier
 
 
 class NowPool:

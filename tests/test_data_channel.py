@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Overloaded, Unauthenticated, Unavailable
-from kvstore.system import ThreadPool, real_system
+from kvstore.machine.system import ThreadPool, real_system
 from kvstore.transport import data_frames as frames
 from kvstore.transport import data_server
 from kvstore.transport.base import CallContext, Incoming

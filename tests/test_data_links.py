@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.client import KVClient
+from kvstore.client.host_link import HostLink
+from kvstore.client.kv_client import KVClient
 from kvstore.errors import Unavailable
-from kvstore.host_link import HostLink
 from kvstore.transport.data_client import DataClient
 from kvstore.transport.data_link import DataLink
 from tests.service_cluster import MiniCluster, blocks_of, check, found

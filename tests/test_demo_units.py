@@ -25,7 +25,7 @@ from kvstore.demo.scenario import Scenario  # noqa: E402
 from kvstore.demo.show import Show  # noqa: E402
 from kvstore.demo.tables import TIERS, Report, Row, TierRow, line  # noqa: E402
 from kvstore.errors import SetupError, Unavailable  # noqa: E402
-from kvstore.spawn import LocalSpawner  # noqa: E402
+from kvstore.machine.spawn import LocalSpawner  # noqa: E402
 from tests.test_transformers_integration import DictClient  # noqa: E402
 
 SMALL = Script(
@@ -265,7 +265,7 @@ def test_a_bad_thread_count_is_refused(threads: str) -> None:
 DAEMON = """
 import os, signal, sys
 from kvstore.demo.guard import Guard
-from kvstore.system import RealClock
+from kvstore.machine.system import RealClock
 
 before = dict(os.environ)
 guard = Guard(RealClock())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.directory import Copy, Directory, Match, MatchRun
+from kvstore.directory.directory import Copy, Directory, Match, MatchRun
 from kvstore.errors import BadRequest
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import Fidelity, Tier

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstore.runs import Run
+from kvstore.directory.runs import Run
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 from tests.cluster_model import (

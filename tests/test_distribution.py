@@ -73,7 +73,7 @@ async def main():
     from kvstore.transport.base import Credentials
     from kvstore.transport.methods import COORDINATOR
     from kvstore.transport.rpc import GrpcTransport
-    from kvstore.system import real_system
+    from kvstore.machine.system import real_system
 
     class Echo:
         async def match(self, request, context):

@@ -15,7 +15,7 @@ import pytest
 from kvstore.cli.doctor import examine
 from kvstore.cli.main import main
 from kvstore.config import Config, load_config, override
-from kvstore.local_cluster import LocalCluster
+from kvstore.fleet.local_cluster import LocalCluster
 from tests.fleet_helpers import check_names
 
 SMALL = {

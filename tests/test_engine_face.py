@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.client import GetResult, KVClient
+from kvstore.client.engine_face import Done, EngineClient
+from kvstore.client.kv_client import GetResult, KVClient
+from kvstore.client.needs import LayerReady
+from kvstore.client.plan import HitPlan
+from kvstore.client.put_blocks import PutResult
 from kvstore.config import ClientConfig
-from kvstore.engine_face import Done, EngineClient
 from kvstore.errors import BadRequest, NotGranted
-from kvstore.needs import LayerReady
-from kvstore.plan import HitPlan
 from kvstore.spec import Shard
-from kvstore.store_blocks import PutResult
 from tests.service_cluster import MiniCluster, blocks_of, check
 from tests.service_helpers import FULL, payload, prompt
 
@@ -112,7 +112,7 @@ async def test_errors_come_late_and_only_for_wrong_arguments(cluster: MiniCluste
 async def test_what_is_in_flight_is_bounded_and_ends_with_the_client(
     cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.engine_face.INFLIGHT_MAX", 3)
+    monkeypatch.setattr("kvstore.client.engine_face.INFLIGHT_MAX", 3)
 
     async def never(self: KVClient, *args: object, **kwargs: object) -> None:
         await asyncio.Event().wait()

@@ -10,11 +10,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from kvstore.eviction_replay import BlockTrace, Knows, Replay, block_trace
 from kvstore.kernels.belady import hits
-from kvstore.policy import POLICIES, make_policies, make_policy
-from kvstore.trace import Request
-from kvstore.usage import Hint, Use
+from kvstore.operations.eviction_replay import BlockTrace, Knows, Replay, block_trace
+from kvstore.operations.trace import Request
+from kvstore.policies.base import POLICIES, make_policies, make_policy
+from kvstore.policies.usage import Hint, Use
 
 
 def tree(seed: int, requests: int, roots: int = 2, length: int = 5) -> list[Request]:
@@ -127,7 +127,7 @@ def test_default_learns_who_comes_back() -> None:
 
 def test_the_guard_goes_by_age_where_lru_is_better() -> None:
     """What the policy has learned turns false: prompts that came back at once now come back late, and the other way."""
-    from kvstore.learned import Learned
+    from kvstore.policies.learned import Learned
 
     policy = make_policy("default")
     assert isinstance(policy, Learned)

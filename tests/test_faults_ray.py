@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvstore.keys import chain
-from kvstore.payload import Payload, replay_spec, tokens_of
+from kvstore.operations.payload import Payload, replay_spec, tokens_of
 from tests.fault_fleet import NAME, FaultFleet
 from tests.fault_load import BLOCK_BYTES
 from tests.fleet_helpers import kvstore, until

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.fleet_state import MARK, FleetState
-from kvstore.processes import carrying
+from kvstore.fleet.state import MARK, FleetState
+from kvstore.machine.processes import carrying
 from tests.fleet_helpers import json_of, kvstore, one_line, until
 
 pytestmark = pytest.mark.ray

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.fleet_state import FleetState, read_status
+from kvstore.fleet.state import FleetState, read_status
 from tests.fleet_helpers import kvstore, until
 from tests.ray_cluster import RayCluster
 

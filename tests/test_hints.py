@@ -8,14 +8,14 @@ from hashlib import sha256
 
 import pytest
 
-from kvstore.advice import JOIN_S, Advice
 from kvstore.errors import BadRequest
 from kvstore.kernels.reuse_state import NOW_RECORD, RECORDS
-from kvstore.learned import Learned
-from kvstore.policy import make_policies
-from kvstore.residency import Level, Residency
+from kvstore.policies.advice import JOIN_S, Advice
+from kvstore.policies.base import make_policies
+from kvstore.policies.learned import Learned
+from kvstore.policies.usage import Finish, Hint, Use
+from kvstore.residency.residency import Level, Residency
 from kvstore.types import Location, Tier
-from kvstore.usage import Finish, Hint, Use
 from kvstore.usewire import hint_from_wire, hint_to_wire, use_from_wire, use_to_wire
 from kvstore.wire import worker_pb2
 from tests.residency_blocks import header_of

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import SetupError
-from kvstore.identity import FILE, claim
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.system import real_system
+from kvstore.store.identity import FILE, claim
 from tests.memdisk import MemoryDisk
 from tests.ssd_helpers import memory_system
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from kvstore.cli.main import main
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import ClientConfig, load_config
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import Chain, chain
-from kvstore.local_cluster import LocalCluster
-from kvstore.payload import Payload, replay_spec, tokens_of
+from kvstore.operations.payload import Payload, replay_spec, tokens_of
 
 BLOCK = 64 << 10
 TRIES = 500

@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
-from kvstore.engine_cache import EngineCache
+from kvstore.directory.engine_cache import EngineCache
+from kvstore.directory.kv_events import Cleared, Dropped, Event, Stored, parse
+from kvstore.directory.msgpack import unpack
+from kvstore.directory.runs import Added, Change, Removed
 from kvstore.errors import Corrupt, UsageError
 from kvstore.keys import chain
-from kvstore.kv_events import Cleared, Dropped, Event, Stored, parse
-from kvstore.msgpack import unpack
-from kvstore.runs import Added, Change, Removed
 from kvstore.spec import ModelSpec, Shard
 from tests.cluster_model import FULL, FULL_SLIDING, TOKENS
 from tests.packed import pack

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.directory.matching import CHUNK, Held, Rule, longest, make_plan, rule_of
 from kvstore.errors import BadRequest
-from kvstore.matching import CHUNK, Held, Rule, longest, make_plan, rule_of
 from kvstore.spec import Group, ModelSpec, Shard
 from tests.cluster_model import FULL, FULL_SLIDING, FULL_STATE, LATENT, OPAQUE, SLIDING_STATE, TOKENS, halves
 

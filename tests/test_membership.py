@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.directory.membership import Accepted, Fenced, Freed, Membership, Returned, State, Suspected, Unknown
 from kvstore.errors import Overloaded
-from kvstore.membership import Accepted, Fenced, Freed, Membership, Returned, State, Suspected, Unknown
 
 LEASE, STALL = 3.0, 1.0
 

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvstore.client.links import Coordinators
+from kvstore.client.nearest import PROBES_MAX, Nearest
 from kvstore.errors import DeadlineExceeded, Unavailable
-from kvstore.links import Coordinators
-from kvstore.nearest import PROBES_MAX, Nearest
 from kvstore.transport.base import Credentials, Method
 from kvstore.transport.methods import COORDINATOR
 from kvstore.wire import common_pb2, coordinator_pb2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kvstore import metrics
-from kvstore.membership import State
+from kvstore.directory.membership import State
+from kvstore.operations import metrics
 from kvstore.wire import common_pb2, coordinator_pb2
 
 TEXT = (Path(__file__).parent.parent / "docs" / "OPERATIONS.md").read_text()

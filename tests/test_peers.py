@@ -9,9 +9,9 @@ import pytest
 
 from coordinator.peers import PEERS_MAX, SILENT_LEASES, Peers
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.client import KVClient
-from kvstore.members import Members
-from kvstore.membership import Member
+from kvstore.client.kv_client import KVClient
+from kvstore.client.members import Members
+from kvstore.directory.membership import Member
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import COORDINATOR
 from kvstore.wire import common_pb2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.client.pinning import Pin
 from kvstore.layout import block_bytes
-from kvstore.pinning import Pin
 from kvstore.spec import Shard
 from tests.service_cluster import STORE, MiniCluster, blocks_of, check
 from tests.service_helpers import FULL, prompt, until

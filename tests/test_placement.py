@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.placement import homes, membership_digest, rank, weight
+from kvstore.directory.placement import homes, membership_digest, rank, weight
 
 MEMBERS = [f"worker-{number}" for number in range(10)]
 GROUPS = [sha256(bytes([number % 256, number // 256])).digest()[:16] for number in range(2000)]

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore.policy import POLICIES, Lru, Policy, make_policy
-from kvstore.s3fifo import GHOSTS_MIN, S3Fifo
+from kvstore.policies.base import POLICIES, Lru, Policy, make_policy
+from kvstore.policies.s3fifo import GHOSTS_MIN, S3Fifo
 
 
 def anyone(row: int) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from kvstore.client.plan import HitPlan, PlanRun
+from kvstore.client.rates import Rates
 from kvstore.config import KIB, MIB
+from kvstore.directory.membership import Member
 from kvstore.errors import BadRequest
 from kvstore.layout import block_bytes
-from kvstore.membership import Member
-from kvstore.plan import HitPlan, PlanRun
-from kvstore.rates import Rates
 from kvstore.spec import Shard
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import WORKER

@@ -13,8 +13,8 @@ import pytest
 
 from kvstore.config import ClientConfig, FleetConfig
 from kvstore.errors import SetupError
-from kvstore.fleet_state import FleetState, FleetWorker, fleet_folder
-from kvstore.processes import ProcessId, carrying, descendants, process_id
+from kvstore.fleet.state import FleetState, FleetWorker, fleet_folder
+from kvstore.machine.processes import ProcessId, carrying, descendants, process_id
 
 CHILD = (
     "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'input()']); print(p.pid, flush=True); input()"

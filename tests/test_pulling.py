@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import codecs
+from kvstore.client.pulling import Landing, Pulled
 from kvstore.errors import DataError
 from kvstore.format import ENTRY_BYTES, HEADER_BYTES, Header, Record, decode_record, encode_raw_parts, encode_record
 from kvstore.keys import Chain
-from kvstore.pulling import Landing, Pulled
 from kvstore.spec import Shard
 from kvstore.transport import frames
 from kvstore.wire import worker_pb2

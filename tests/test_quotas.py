@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore.auth import load_policy
+from kvstore.directory.replicas import Copies
 from kvstore.errors import ConfigError, Overloaded
 from kvstore.quotas import Quotas, Rate
-from kvstore.replicas import Copies
-from kvstore.store import Use
+from kvstore.store.tiered import Use
 from kvstore.transport.base import CallContext
 from kvstore.types import Fidelity, Tier
 from kvstore.views import sums, visible_status

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvstore.reconcile import COORDINATOR, WORKER, Backoff, Node, Placed, Plan, Want, plan
+from kvstore.fleet.reconcile import COORDINATOR, WORKER, Backoff, Node, Placed, Plan, Want, plan
 
 A, B, C = (Node(id, f"10.0.0.{number}", 1) for number, id in enumerate("abc", 1))
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.catalog import Catalog
-from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import Corrupt, TierFull
+from kvstore.fleet.embedded_redis import EmbeddedRedis
 from kvstore.seams import System
 from kvstore.tiers.base import TierStore
 from kvstore.tiers.redis import RedisTier

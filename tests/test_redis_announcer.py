@@ -11,7 +11,7 @@ import pytest
 from kvstore.auth import client_credentials
 from kvstore.catalog import Catalog
 from kvstore.config import ClientConfig, WorkerConfig
-from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.fleet.embedded_redis import EmbeddedRedis
 from kvstore.seams import System
 from kvstore.tiers.redis import RedisTier
 from kvstore.transport.rpc import GrpcTransport

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import Corrupt, TierDown
-from kvstore.system import real_system
+from kvstore.fleet.embedded_redis import EmbeddedRedis
+from kvstore.machine.system import real_system
 from kvstore.tiers.redis import RedisTier
 from tests.contracts.records import sample
 from tests.redis_helpers import Raw, get, put, tier_on, value_key

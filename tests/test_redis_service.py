@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from kvstore.catalog import Catalog
-from kvstore.embedded_redis import EmbeddedRedis
+from kvstore.directory.runs import Added, Removed
 from kvstore.errors import ConfigError, Corrupt, SetupError, TierDown
-from kvstore.runs import Added, Removed
+from kvstore.fleet.embedded_redis import EmbeddedRedis
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.system import real_system
 from kvstore.tiers.redis import RedisTier
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, sample

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import SetupError
+from kvstore.fleet.embedded_redis import EmbeddedRedis
+from kvstore.machine.system import real_system
 from kvstore.seams import System
 from kvstore.spec import Group, ModelSpec
-from kvstore.system import real_system
 from tests.contracts.records import NAMESPACE, catalog_of, sample
 from tests.redis_helpers import Raw, get, put, tier_on
 from tests.redis_proxy import certificate, proxy, server_context

@@ -6,8 +6,8 @@ import pytest
 
 from coordinator.registry import Registry
 from kvstore.config import CoordinatorConfig
-from kvstore.replicas import Copies
-from kvstore.runs import Run
+from kvstore.directory.replicas import Copies
+from kvstore.directory.runs import Run
 from kvstore.spec import Shard
 from tests.service_helpers import FULL, ListSource, prompt
 

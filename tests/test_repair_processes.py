@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import MIB, ClientConfig, Config, CoordinatorConfig, ServerConfig, StoreConfig
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import Chain
-from kvstore.local_cluster import LocalCluster
-from kvstore.system import real_system
+from kvstore.machine.system import real_system
 from kvstore.transport.rpc import GrpcTransport
 from tests.service_cluster import blocks_of, check, found
 from tests.service_helpers import LARGE, prompt

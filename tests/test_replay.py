@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from kvstore.cli.main import main
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import ClientConfig, StoreConfig, load_config
 from kvstore.errors import UsageError
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import chain
 from kvstore.layout import block_bytes
-from kvstore.local_cluster import LocalCluster
-from kvstore.payload import BLOCK_BYTES_STEP, Payload, replay_spec, tokens_of
-from kvstore.replay import TIERS
-from kvstore.replay_sizes import TierSizes, choose_sizes, store_settings
-from kvstore.reuse import distances, sizes
+from kvstore.operations.payload import BLOCK_BYTES_STEP, Payload, replay_spec, tokens_of
+from kvstore.operations.replay import TIERS
+from kvstore.operations.replay_sizes import TierSizes, choose_sizes, store_settings
+from kvstore.operations.reuse import distances, sizes
+from kvstore.operations.trace import TRACE_BLOCK_TOKENS, Request, footprint
 from kvstore.spec import Shard
-from kvstore.trace import TRACE_BLOCK_TOKENS, Request, footprint
 
 
 def conversations(count: int, turns: int, seed: int = 1) -> list[Request]:

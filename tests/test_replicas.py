@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.placement import rank
-from kvstore.popular import Popular
-from kvstore.replicas import Copies, Fleet, Mark, Pull, Replicas
-from kvstore.runs import Run
+from kvstore.directory.placement import rank
+from kvstore.directory.popular import Popular
+from kvstore.directory.replicas import Copies, Fleet, Mark, Pull, Replicas
+from kvstore.directory.runs import Run
 from kvstore.types import KEY_BYTES, Fidelity, Tier
 
 ROOT, SHARD = b"r" * KEY_BYTES, b"s" * KEY_BYTES

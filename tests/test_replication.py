@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvstore.convert import spec_to_wire
+from kvstore.directory.placement import rank
 from kvstore.keys import Chain
-from kvstore.placement import rank
 from kvstore.spec import Shard
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, coordinator_pb2

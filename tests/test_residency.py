@@ -7,9 +7,9 @@ from random import Random
 
 import pytest
 
-from kvstore.policy import Lru
-from kvstore.residency import Residency
-from kvstore.residency_check import validate
+from kvstore.policies.base import Lru
+from kvstore.residency.check import validate
+from kvstore.residency.residency import Residency
 from tests.residency_blocks import FULL, HOST, HOT, LEVELS, SLIDING, SSD, header_of, key_of, place, put
 
 

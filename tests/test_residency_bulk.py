@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from kvstore.errors import DataError
 from kvstore.header import HEADER_BYTES, Header
 from kvstore.header_columns import HEADERS, as_bytes, hold, kinds
-from kvstore.policy import Lru
-from kvstore.residency import Residency
-from kvstore.residency_bulk import take_in
-from kvstore.residency_check import validate
-from kvstore.s3fifo import S3Fifo
+from kvstore.policies.base import Lru
+from kvstore.policies.s3fifo import S3Fifo
+from kvstore.residency.bulk import take_in
+from kvstore.residency.check import validate
+from kvstore.residency.residency import Residency
 from kvstore.types import Location
 from tests.residency_blocks import FULL, HOST, HOT, LEVELS, SLIDING, SSD, header_of, key_of, place
 

@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstore.policy import Lru
-from kvstore.residency import Residency
-from kvstore.residency_check import validate
+from kvstore.policies.base import Lru
+from kvstore.residency.check import validate
+from kvstore.residency.residency import Residency
 from kvstore.types import Location
 from tests.residency_blocks import FULL, HOST, HOT, LEVELS, SLIDING, SSD, header_of, key_of, place
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.runs import (
+from kvstore.directory.runs import (
     Added,
     Change,
     Removed,

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import numpy as np
 import pytest
 
+from kvstore.client.plan import ENGINE_HOLDER
+from kvstore.client.scores import ReplicaScore, Scores, scores_of
 from kvstore.config import Config, ServerConfig
+from kvstore.directory.kv_events import PageHash
 from kvstore.errors import BadRequest
 from kvstore.keys import Chain
-from kvstore.kv_events import PageHash
-from kvstore.plan import ENGINE_HOLDER
-from kvstore.scores import ReplicaScore, Scores, scores_of
 from kvstore.spec import Shard
 from kvstore.types import Tier, pack_keys
 from kvstore.wire import coordinator_pb2

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kvstore.config import GIB, MIB, parse_toml
-from kvstore.sizing import size_problems
+from kvstore.operations.sizing import size_problems
 from kvstore.types import Tier
 from kvstore.wire import common_pb2
 

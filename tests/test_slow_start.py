@@ -11,8 +11,8 @@ from coordinator.registry import Registry
 from coordinator.session import Session
 from kvstore.config import CoordinatorConfig
 from kvstore.convert import Introduced, delta_to_wire
-from kvstore.membership import Member
-from kvstore.replicas import Copies
+from kvstore.directory.membership import Member
+from kvstore.directory.replicas import Copies
 from kvstore.wire import coordinator_pb2
 from kvstore.wireform import member_to_wire
 from tests.service_helpers import FULL, ListSource, prompt

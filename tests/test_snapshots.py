@@ -7,12 +7,12 @@ from random import Random
 
 import pytest
 
-from kvstore.announce import run_chunks
+from kvstore.directory.announce import run_chunks
+from kvstore.directory.runs import Added, Run, blocks_of
 from kvstore.header import Header
-from kvstore.policy import make_policy
-from kvstore.residency import Level, Residency
-from kvstore.runs import Added, Run, blocks_of
-from kvstore.snapshots import runs_held
+from kvstore.policies.base import make_policy
+from kvstore.residency.residency import Level, Residency
+from kvstore.residency.snapshots import runs_held
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import Fidelity, Location, Tier
 from tests.cluster_model import FULL, FULL_STATE, chain, halves, run_of

@@ -13,8 +13,8 @@ import pytest
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
 from kvstore.errors import TierDown, TierFull
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.system import real_system
 from kvstore.tiers.aligned import padded
 from kvstore.tiers.base import Location
 from kvstore.tiers.ssd import SsdTier

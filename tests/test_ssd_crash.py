@@ -14,9 +14,9 @@ import pytest
 
 from kvstore.errors import DataError
 from kvstore.format import Record, expect
+from kvstore.machine.system import LocalSpawner, real_system
 from kvstore.seams import System
 from kvstore.spec import Group, ModelSpec
-from kvstore.system import LocalSpawner, real_system
 from kvstore.tiers.base import Location, Recovered
 from kvstore.tiers.ssd import SsdTier
 from tests.contracts.records import Sample, catalog_of, sample

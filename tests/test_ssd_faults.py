@@ -14,8 +14,8 @@ import pytest
 
 from kvstore.config import StoreConfig
 from kvstore.errors import Corrupt, SetupError, TierDown
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.system import real_system
 from kvstore.tiers.aligned import Bounce, is_aligned, padded, read_record, write_record
 from kvstore.tiers.base import Location
 from kvstore.tiers.ssd import SsdTier

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.runs import Added, Removed
+from kvstore.directory.runs import Added, Removed
+from kvstore.machine.system import real_system
 from kvstore.spec import Shard
-from kvstore.system import real_system
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, header_of
 from tests.store_fakes import PlainMemory, fake_system

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from kvstore.copies import Copy
 from kvstore.errors import TierDown
 from kvstore.format import ENTRY_DTYPE
 from kvstore.spec import Shard
+from kvstore.store.copies import Copy
 from kvstore.types import Tier
 from tests.contracts.records import NAMESPACE
 from tests.store_fakes import FaultyTier

@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
+from kvstore.machine.system import LocalSpawner, real_system
 from kvstore.seams import System
-from kvstore.system import LocalSpawner, real_system
 from kvstore.types import Fidelity
 from tests.contracts.records import NAMESPACE
 from tests.store_writer import CHAIN, rig_on

@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
-from kvstore.system import real_system
+from kvstore.machine.system import real_system
 from kvstore.tiers.ssd import SsdTier
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, small_spec

@@ -9,8 +9,8 @@ import pytest
 
 from kvstore.codec_rules import CodecRules
 from kvstore.codecs import DENSE, FAST, INT4, INT8, NESTED
+from kvstore.directory.runs import Added
 from kvstore.format import Record, encode_record, trim_record
-from kvstore.runs import Added
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, small_spec

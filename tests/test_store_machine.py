@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.runs import Removed
-from kvstore.store import Hold
+from kvstore.directory.runs import Removed
+from kvstore.store.tiered import Hold
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, small_spec
 from tests.store_fakes import FaultyTier

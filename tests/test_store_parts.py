@@ -8,8 +8,8 @@ import pytest
 
 from kvstore.budget import Budget
 from kvstore.errors import TierDown
-from kvstore.room import Outlets
-from kvstore.shared import Finder
+from kvstore.store.room import Outlets
+from kvstore.store.shared import Finder
 from kvstore.types import Tier
 from tests.contracts.records import NAMESPACE, sample
 from tests.store_fakes import FaultyTier

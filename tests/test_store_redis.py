@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kvstore.runs import Added, Removed
+from kvstore.directory.runs import Added, Removed
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, sample, small_spec
 from tests.store_fakes import FaultyTier

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from kvstore.catalog import Catalog
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.store import TieredStore
-from kvstore.system import real_system
+from kvstore.store.tiered import TieredStore
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.ssd import SsdTier
 from kvstore.types import Tier

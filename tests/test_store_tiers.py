@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from kvstore.directory.runs import Removed
 from kvstore.errors import SetupError
-from kvstore.runs import Removed
 from kvstore.tiers.base import Recovered
 from kvstore.types import Location, Tier
 from tests.contracts.records import NAMESPACE, sample

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.disk import FolderDisk
 from kvstore.errors import SetupError
-from kvstore.memory import F_SEAL_FUTURE_WRITE, MemfdMemory
-from kvstore.system import LocalSpawner, ThreadPool, host_id, real_system
+from kvstore.machine.disk import FolderDisk
+from kvstore.machine.memory import F_SEAL_FUTURE_WRITE, MemfdMemory
+from kvstore.machine.system import LocalSpawner, ThreadPool, host_id, real_system
 
 WAIT_S = 20.0
 
@@ -116,7 +116,7 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from kvstore.disk import FolderDisk; FolderDisk(sys.argv[1]).lock('l');"
+        "import sys; from kvstore.machine.disk import FolderDisk; FolderDisk(sys.argv[1]).lock('l');"
         "FolderDisk(sys.argv[1]).replace('ready', b''); sys.stdin.read() or __import__('signal').pause()"
     )
     child = LocalSpawner().spawn([sys.executable, "-c", code, str(tmp_path)], log=str(tmp_path / "log"))
@@ -251,7 +251,8 @@ def test_the_environment_and_a_missing_program(tmp_path: Path) -> None:
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     """The parent is killed with SIGKILL: nobody is left to clean up but the kernel."""
     code = (
-        "import sys, signal; from kvstore.system import LocalSpawner; from kvstore.disk import FolderDisk;"
+        "import sys, signal; from kvstore.machine.system import LocalSpawner;"
+        "from kvstore.machine.disk import FolderDisk;"
         "child = LocalSpawner().spawn(['sleep', '1000']);"
         "FolderDisk(sys.argv[1]).replace('pid', str(child.pid).encode()); signal.pause()"
     )

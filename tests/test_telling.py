@@ -13,8 +13,8 @@ from typing import Any
 from kvstore.integrations.vllm.identity import Identity, Layout
 from kvstore.integrations.vllm.requests import track
 from kvstore.integrations.vllm.telling import Teller
+from kvstore.policies.usage import Finish, Hint, Use
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.usage import Finish, Hint, Use
 
 SPEC = ModelSpec(
     model="tiny",

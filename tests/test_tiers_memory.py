@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstore.arena import Arena
 from kvstore.errors import SetupError, TierFull
-from kvstore.memory import MemfdMemory
-from kvstore.system import ThreadPool
+from kvstore.machine.memory import MemfdMemory
+from kvstore.machine.system import ThreadPool
+from kvstore.store.arena import Arena
 from kvstore.tiers.host import ArenaTier, HostTier, copy_parts
 from kvstore.tiers.hot import DevicePool, HotTier
 from tests.contracts.records import NAMESPACE, sample

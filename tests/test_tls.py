@@ -19,12 +19,12 @@ from cryptography.x509.oid import NameOID
 
 from kvstore.auth import Authenticator, client_credentials, load_policy
 from kvstore.cli.main import main
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import ClientConfig, Config, load_config
 from kvstore.errors import KVStoreError, SetupError, Unauthenticated, Unavailable
-from kvstore.local_cluster import LocalCluster
-from kvstore.observe import Observer
-from kvstore.system import real_system
+from kvstore.fleet.local_cluster import LocalCluster
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import Observer
 from kvstore.transport.http import MetricsServer
 from kvstore.transport.methods import WORKER
 from kvstore.transport.rpc import GrpcTransport

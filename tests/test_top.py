@@ -12,8 +12,8 @@ import pytest
 
 from kvstore.cli.main import main
 from kvstore.histogram import BOUNDS_S
-from kvstore.observe import View
-from kvstore.top import screen, top_object
+from kvstore.operations.observe import View
+from kvstore.operations.top import screen, top_object
 from kvstore.wire import common_pb2, coordinator_pb2
 from tests.service_cluster import MiniCluster, blocks_of, found
 from tests.service_helpers import FULL, prompt

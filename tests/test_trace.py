@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from kvstore.errors import SetupError, UsageError
-from kvstore.trace import LINE_BYTES_MAX, Footprint, Request, check_chained, footprint, read_trace
+from kvstore.operations.trace import LINE_BYTES_MAX, Footprint, Request, check_chained, footprint, read_trace
 
 GOOD = {"timestamp": 5, "input_length": 1100, "output_length": 7, "hash_ids": [0, 1]}
 

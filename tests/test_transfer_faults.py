@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from kvstore.config import MIB, Config, override
-from kvstore.local_cluster import LocalCluster, Server
-from kvstore.observe import Observer
-from kvstore.system import RealClock
+from kvstore.fleet.local_cluster import LocalCluster, Server
+from kvstore.machine.system import RealClock
+from kvstore.operations.observe import Observer
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import WORKER
 from kvstore.transport.rpc import GrpcTransport

@@ -12,12 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from kvstore.client import GetResult  # noqa: E402
+from kvstore.client.hinting import NO_HINT  # noqa: E402
+from kvstore.client.kv_client import GetResult  # noqa: E402
+from kvstore.client.plan import HitPlan  # noqa: E402
+from kvstore.client.put_blocks import PutResult  # noqa: E402
 from kvstore.demo.model import TINY, demo_spec, make_model, weights_digest  # noqa: E402
 from kvstore.demo.replica import greedy  # noqa: E402
 from kvstore.demo.watch import Watched, Zeroed  # noqa: E402
 from kvstore.errors import UsageError  # noqa: E402
-from kvstore.hinting import NO_HINT  # noqa: E402
 from kvstore.integrations.transformers import (  # noqa: E402
     BlockClient,
     Prefilled,
@@ -29,11 +31,9 @@ from kvstore.integrations.transformers import (  # noqa: E402
 )
 from kvstore.keys import Chain  # noqa: E402
 from kvstore.layout import block_bytes, chunks  # noqa: E402
-from kvstore.plan import HitPlan  # noqa: E402
+from kvstore.policies.usage import Hint, Use  # noqa: E402
 from kvstore.spec import ModelSpec, Shard  # noqa: E402
-from kvstore.store_blocks import PutResult  # noqa: E402
 from kvstore.types import CommitToken, Tier  # noqa: E402
-from kvstore.usage import Hint, Use  # noqa: E402
 
 
 class DictClient:

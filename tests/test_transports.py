@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.memory import MemfdMemory
+from kvstore.machine.memory import MemfdMemory
 from kvstore.seams import Memory
 from kvstore.transport.base import Transport
 from kvstore.transport.rpc import GrpcTransport

@@ -11,10 +11,10 @@ import pytest
 from kvstore.cli.doctor import examine
 from kvstore.cli.main import main
 from kvstore.config import load_config
-from kvstore.doctor import Engine
 from kvstore.errors import ConfigError
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.integrations.vllm.examine import examine_transfer, read_transfer
-from kvstore.local_cluster import LocalCluster
+from kvstore.operations.doctor import Engine
 from tests.fleet_helpers import check_names
 
 GOOD: dict[str, Any] = {

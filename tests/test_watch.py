@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from coordinator.watch import Watcher
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
+from kvstore.client.view import View
 from kvstore.convert import Introduced, delta_to_wire
-from kvstore.directory import Directory
+from kvstore.directory.directory import Directory
 from kvstore.errors import Corrupt, Overloaded
-from kvstore.plan import HitPlan
 from kvstore.spec import Shard
 from kvstore.types import CommitToken, Fidelity, Keys
-from kvstore.view import View
 from kvstore.wire import coordinator_pb2
 from kvstore.wireform import member_to_wire
 from tests.service_cluster import MiniCluster, blocks_of, check, found
@@ -120,7 +120,7 @@ async def test_own_commits_are_seen_before_the_view_has_them(
 
 
 async def test_own_commits_are_bounded_and_end_with_the_lease() -> None:
-    from kvstore.view import OwnCommits
+    from kvstore.client.view import OwnCommits
 
     clock = HandClock()
     own, view = OwnCommits(clock, 5.0, 10), View(100, 10)
@@ -149,7 +149,7 @@ async def test_own_commits_are_bounded_and_end_with_the_lease() -> None:
 
 
 def _member(id: str, epoch: int, **more: Any) -> coordinator_pb2.WatchReply:
-    from kvstore.membership import Member
+    from kvstore.directory.membership import Member
 
     told = coordinator_pb2.WatchMember(member=member_to_wire(Member(id, epoch, "127.0.0.1:1")), **more)
     return coordinator_pb2.WatchReply(member=told)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore import sources
-from kvstore.bulk import Raws
 from kvstore.checksum import xxh3
+from kvstore.client import sources
+from kvstore.client.bulk import Raws
+from kvstore.client.host_link import HostLink
+from kvstore.client.needs import LayerReady
 from kvstore.errors import BadRequest, KVStoreError, Overloaded, Unavailable
 from kvstore.header import Header
-from kvstore.host_link import HostLink
-from kvstore.needs import LayerReady
 from kvstore.types import Tier, pack_keys
 from kvstore.wire import common_pb2, worker_pb2
 from tests.service_cluster import STORE, blocks_of, check

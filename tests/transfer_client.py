@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.needs import LayerReady
+from kvstore.client.plan import HitPlan
 from kvstore.config import ClientConfig
 from kvstore.keys import Chain
-from kvstore.needs import LayerReady
-from kvstore.plan import HitPlan
+from kvstore.machine.system import real_system
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.system import real_system
 from tests.service_helpers import payload, prompt
 
 SPEC = ModelSpec("moved", (Group(layers=4, kv_heads=4, k_dim=128, v_dim=128),), dtype="float32", block_tokens=16)

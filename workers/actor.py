@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from kvstore.actor import ServerActor
 from kvstore.config import Config
 from kvstore.errors import SetupError
+from kvstore.fleet.actor import ServerActor
 from kvstore.seams import System
 from kvstore.transport.base import Transport
 from workers.runtime import WorkerRuntime

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 
-from kvstore.announce import SnapshotChunk, run_chunks
 from kvstore.config import WorkerConfig
 from kvstore.convert import Introduced, chunk_to_wire, delta_to_wire
+from kvstore.directory.announce import SnapshotChunk, run_chunks
+from kvstore.directory.placement import membership_digest
 from kvstore.errors import DataError, DeadlineExceeded, KVStoreError, ServiceError
-from kvstore.placement import membership_digest
 from kvstore.seams import System
 from kvstore.transport.base import Credentials, Transport
 from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kvstore.auth import node_credentials
+from kvstore.directory.membership import State
+from kvstore.directory.placement import rank
 from kvstore.errors import KVStoreError
-from kvstore.membership import State
-from kvstore.placement import rank
 from kvstore.transport.base import Transport
 from kvstore.transport.methods import WORKER
 from kvstore.types import KEY_BYTES, pack_keys, unpack_keys

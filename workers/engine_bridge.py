@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from kvstore.auth import node_credentials
 from kvstore.config import Config
-from kvstore.engine_cache import EngineCache
+from kvstore.directory.engine_cache import EngineCache
 from kvstore.seams import System
 from kvstore.spec import ModelSpec
 from kvstore.transport.base import Transport

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from kvstore.announce import Outbox
 from kvstore.catalog import Catalog
-from kvstore.engine_cache import EngineCache
+from kvstore.client.plan import ENGINE_HOLDER
+from kvstore.directory.announce import Outbox
+from kvstore.directory.engine_cache import EngineCache
+from kvstore.directory.kv_events import parse
+from kvstore.directory.membership import Member
+from kvstore.directory.runs import Change, Run, in_chain_order, to_runs
 from kvstore.errors import Corrupt
-from kvstore.kv_events import parse
-from kvstore.membership import Member
-from kvstore.plan import ENGINE_HOLDER
-from kvstore.runs import Change, Run, in_chain_order, to_runs
 from kvstore.wire import common_pb2
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.copies import Inspected
+from kvstore.store.copies import Inspected
 from kvstore.wire import worker_pb2
 from kvstore.wireform import shard_to_wire
 

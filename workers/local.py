@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import BadRequest, Overloaded
 from kvstore.spec import ModelSpec
-from kvstore.staging import StagingSegment
-from kvstore.store import Placed
+from kvstore.store.staging import StagingSegment
+from kvstore.store.tiered import Placed
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from kvstore.arena import PAGE_BYTES
 from kvstore.budget import Budget
 from kvstore.catalog import Catalog
-from kvstore.codec_use import Use
 from kvstore.config import Config
+from kvstore.directory.membership import Member
 from kvstore.errors import BadRequest, DeadlineExceeded, Incompatible, Overloaded
 from kvstore.header import Header
 from kvstore.histogram import Histogram
-from kvstore.identity import Identity
 from kvstore.layout import block_bytes
-from kvstore.membership import Member
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
-from kvstore.store import Hold, TieredStore
+from kvstore.store.arena import PAGE_BYTES
+from kvstore.store.codec_use import Use
+from kvstore.store.identity import Identity
+from kvstore.store.tiered import Hold, TieredStore
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
 from kvstore.types import Fidelity
 from kvstore.wire import common_pb2, worker_pb2

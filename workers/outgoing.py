@@ -9,16 +9,16 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.arena import generation_at
 from kvstore.checksum import xxh3
+from kvstore.client.pieces import layers_before
 from kvstore.codecs import PLANES_MAX, RAW
 from kvstore.errors import DataError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Entry, Record, grouped, worth
 from kvstore.header import Header
 from kvstore.layout import Chunk, chunks
-from kvstore.pieces import layers_before
 from kvstore.spec import ModelSpec, Shard
-from kvstore.store import Placed
+from kvstore.store.arena import generation_at
+from kvstore.store.tiered import Placed
 from kvstore.transport import frames
 from kvstore.types import Buffer
 from kvstore.wire import worker_pb2

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 
 from kvstore.auth import node_credentials
 from kvstore.budget import Budget
+from kvstore.client.links import Pooled
+from kvstore.client.pulling import Pulled, pull_blocks
 from kvstore.convert import entry_from_wire
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.fair import FairLine
 from kvstore.layout import block_bytes
-from kvstore.links import Pooled
-from kvstore.pulling import Pulled, pull_blocks
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.base import Channel, Transport
 from kvstore.types import KEY_BYTES, unpack_keys

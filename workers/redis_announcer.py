@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstore.announce import Outbox
 from kvstore.catalog import Catalog
+from kvstore.client.plan import REDIS_HOLDER
 from kvstore.config import WorkerConfig
+from kvstore.directory.announce import Outbox
+from kvstore.directory.membership import Member
+from kvstore.directory.runs import Added, Change, Removed, Run, in_chain_order, to_runs
 from kvstore.errors import TierDown
-from kvstore.membership import Member
-from kvstore.plan import REDIS_HOLDER
-from kvstore.runs import Added, Change, Removed, Run, in_chain_order, to_runs
 from kvstore.seams import System
 from kvstore.tiers.redis import RedisTier
 from kvstore.wire import common_pb2

@@ -8,20 +8,20 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from kvstore.announce import Outbox
 from kvstore.auth import Authenticator, Policy, load_policy, node_credentials
 from kvstore.catalog import Catalog
 from kvstore.checksum import prepare
 from kvstore.codecs.batch import ready
 from kvstore.config import Config
+from kvstore.directory.announce import Outbox
+from kvstore.directory.membership import Member
+from kvstore.directory.runs import Change, Run
 from kvstore.errors import SetupError
-from kvstore.identity import Identity, claim
-from kvstore.membership import Member
-from kvstore.metrics import worker_page
+from kvstore.operations.metrics import worker_page
 from kvstore.quotas import NONE, Quotas
-from kvstore.runs import Change, Run
 from kvstore.seams import Pool, System
-from kvstore.store import TieredStore
+from kvstore.store.identity import Identity, claim
+from kvstore.store.tiered import TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.transport.base import Server, Transport
 from kvstore.transport.http import MetricsServer

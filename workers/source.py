@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kvstore.announce import Outbox
 from kvstore.catalog import Catalog
-from kvstore.membership import Member
-from kvstore.runs import Run
+from kvstore.directory.announce import Outbox
+from kvstore.directory.membership import Member
+from kvstore.directory.runs import Run
 from kvstore.wire import common_pb2
 
 

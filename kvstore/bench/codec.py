@@ -24,7 +24,7 @@ from kvstore.bench.codec_threads import threads
 from kvstore.bench.codec_trip import Trip, raw_of, tensor_of
 from kvstore.bench.report import Report
 from kvstore.codecs import DENSE, FAST, INT4, INT8, NESTED
-from kvstore.system import real_system
+from kvstore.machine.system import real_system
 from kvstore.transport.malloc import keep_freed_memory
 
 CONTEXT, SUFFIX = 512, 64

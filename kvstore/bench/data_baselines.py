@@ -18,8 +18,8 @@ import numpy as np
 
 from kvstore.auth import Authenticator, load_policy
 from kvstore.checksum import xxh3
-from kvstore.spawn import LocalProcess, LocalSpawner
-from kvstore.system import RealClock
+from kvstore.machine.spawn import LocalProcess, LocalSpawner
+from kvstore.machine.system import RealClock
 from kvstore.transport.base import CallContext
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.wire import common_pb2, coordinator_pb2

@@ -27,9 +27,9 @@ from kvstore.bench.directory_rig import (
 from kvstore.bench.directory_snapshot import measure_snapshot
 from kvstore.bench.report import Report
 from kvstore.bench.tiers_residency import resident_bytes
-from kvstore.membership import Freed
-from kvstore.runs import RemovedRun, Run
-from kvstore.system import thread_cpu_s
+from kvstore.directory.membership import Freed
+from kvstore.directory.runs import RemovedRun, Run
+from kvstore.machine.system import thread_cpu_s
 from kvstore.types import KEY_BYTES, Keys
 from kvstore.wire import common_pb2
 

@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from kvstore.bench.plot import Panel, svg
 from kvstore.bench.report import Report
-from kvstore.directory import Directory
-from kvstore.policy import make_policy
-from kvstore.runs import RemovedRun, Run, RunChange
+from kvstore.directory.directory import Directory
+from kvstore.directory.runs import RemovedRun, Run, RunChange
+from kvstore.machine.system import thread_cpu_s
+from kvstore.operations.trace import TRACE_BLOCK_TOKENS, Request, read_trace
+from kvstore.policies.base import make_policy
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.system import thread_cpu_s
-from kvstore.trace import TRACE_BLOCK_TOKENS, Request, read_trace
 from kvstore.types import KEY_BYTES, Fidelity, Keys, Tier
 
 SPEC = ModelSpec(model="bench/fleet", groups=(Group(layers=32, kv_heads=8, k_dim=128, v_dim=128),), block_tokens=64)

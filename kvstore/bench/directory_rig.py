@@ -12,13 +12,13 @@ from coordinator.service import CoordinatorService
 from coordinator.session import Session
 from kvstore.config import CoordinatorConfig
 from kvstore.convert import change_to_wire, run_to_wire, spec_to_wire
-from kvstore.directory import Directory
-from kvstore.membership import Member
-from kvstore.replicas import Copies
-from kvstore.runs import RemovedRun, Run
+from kvstore.directory.directory import Directory
+from kvstore.directory.membership import Member
+from kvstore.directory.replicas import Copies
+from kvstore.directory.runs import RemovedRun, Run
+from kvstore.machine.system import real_system
 from kvstore.seams import Clock, System
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.system import real_system
 from kvstore.transport.base import CallContext
 from kvstore.types import KEY_BYTES, Fidelity, Keys, Tier
 from kvstore.wire import common_pb2, coordinator_pb2

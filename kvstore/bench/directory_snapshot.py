@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 
-from kvstore.announce import run_chunks
 from kvstore.bench.directory_rig import MESSAGE, NAMESPACE, Rig
 from kvstore.bench.report import Report
 from kvstore.bench.tiers_blocks import NAMESPACE as STORE_NAMESPACE
 from kvstore.bench.tiers_blocks import catalog
 from kvstore.bench.tiers_residency import Resident
 from kvstore.convert import Introduced, chunk_to_wire
-from kvstore.snapshots import runs_held
-from kvstore.system import thread_cpu_s
+from kvstore.directory.announce import run_chunks
+from kvstore.machine.system import thread_cpu_s
+from kvstore.residency.snapshots import runs_held
 from kvstore.wire import coordinator_pb2
 
 

@@ -24,7 +24,7 @@ from kvstore.bench.engine_process import SETTINGS, transfer_config
 from kvstore.bench.report import Report
 from kvstore.config import load_config
 from kvstore.errors import SetupError
-from kvstore.local_cluster import LocalCluster
+from kvstore.fleet.local_cluster import LocalCluster
 
 PROMPT_TOKENS = 1600
 PROMPTS = 2

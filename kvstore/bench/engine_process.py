@@ -17,7 +17,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
-from kvstore.system import RealClock
+from kvstore.machine.system import RealClock
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

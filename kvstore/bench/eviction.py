@@ -1,8 +1,8 @@
 """`kvstore bench eviction TRACE...`: prefix hits of policies over capacities, beside the exact optimum.
 
-The policies are the objects residency uses (`kvstore.policy.make_policy`); the replay and its model stand in
-`kvstore.eviction_replay`. Results are percent, named TRACE/CAPACITY/POLICY; `gap_closed` is the mean over the cells of
-(policy - LRU) / (OPT - LRU).
+The policies are the objects residency uses (`kvstore.policies.base.make_policy`); the replay and its model stand in
+`kvstore.operations.eviction_replay`. Results are percent, named TRACE/CAPACITY/POLICY; `gap_closed` is the mean over
+the cells of (policy - LRU) / (OPT - LRU).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from kvstore.bench.eviction_plot import plot
 from kvstore.bench.report import Report
 from kvstore.bench.tiers_residency import cpu_s
 from kvstore.errors import UsageError
-from kvstore.eviction_replay import BlockTrace, Knows, Replay, block_trace
 from kvstore.kernels.belady import hits
-from kvstore.policy import POLICIES, make_policy
-from kvstore.trace import read_trace
+from kvstore.operations.eviction_replay import BlockTrace, Knows, Replay, block_trace
+from kvstore.operations.trace import read_trace
+from kvstore.policies.base import POLICIES, make_policy
 
 QUICK_REQUESTS = 1500
 QUICK_CAPACITIES = "5%"

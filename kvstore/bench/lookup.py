@@ -17,18 +17,18 @@ from kvstore.bench.data_baselines import Child
 from kvstore.bench.lookup_busy import measure_busy
 from kvstore.bench.report import Report
 from kvstore.bench.transfer_blocks import client, plan_of
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.view import View
 from kvstore.config import Config, override
+from kvstore.directory.runs import Run
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import Chain, Tokens, chain
-from kvstore.local_cluster import LocalCluster
-from kvstore.runs import Run
+from kvstore.machine.system import RealClock
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.system import RealClock
 from kvstore.transport.base import Channel, Credentials
 from kvstore.transport.methods import COORDINATOR
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.types import KEY_BYTES, Fidelity, Keys, Tier, pack_keys
-from kvstore.view import View
 from kvstore.wire import common_pb2, coordinator_pb2
 from kvstore.wireform import shard_to_wire
 

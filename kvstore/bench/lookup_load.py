@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.announce import Delta
 from kvstore.convert import delta_to_wire, spec_to_wire
-from kvstore.runs import RemovedRun, Run
+from kvstore.directory.announce import Delta
+from kvstore.directory.runs import RemovedRun, Run
+from kvstore.machine.system import RealClock
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.system import RealClock
 from kvstore.transport.base import Channel, Credentials
 from kvstore.transport.methods import COORDINATOR
 from kvstore.transport.rpc import GrpcTransport

@@ -22,8 +22,8 @@ from kvstore.bench.recovery_repair import measure_repair
 from kvstore.bench.recovery_ssd import measure_ssd
 from kvstore.bench.report import Report
 from kvstore.errors import SetupError
-from kvstore.spawn import LocalProcess, LocalSpawner
-from kvstore.system import RealClock
+from kvstore.machine.spawn import LocalProcess, LocalSpawner
+from kvstore.machine.system import RealClock
 
 PARTS = ("up", "faults", "repair", "ssd", "coordinator")
 UP_S = 120.0

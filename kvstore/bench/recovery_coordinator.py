@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvstore.announce import Outbox
 from kvstore.bench.directory_rig import GROUP, PROMPT, SPEC, WHOLE, prompt_keys, runs_of
 from kvstore.bench.recovery_rig import now, until
 from kvstore.bench.report import Report
 from kvstore.catalog import Catalog
 from kvstore.config import Config, override
-from kvstore.local_cluster import LocalCluster
-from kvstore.membership import Member
-from kvstore.observe import Observer
-from kvstore.runs import Run
-from kvstore.system import real_system
+from kvstore.directory.announce import Outbox
+from kvstore.directory.membership import Member
+from kvstore.directory.runs import Run
+from kvstore.fleet.local_cluster import LocalCluster
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import Observer
 from kvstore.transport.base import Credentials
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.wire import common_pb2

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kvstore.bench.recovery_rig import LEASE_S, RecoveryRig, Work, now, until
 from kvstore.bench.report import Report
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import MIB, Config, override
 
 BLOCK_BYTES, BLOCKS, PROMPTS = 64 << 10, 16, 24

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 from kvstore.bench.recovery_rig import POLL_S, WAIT_S, RecoveryRig, Work, blocks_on, now
 from kvstore.bench.report import Report
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import MIB, Config, override
 from kvstore.errors import SetupError
 from kvstore.transport.base import Channel

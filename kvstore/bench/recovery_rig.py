@@ -13,15 +13,15 @@ from types import TracebackType
 
 import numpy as np
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import is_redis
 from kvstore.config import ClientConfig, Config, override
 from kvstore.errors import KVStoreError, SetupError
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import Chain, chain
-from kvstore.local_cluster import LocalCluster
-from kvstore.payload import Payload, replay_spec, tokens_of
-from kvstore.plan import is_redis
+from kvstore.machine.system import RealClock, real_system
+from kvstore.operations.payload import Payload, replay_spec, tokens_of
 from kvstore.spec import ModelSpec
-from kvstore.system import RealClock, real_system
 from kvstore.transport.base import Channel, Credentials
 from kvstore.transport.methods import WORKER
 from kvstore.transport.rpc import GrpcTransport

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstore.arena import PAGE_BYTES
 from kvstore.catalog import Catalog
 from kvstore.codecs import RAW
 from kvstore.format import encode_record
 from kvstore.header import Header
-from kvstore.memory import MemfdMemory, MemfdSegment
+from kvstore.machine.memory import MemfdMemory, MemfdSegment
 from kvstore.spec import Group, ModelSpec, Shard
+from kvstore.store.arena import PAGE_BYTES
 from kvstore.tiers.aligned import padded
 
 NAMESPACE = "bench"

@@ -13,8 +13,8 @@ from kvstore.bench.report import Report
 from kvstore.bench.tiers_blocks import BLOCK_BYTES, NAMESPACE, SHARD, SPEC, catalog, header, random_buffers
 from kvstore.bench.tiers_residency import resident_bytes
 from kvstore.config import StoreConfig
-from kvstore.store import ANNOUNCE_QUEUE, TieredStore
-from kvstore.system import RealClock, real_system
+from kvstore.machine.system import RealClock, real_system
+from kvstore.store.tiered import ANNOUNCE_QUEUE, TieredStore
 from kvstore.tiers.ssd import SsdTier
 from kvstore.types import Fidelity
 

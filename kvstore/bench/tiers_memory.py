@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvstore.arena import generation_at
 from kvstore.bench.baselines import memcpy
 from kvstore.bench.report import Report, in_turns
 from kvstore.bench.tiers_blocks import (
@@ -25,8 +24,9 @@ from kvstore.bench.tiers_blocks import (
 from kvstore.bench.tiers_ssd import in_flight
 from kvstore.config import StoreConfig
 from kvstore.header import Header
-from kvstore.store import Placed, TieredStore
-from kvstore.system import RealClock, real_system
+from kvstore.machine.system import RealClock, real_system
+from kvstore.store.arena import generation_at
+from kvstore.store.tiered import Placed, TieredStore
 from kvstore.types import Fidelity
 
 UNDER_WAY = 16

@@ -18,9 +18,9 @@ from kvstore.codecs import RAW
 from kvstore.config import StoreConfig
 from kvstore.format import encode_record
 from kvstore.header import Header
+from kvstore.machine.system import RealClock, real_system
 from kvstore.seams import System
-from kvstore.store import TieredStore
-from kvstore.system import RealClock, real_system
+from kvstore.store.tiered import TieredStore
 from kvstore.tiers.aligned import padded
 from kvstore.tiers.segment import data_name, index_name
 from kvstore.tiers.segment_index import open_page, pack_entry, pages_of, word_of_shard

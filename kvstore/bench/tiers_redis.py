@@ -13,9 +13,9 @@ from kvstore.bench.report import Report, in_turns
 from kvstore.bench.tiers_blocks import NAMESPACE, Buffers, catalog, differing, records
 from kvstore.bench.tiers_ssd import in_flight
 from kvstore.config import StoreConfig
-from kvstore.embedded_redis import EmbeddedRedis
 from kvstore.errors import SetupError
-from kvstore.system import RealClock, real_system
+from kvstore.fleet.embedded_redis import EmbeddedRedis
+from kvstore.machine.system import RealClock, real_system
 from kvstore.tiers.base import Location
 from kvstore.tiers.redis import RedisTier
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.arena import PAGE_BYTES
 from kvstore.bench.report import Report
 from kvstore.bench.tiers_blocks import BLOCK_BYTES, NAMESPACE, SHARD, header
 from kvstore.errors import SetupError
 from kvstore.header import Header
-from kvstore.policy import make_policy
-from kvstore.residency import Level, Residency
+from kvstore.policies.base import make_policy
+from kvstore.residency.residency import Level, Residency
+from kvstore.store.arena import PAGE_BYTES
 from kvstore.types import Location, Tier
 
 CHAIN = 64  # blocks

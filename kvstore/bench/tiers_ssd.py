@@ -15,7 +15,7 @@ from kvstore.bench.baselines import FileLoop
 from kvstore.bench.report import Report, in_turns
 from kvstore.bench.tiers_blocks import NAMESPACE, Buffers, Records, catalog, differing, records
 from kvstore.config import StoreConfig
-from kvstore.system import RealClock, real_system
+from kvstore.machine.system import RealClock, real_system
 from kvstore.tiers.aligned import padded
 from kvstore.tiers.base import Location
 from kvstore.tiers.ssd import SsdTier

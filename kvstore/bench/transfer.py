@@ -28,12 +28,12 @@ from kvstore.bench.transfer_blocks import (
     rates,
     take_turns,
 )
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.config import Config, override
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import Chain
-from kvstore.local_cluster import LocalCluster
-from kvstore.plan import HitPlan
-from kvstore.system import RealClock
+from kvstore.machine.system import RealClock
 from kvstore.transport.base import Credentials
 from kvstore.transport.malloc import keep_freed_memory
 from kvstore.transport.methods import PROTOCOL_VERSION, WORKER

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from kvstore.bench.tiers_blocks import COLD_BYTES, Buffers, differing, random_buffers
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.config import ClientConfig
 from kvstore.keys import Chain, chain
-from kvstore.plan import HitPlan
+from kvstore.machine.system import RealClock, real_system
 from kvstore.spec import Group, ModelSpec
-from kvstore.system import RealClock, real_system
 
 CACHES, MEMORY = Path("/sys/devices/system/cpu/cpu0/cache"), Path("/proc/meminfo")
 FREE_SHARE = 20

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from kvstore.auth import client_credentials
 from kvstore.config import ClientConfig, Config, load_config
 from kvstore.errors import ConfigError, SetupError
-from kvstore.fleet_state import FleetState, fleet_folder
-from kvstore.observe import Observer
-from kvstore.system import real_system
+from kvstore.fleet.state import FleetState, fleet_folder
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import Observer
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.transport.tls import client_tls
 

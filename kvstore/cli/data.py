@@ -22,8 +22,8 @@ from kvstore.cli.common import (
 from kvstore.cli.tables import print_copies, print_inspection
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, SetupError, UsageError
-from kvstore.inspection import copies_of, inspect_folder
-from kvstore.observe import Observer, look
+from kvstore.operations.inspection import copies_of, inspect_folder
+from kvstore.operations.observe import Observer, look
 from kvstore.types import KEY_BYTES
 from kvstore.wire import worker_pb2
 

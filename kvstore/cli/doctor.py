@@ -20,11 +20,11 @@ from kvstore.cli.common import (
     print_json,
 )  # fmt: skip
 from kvstore.config import Config
-from kvstore.doctor import Doctor, Engine, Expected
 from kvstore.errors import SetupError
 from kvstore.integrations.vllm.examine import examine_transfer, read_transfer
-from kvstore.observe import Observer
-from kvstore.system import real_system
+from kvstore.machine.system import real_system
+from kvstore.operations.doctor import Doctor, Engine, Expected
+from kvstore.operations.observe import Observer
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.transport.tls import client_tls
 

@@ -20,7 +20,7 @@ from kvstore.cli.common import (
 )  # fmt: skip
 from kvstore.config import Config
 from kvstore.errors import SetupError, UsageError
-from kvstore.observe import View, look
+from kvstore.operations.observe import View, look
 from kvstore.wire import common_pb2
 
 POLL_S = 0.2

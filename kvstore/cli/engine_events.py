@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _bridge(config: Config, arguments: argparse.Namespace, spec: ModelSpec) -> None:
     from kvstore.assembly import server_transport
-    from kvstore.system import real_system
+    from kvstore.machine.system import real_system
     from kvstore.transport.zmq_events import batches
     from workers.engine_bridge import EngineBridge
 

@@ -30,11 +30,11 @@ from kvstore.cli.common import (
     setting,
 )  # fmt: skip
 from kvstore.config import Config, load_config, to_toml
-from kvstore.disk import FolderDisk
 from kvstore.errors import ConfigError, KVStoreError, SetupError
-from kvstore.fleet_state import MARK, SSD_FOLDER, FleetState, fleet_folder, read_status
-from kvstore.processes import ProcessId, carrying
-from kvstore.spawn import LocalProcess, LocalSpawner
+from kvstore.fleet.state import MARK, SSD_FOLDER, FleetState, fleet_folder, read_status
+from kvstore.machine.disk import FolderDisk
+from kvstore.machine.processes import ProcessId, carrying
+from kvstore.machine.spawn import LocalProcess, LocalSpawner
 from kvstore.tiers.redis_link import place
 
 PROGRESS_FILE, CONFIG_FILE, LOG_FILE, LOCK_FILE = "starting.jsonl", "config.toml", "supervisor.log", "lock"
@@ -183,7 +183,7 @@ def follow(supervisor: LocalProcess, folder: Path, timeout_s: float) -> None:
 
 async def settled_status(state: FleetState, config: Config) -> dict[str, Any]:
     """Status once every worker has told every coordinator, or after a lease."""
-    from kvstore.observe import look, status_object
+    from kvstore.operations.observe import look, status_object
 
     async with reachable_fleet(config, state) as (observer, coordinators):
         for _ in range(int(config.coordinator.lease_s / POLL_S) + 1):
@@ -197,7 +197,7 @@ async def settled_status(state: FleetState, config: Config) -> dict[str, Any]:
 
 def run_supervisor(arguments: argparse.Namespace) -> int:
     """Owns the fleet until SIGTERM."""
-    from kvstore.fleet import Fleet, Interrupted
+    from kvstore.fleet.supervisor import Fleet, Interrupted
 
     folder = Path(arguments.folder)
     disk = FolderDisk(str(folder))
@@ -239,7 +239,7 @@ def run_down(arguments: argparse.Namespace) -> int:
     if state.supervisor.signal(signal.SIGTERM):
         clean = gone_within([state.supervisor], DOWN_S)
     elif not state.own_cluster:
-        from kvstore.fleet import end_detached
+        from kvstore.fleet.supervisor import end_detached
 
         end_detached(state, config.server.stop_grace_s)
     killed = end_marked(state.mark)
@@ -285,7 +285,7 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 async def show_status(config: Config, as_json: bool) -> int:
     """Exit 1 when a coordinator does not answer or a worker is not alive; SetupError when nobody answers."""
-    from kvstore.observe import look, status_object
+    from kvstore.operations.observe import look, status_object
 
     async with reachable_fleet(config) as (observer, coordinators):
         view = await look(observer, coordinators)

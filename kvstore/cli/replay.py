@@ -16,17 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvstore.auth import client_credentials
 from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, configuration, json_flag, note, print_json, setting
 from kvstore.cli.tables import console, size, table
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import KIB, MIB, ClientConfig, Config, override
 from kvstore.errors import ServiceError, SetupError, UsageError
-from kvstore.local_cluster import LocalCluster
-from kvstore.observe import Observer
-from kvstore.payload import replay_spec
-from kvstore.replay import TIERS, Replay
-from kvstore.replay_sizes import TierSizes, choose_sizes, store_settings
+from kvstore.fleet.local_cluster import LocalCluster
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import Observer
+from kvstore.operations.payload import replay_spec
+from kvstore.operations.replay import TIERS, Replay
+from kvstore.operations.replay_sizes import TierSizes, choose_sizes, store_settings
+from kvstore.operations.trace import Footprint, Request, check_chained, footprint, read_trace
 from kvstore.seams import System
-from kvstore.system import real_system
-from kvstore.trace import Footprint, Request, check_chained, footprint, read_trace
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.transport.tls import client_tls
 from kvstore.values import parse_size

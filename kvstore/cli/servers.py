@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, configuration, json_flag, note, print_json, setting
 from kvstore.config import Config
-from kvstore.disk import FolderDisk
+from kvstore.machine.disk import FolderDisk
 
 STOP_STEPS = 4
 """A stop has so many parts (announcer, servers, store), each with the grace as its bound."""
@@ -82,7 +82,7 @@ def _server_flags(made: argparse.ArgumentParser) -> None:
 
 def run_worker(arguments: argparse.Namespace) -> int:
     from kvstore.assembly import server_transport, tune_malloc
-    from kvstore.system import real_system
+    from kvstore.machine.system import real_system
     from workers.runtime import WorkerRuntime
 
     config = configuration(arguments)
@@ -103,7 +103,7 @@ def run_worker(arguments: argparse.Namespace) -> int:
 def run_coordinator(arguments: argparse.Namespace) -> int:
     from coordinator.runtime import CoordinatorRuntime
     from kvstore.assembly import server_transport
-    from kvstore.system import real_system
+    from kvstore.machine.system import real_system
 
     config = configuration(arguments)
     system = real_system(1)

@@ -20,9 +20,9 @@ from kvstore.cli.common import (
     reachable_fleet,
 )
 from kvstore.errors import ConfigError, Unavailable
-from kvstore.observe import View, look
-from kvstore.system import real_system
-from kvstore.top import screen, top_object
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import View, look
+from kvstore.operations.top import screen, top_object
 
 HOME, CLEAR_BELOW, CLEAR_LINE = "\x1b[H", "\x1b[J", "\x1b[K"
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"

@@ -17,9 +17,9 @@ from kvstore.cli.fleet import LOG_FILE, PROGRESS_FILE, prepare
 from kvstore.config import MIB, ClientConfig, Config, override
 from kvstore.demo.tables import TIERS, TierRow
 from kvstore.errors import SetupError, Unavailable
-from kvstore.fleet_state import MARK, FleetState, fleet_folder
-from kvstore.observe import Observer, View, look
-from kvstore.processes import process_id
+from kvstore.fleet.state import MARK, FleetState, fleet_folder
+from kvstore.machine.processes import process_id
+from kvstore.operations.observe import Observer, View, look
 from kvstore.seams import Process, Spawner, System
 from kvstore.transport.rpc import GrpcTransport
 from kvstore.types import Tier

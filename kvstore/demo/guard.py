@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from kvstore.errors import SetupError
-from kvstore.processes import ProcessId, descendants
+from kvstore.machine.processes import ProcessId, descendants
 from kvstore.seams import Clock
 
 PR_SET_CHILD_SUBREAPER = 36

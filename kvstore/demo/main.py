@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from kvstore.demo.checks import Checks
 from kvstore.demo.guard import Guard, Stop
 from kvstore.errors import SetupError
+from kvstore.machine.spawn import LocalSpawner
+from kvstore.machine.system import real_system
 from kvstore.seams import System
-from kvstore.spawn import LocalSpawner
-from kvstore.system import real_system
 
 if TYPE_CHECKING:
     from kvstore.demo.show import Show

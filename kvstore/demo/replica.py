@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import ClientConfig
 from kvstore.demo.model import TINY, Size, demo_spec, make_model
 from kvstore.demo.peers import LINE_BYTES_MAX

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
-from kvstore.client import GetResult
+from kvstore.client.kv_client import GetResult
+from kvstore.client.plan import HitPlan
+from kvstore.client.put_blocks import PutResult
 from kvstore.integrations.transformers import BlockClient
 from kvstore.keys import Chain
-from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec
-from kvstore.store_blocks import PutResult
 from kvstore.types import CommitToken
 
 

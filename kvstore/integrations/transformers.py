@@ -24,16 +24,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from kvstore.client import GetResult
+from kvstore.client.hinting import NO_HINT
+from kvstore.client.kv_client import GetResult
+from kvstore.client.plan import HitPlan
+from kvstore.client.put_blocks import PutResult
 from kvstore.errors import UsageError
-from kvstore.hinting import NO_HINT
 from kvstore.keys import Chain, chain
 from kvstore.layout import K, block_bytes, chunks
-from kvstore.plan import HitPlan
+from kvstore.policies.usage import Hint, Use
 from kvstore.spec import Group, ModelSpec, Shard
-from kvstore.store_blocks import PutResult
 from kvstore.types import Buffer, CommitToken, Tier
-from kvstore.usage import Hint, Use
 
 POSITION_ONLY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotations whose angle does not depend on the length of the sequence (transformers' names)."""

@@ -1,4 +1,4 @@
-"""Kernels of the directory's hash table (`kvstore.block_table` owns the arrays and says what they mean).
+"""Kernels of the directory's hash table (`kvstore.directory.block_table` owns the arrays and says what they mean).
 
 Extendible hashing (Fagin et al., "Extendible hashing: a fast access method for dynamic files", 1979) over pages of
 `PAGE_SLOTS` slots, linear probing within a page: the table grows page by page, in microseconds, and never stands still

@@ -1,4 +1,4 @@
-"""What `kvstore.learning` remembers of blocks and requests, as flat arrays, and how blocks are sorted into classes.
+"""What `kvstore.policies.learning` remembers of blocks and requests, as flat arrays, and how blocks become classes.
 
 An entry is a block that is resident somewhere or remembered after its eviction (a ghost); a record is a request that is
 the last one to have used some entry. Entries point to their record, so that what is learned of a request after its

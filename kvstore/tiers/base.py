@@ -1,6 +1,6 @@
 """The contract of a tier: one level of the stack that keeps opaque blobs within a byte bound.
 
-Above it, `kvstore.store.TieredStore` decides what lies where (kvstore.residency) and verifies what it reads
+Above it, `TieredStore` decides what lies where (`kvstore.residency`) and verifies what it reads
 (kvstore.format); a tier only moves bytes. tests/contracts/tier_suite.py is the contract as code.
 """
 

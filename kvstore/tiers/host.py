@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvstore.arena import PAGE_BYTES, Arena, Slot
 from kvstore.errors import TierFull
 from kvstore.format import Header
 from kvstore.seams import Pool
+from kvstore.store.arena import PAGE_BYTES, Arena, Slot
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.types import Buffer, Tier
 

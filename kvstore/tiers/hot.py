@@ -7,11 +7,11 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from kvstore.arena import Arena
 from kvstore.errors import SetupError, TierFull
-from kvstore.extents import Extents
 from kvstore.format import Header
 from kvstore.seams import Pool
+from kvstore.store.arena import Arena
+from kvstore.store.extents import Extents
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.tiers.host import ArenaTier
 from kvstore.types import Buffer, Tier

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from kvstore.catalog import Catalog
 from kvstore.config import StoreConfig
+from kvstore.directory.runs import Added, Change
 from kvstore.errors import BadRequest, Corrupt, DataError, SetupError, TierDown, TierFull
 from kvstore.header import Header
-from kvstore.runs import Added, Change
 from kvstore.seams import System
 from kvstore.tiers.base import Location, Recovered, TierStats
 from kvstore.tiers.redis_gate import Gate

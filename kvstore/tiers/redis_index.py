@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from kvstore.catalog import Catalog
+from kvstore.directory.runs import Added, Change, Removed
 from kvstore.errors import BadRequest, DataError, Overloaded, TierDown
 from kvstore.header import Header
-from kvstore.runs import Added, Change, Removed
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard, namespace_digest
 from kvstore.tiers.redis_link import Command, ReplyError

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from kvstore.errors import TierDown
-from kvstore.system import ThreadPool
+from kvstore.machine.system import ThreadPool
 from kvstore.transport.resp import Command, ReplyError, RespSocket, Sealed, Seen, Server
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from kvstore.auth import Authenticator, is_loopback
 from kvstore.errors import KVStoreError, SetupError
-from kvstore.metrics import CONTENT_TYPE
+from kvstore.operations.metrics import CONTENT_TYPE
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import COORDINATOR
 from kvstore.transport.tls import Files, http_context

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvstore.bench.engine_models import prompt
-from kvstore.local_cluster import LocalCluster
+from kvstore.fleet.local_cluster import LocalCluster
 from tests.engines.conftest import TABLE
 from tests.engines.harness import Engine, addresses, found_by_all, stored_under
 

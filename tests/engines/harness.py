@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.bench.engine_process import SETTINGS, transfer_config
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.config import ClientConfig, Config, load_config
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import chain
-from kvstore.local_cluster import LocalCluster
-from kvstore.observe import Observer
-from kvstore.plan import HitPlan
+from kvstore.machine.system import real_system
+from kvstore.operations.observe import Observer
 from kvstore.spec import ModelSpec, Shard
-from kvstore.system import real_system
 from kvstore.transport.base import Credentials
 from kvstore.transport.rpc import GrpcTransport
 

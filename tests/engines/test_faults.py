@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import redis as redis_client
 
-from kvstore.arena import table_bytes
 from kvstore.bench.engine_models import prompt
 from kvstore.bench.engine_process import transfer_config
-from kvstore.local_cluster import LocalCluster
+from kvstore.fleet.local_cluster import LocalCluster
+from kvstore.store.arena import table_bytes
 from kvstore.types import Tier
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
 from tests.engines.harness import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from vllm.distributed import kv_events
 
-from kvstore.kv_events import Cleared, Dropped, Stored, parse
+from kvstore.directory.kv_events import Cleared, Dropped, Stored, parse
 from kvstore.transport.zmq_events import LOST, batches
 
 pytestmark = pytest.mark.quick

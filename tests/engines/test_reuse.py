@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
 from kvstore.config import ClientConfig
+from kvstore.fleet.local_cluster import LocalCluster
 from kvstore.keys import chain
 from kvstore.layout import block_bytes
-from kvstore.local_cluster import LocalCluster
 from kvstore.spec import ModelSpec, Shard
 from tests.engines.cases import note, prompts, same, seed_store, whole_blocks
 from tests.engines.harness import (

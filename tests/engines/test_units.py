@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore.client.pinning import Pin
+from kvstore.client.plan import HitPlan
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity, Layout
 from kvstore.integrations.vllm.jobs import SAVES_WAITING
@@ -22,8 +24,6 @@ from kvstore.integrations.vllm.requests import track
 from kvstore.integrations.vllm.scheduler import SchedulerSide
 from kvstore.integrations.vllm.worker import OVERDUE_S, WorkerSide
 from kvstore.keys import chain
-from kvstore.pinning import Pin
-from kvstore.plan import HitPlan
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import CommitToken
 from tests.sim.loop import run

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.plan import REDIS_HOLDER
-from kvstore.residency_check import validate
+from kvstore.client.plan import REDIS_HOLDER
+from kvstore.residency.check import validate
 from kvstore.tiers.redis_index import Space
 from tests.sim.fleet import Fleet
 from tests.sim.oracle import Oracle, Violation

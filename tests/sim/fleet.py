@@ -8,9 +8,9 @@ from random import Random
 from typing import Any
 
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.directory.runs import Added, Change
 from kvstore.errors import SetupError
-from kvstore.runs import Added, Change
 from tests.memdisk import MemoryDisk
 from tests.sim.loop import SimProcess
 from tests.sim.network import Faults, MemoryNetwork

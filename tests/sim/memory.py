@@ -8,8 +8,8 @@ the other, as it would on a real machine.
 
 from __future__ import annotations
 
-from kvstore.arena import PAGE_BYTES
 from kvstore.seams import Segment
+from kvstore.store.arena import PAGE_BYTES
 from tests.sim.loop import SimProcess
 
 

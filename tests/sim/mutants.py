@@ -12,16 +12,16 @@ from typing import Any
 from unittest import mock
 
 from coordinator.session import Session
-from kvstore.announce import Delta, Inbox, Receiver
-from kvstore.answers import Match
-from kvstore.bulk import Raws
-from kvstore.carrier import Carrier, Ticket
-from kvstore.directory import Directory
-from kvstore.host_link import Mapped
-from kvstore.membership import Membership
-from kvstore.pieces import Piece
-from kvstore.staging import Staging
-from kvstore.stream_source import Arrivals
+from kvstore.client.bulk import Raws
+from kvstore.client.host_link import Mapped
+from kvstore.client.pieces import Piece
+from kvstore.client.stream_source import Arrivals
+from kvstore.directory.announce import Delta, Inbox, Receiver
+from kvstore.directory.answers import Match
+from kvstore.directory.directory import Directory
+from kvstore.directory.membership import Membership
+from kvstore.store.carrier import Carrier, Ticket
+from kvstore.store.staging import Staging
 from kvstore.tiers.redis_index import RedisIndex
 from workers.announcer import Stream
 from workers.redis_announcer import RedisAnnouncer

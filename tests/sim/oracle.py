@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from kvstore.checksum import xxh3
-from kvstore.client import GetResult
+from kvstore.client.kv_client import GetResult
+from kvstore.client.needs import needed_depths
+from kvstore.client.plan import HitPlan
 from kvstore.layout import block_bytes, cut
-from kvstore.needs import needed_depths
-from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec, Shard
 from tests.sim.load import HALVES
 

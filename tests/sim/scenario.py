@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from unittest import mock
 
-from kvstore import arena, bulk, sources
-from kvstore.client import KVClient
+from kvstore.client import bulk, sources
+from kvstore.client.kv_client import KVClient
+from kvstore.client.pinning import Pin
+from kvstore.client.plan import HitPlan
 from kvstore.keys import Chain
-from kvstore.pinning import Pin
-from kvstore.plan import HitPlan
 from kvstore.spec import Shard
+from kvstore.store import arena
 from kvstore.types import Fidelity
 from tests.sim.checks import Checks
 from tests.sim.fleet import Fleet, Node

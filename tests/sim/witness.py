@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvstore.arena import generation_at
 from kvstore.checksum import xxh3
+from kvstore.directory.runs import Change, Removed
 from kvstore.errors import DataError
 from kvstore.format import Record, expect
-from kvstore.holds import Placed
-from kvstore.runs import Change, Removed
-from kvstore.store import TieredStore
+from kvstore.store.arena import generation_at
+from kvstore.store.holds import Placed
+from kvstore.store.tiered import TieredStore
 from tests.sim.oracle import Oracle, Violation
 from tests.sim.shape import NAMESPACES
 

@@ -21,10 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.platforms import current_platform
 
-from kvstore.block_table import prepare
-from kvstore.bulk import ready
+from kvstore.client.bulk import ready
+from kvstore.client.engine_face import EngineClient
 from kvstore.config import ClientConfig
-from kvstore.engine_face import EngineClient
+from kvstore.directory.block_table import prepare
 from kvstore.errors import SetupError
 from kvstore.integrations.vllm.counters import Counters, Metrics
 from kvstore.integrations.vllm.identity import Identity, identify
@@ -32,7 +32,7 @@ from kvstore.integrations.vllm.metadata import Report, Step
 from kvstore.integrations.vllm.options import read_options
 from kvstore.integrations.vllm.scheduler import SchedulerSide
 from kvstore.integrations.vllm.worker import WorkerSide
-from kvstore.system import RealClock
+from kvstore.machine.system import RealClock
 
 logger = logging.getLogger("vllm.kvstore")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.config import ClientConfig
-from kvstore.doctor import Check
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.integrations.vllm.identity import check_version
 from kvstore.integrations.vllm.options import read_options
+from kvstore.operations.doctor import Check
 
 NAME = "KVStoreConnector"
 MODULE = "kvstore.integrations.vllm"

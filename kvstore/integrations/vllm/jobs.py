@@ -11,16 +11,16 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
-from kvstore.client import KVClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
+from kvstore.client.put_blocks import PutResult
 from kvstore.integrations.vllm.buffers import Row, Rows
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.metadata import Life, Load, Save
 from kvstore.integrations.vllm.pages import Pages
 from kvstore.keys import Chain
-from kvstore.plan import HitPlan
 from kvstore.seams import Clock
 from kvstore.spec import ModelSpec, Shard
-from kvstore.store_blocks import PutResult
 
 logger = logging.getLogger("vllm.kvstore")
 

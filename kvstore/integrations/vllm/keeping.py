@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Future
 
-from kvstore.client import KVClient
-from kvstore.engine_face import EngineClient
+from kvstore.client.engine_face import EngineClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.options import Options
-from kvstore.plan import HitPlan
 from kvstore.seams import Clock
 
 TTL_S = 15.0

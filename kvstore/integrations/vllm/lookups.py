@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
-from kvstore.client import KVClient
-from kvstore.engine_face import EngineClient
+from kvstore.client.engine_face import EngineClient
+from kvstore.client.kv_client import KVClient
+from kvstore.client.plan import HitPlan
 from kvstore.errors import KVStoreError
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity
@@ -16,7 +17,6 @@ from kvstore.integrations.vllm.options import Options
 from kvstore.integrations.vllm.own import OwnSaves
 from kvstore.integrations.vllm.requests import Tracked
 from kvstore.keys import Chain
-from kvstore.plan import HitPlan
 from kvstore.recent import Recent
 from kvstore.seams import Clock
 from kvstore.types import CommitToken

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from kvstore.plan import HitPlan
+from kvstore.client.plan import HitPlan
 
 Life = tuple[str, int]
 """A store's worker and its epoch."""

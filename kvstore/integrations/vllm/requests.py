@@ -8,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from kvstore.client.plan import HitPlan
 from kvstore.integrations.vllm.identity import folder_digest
 from kvstore.keys import ChainBuilder, Extra
-from kvstore.plan import HitPlan
 from kvstore.spec import ModelSpec
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kvstore.engine_face import EngineClient
+from kvstore.client.engine_face import EngineClient
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity
 from kvstore.integrations.vllm.keeping import Keeper

@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from kvstore.client import KVClient
-from kvstore.engine_face import EngineClient
+from kvstore.client.engine_face import EngineClient
+from kvstore.client.kv_client import KVClient
 from kvstore.integrations.vllm.identity import Identity
 from kvstore.integrations.vllm.requests import Tracked
 from kvstore.keys import Chain
-from kvstore.usage import PRIORITY_MAX, SESSION_BYTES_MAX, Finish, Hint, Use
+from kvstore.policies.usage import PRIORITY_MAX, SESSION_BYTES_MAX, Finish, Hint, Use
 
 STOPPED = "STOP"
 """The engine's name of an output that came to its end by itself."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from kvstore.engine_face import EngineClient
+from kvstore.client.engine_face import EngineClient
 from kvstore.integrations.vllm.buffers import Rows
 from kvstore.integrations.vllm.counters import Counters
 from kvstore.integrations.vllm.identity import Identity

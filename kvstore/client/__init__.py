@@ -1,0 +1,1 @@
+"""The client of the service: lookups, gets, puts, pins, hints. `kv_client.py` is the door."""

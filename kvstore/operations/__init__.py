@@ -1,0 +1,1 @@
+"""What an operator asks: status, doctor, inspect, replay, metrics."""

@@ -1,0 +1,104 @@
+"""Promotion: what was served from below comes into hot behind the reader, and only into room that costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.budget import Budget
+from kvstore.errors import Corrupt, UnknownFormat
+from kvstore.format import Record, decode_record, expect
+from kvstore.header import Header
+from kvstore.spec import ModelSpec, Shard
+from kvstore.store.movement import Movement
+from kvstore.store.stack import Stack
+from kvstore.tiers.base import Location
+from kvstore.types import Fidelity, Tier
+
+
+def decoded(view: memoryview, header: Header, spec: ModelSpec, shard: Shard, target: memoryview) -> NDArray[np.void]:
+    """Thread: the raw bytes of a record into `target`; its table. Corrupt unless it is that very copy."""
+    record = Record.parse(view)
+    expect(record.header, header)
+    decode_record(record, spec, shard, target)
+    return record.table.copy()
+
+
+class Promotion:
+    """One per store. Shares the loads' budget and never waits for it: loads come first."""
+
+    def __init__(self, stack: Stack, movement: Movement, budget: Budget) -> None:
+        self.stack = stack
+        self.movement = movement
+        self.budget = budget
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
+
+    def promote(self, row: int) -> None:
+        """Bring a block that was served from below into hot if room costs nothing, else count that. Mutates."""
+        stack, residency = self.stack, self.stack.residency
+        if self._closed or residency.present(row, stack.HOT) or residency.writing(row, stack.HOT):
+            return
+        if residency.present(row, stack.HOST) and residency.rows.worth(row, stack.HOST) < Fidelity.EXACT:
+            return  # its stored chunks are all there is to know: raw bytes in hot would have to be encoded again
+        header, namespace = residency.header(row), residency.namespace(row)
+        model, slot = stack.model(header), stack.slot(row, stack.HOST) if residency.present(row, stack.HOST) else None
+        place = None
+        if model is not None and slot is not None and self.budget.fits(header.raw_length):
+            place = self.movement.room.reserve(stack.HOT, namespace, header.raw_length, clean_only=True)
+        if model is None or slot is None or place is None:
+            stack.counters["promotions_skipped"] += 1
+            return
+        self.budget.used += header.raw_length
+        residency.pin(row)
+        residency.work(row, writing=stack.HOT)
+        stack.arena.hold(slot)
+        source = stack.host.view(residency.location(row, stack.HOST))
+        task = asyncio.get_running_loop().create_task(self._promote(row, header, model, source, place))
+        self._tasks[task] = None
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._tasks[task]
+            stack.arena.release(slot)
+            residency.unpin(row)
+            self.budget.give(header.raw_length)
+            self.movement.nudge()
+            if not task.cancelled() and (error := task.exception()) is not None:
+                asyncio.get_running_loop().call_exception_handler({"message": "a promotion failed", "exception": error})
+
+        task.add_done_callback(ended)
+
+    async def _promote(
+        self, row: int, header: Header, model: tuple[ModelSpec, Shard], source: memoryview, place: Location
+    ) -> None:
+        stack, residency = self.stack, self.stack.residency
+        namespace, kept = residency.namespace(row), False
+        try:
+            begin = stack.system.clock.monotonic()
+            table = await stack.system.pool.run(decoded, source, header, *model, stack.hot.view(place))
+            stack.codec_use.decoded(Tier.HOST, table, stack.system.clock.monotonic() - begin)
+            if not residency.gone(row) and not residency.present(row, stack.HOT):
+                stack.hot.filled()
+                stack.add(row, stack.HOT, place)
+                stack.counters["promotions"] += 1
+                kept = True
+        except (Corrupt, UnknownFormat):
+            stack.damaged(row, stack.HOST)
+        finally:
+            residency.done(row, writing=stack.HOT)
+            if not kept:
+                stack.hot.free(namespace, header, place)
+
+    async def close(self) -> None:
+        """What is on its way is given up."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
