@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -12,13 +14,15 @@ from kvstore.residency.residency import Residency
 from kvstore.types import Location
 from tests.residency_blocks import FULL, HOST, HOT, LEVELS, SLIDING, SSD, header_of, key_of, place
 
+WINDOW = 2
+
 
 class Machine(RuleBasedStateMachine):
     """Random histories against a dict of blocks; every block, count and byte is compared after each step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.residency = Residency(LEVELS, Lru)
+        self.residency = Residency(LEVELS, Lru, lambda root, shard: WINDOW)
         self.model: dict[tuple[bytes, bytes], dict[int, Location]] = {}
         self.rows: dict[tuple[bytes, bytes], int] = {}
         self.pins: dict[int, int] = {}  # by row, zombies too
@@ -46,6 +50,14 @@ class Machine(RuleBasedStateMachine):
         else:
             return
         self.model[id][level] = where
+
+    @rule(chain=chains, level=levels, kept=st.lists(st.booleans(), min_size=1, max_size=6))
+    def prompt(self, chain: int, level: int, kept: list[bool]) -> None:
+        """A prompt of both groups; of the window only some blocks."""
+        for depth, windowed in enumerate(kept):
+            if windowed:
+                self.come(chain, depth, SLIDING, level)
+            self.come(chain, depth, FULL, level)
 
     def pick(self, data: st.DataObject) -> tuple[bytes, bytes]:
         return data.draw(st.sampled_from(sorted(self.model)))
@@ -92,6 +104,8 @@ class Machine(RuleBasedStateMachine):
         if id not in self.secondary:  # then no secondary block was free to go
             free = [i for i in able if i in self.secondary and self.residency.may_leave(self.rows[i], level)]
             assert not free, "a primary copy goes before a secondary one"
+        if id[0] == SLIDING and not self.residency.elsewhere(row, level):
+            self.spared(id, level)
         if self.residency.elsewhere(row, level) or level == SSD:
             assert self.residency.drop(row, level) == self.model[id].pop(level)
             self.forget(id)
@@ -99,6 +113,19 @@ class Machine(RuleBasedStateMachine):
             self.residency.work(row)
             self.residency.leave(row, level)
             self.moves.append((id, row, level))
+
+    def spared(self, id: tuple[bytes, bytes], level: int) -> None:
+        """The last copy of a window block leaves: no full-attention block hangs on it that could go instead."""
+        chain, depth = (int.from_bytes(part, "little") for part in (id[1][:8], id[1][8:]))
+        depths = range(depth, 6)
+        full = list(takewhile(lambda d: (FULL, key_of(chain, d)) in self.model, depths))
+        window = [(SLIDING, key_of(chain, d)) in self.model for d in full[1:]]
+        if any(all(window[at : at + WINDOW]) for at in range(len(window) - WINDOW + 1)):
+            return  # the prompt has its window deeper down
+        for d in full:
+            other = (FULL, key_of(chain, d))
+            able = self.residency.may_leave(self.rows[other], level)
+            assert not able or (id in self.secondary and other not in self.secondary), "the window goes first"
 
     @precondition(lambda self: self.moves)
     @rule(data=st.data(), works=st.booleans())

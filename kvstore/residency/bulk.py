@@ -49,6 +49,8 @@ def take_in(
     if not len(headers):
         return
     residency.reserve(len(headers))
+    if not leaf_first.all():
+        residency.free[namespace] = None
     space = residency.space(namespace, Header.unpack(headers[0].tobytes(), checked=True))
     assert not residency.keys(namespace, headers[0]["shard"].tobytes()), "the shard has blocks already"
     keys = as_bytes(headers["key"])

@@ -56,6 +56,12 @@ class Family:
         elif rows.orphan[row]:
             self._unorphan(row, parent_key)
 
+    def descendant(self, row: int) -> int:
+        """A block of the row's subtree that no other resident block needs to be reached; itself where it is one."""
+        while self.rows.child[row] != NONE:
+            row = self.rows.child[row]
+        return row
+
     def stays(self, row: int) -> int:
         """Bitmap of the copies; one that is on its way down counts as the one it becomes a level below."""
         leaving = self.rows.leaving[row]

@@ -3,8 +3,8 @@
 A block is a row (`rows.py`). It is present at some levels, each a whole clean copy; levels are ordered, the
 fastest first. The store asks (`victim`, `elsewhere`), moves bytes, then tells (`add`, `drop`). Leaf first: a block of a
 full-attention group may leave a level while none of its children lies there or at a faster one, or when it has another
-copy; blocks of sliding-window and state groups are free to go in the policy's order. Blocks marked secondary (enough
-other workers keep them) leave before all others, the least recently used first.
+copy; blocks of sliding-window and state groups go in the policy's order, but after the ends of prompts that hang on
+them (`victims.py`). Blocks marked secondary (enough other workers keep them) leave before all others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from kvstore.policies.base import Eligible, Lru, Policy
 from kvstore.residency.family import Family, top_of
 from kvstore.residency.key_table import KeyTable
 from kvstore.residency.rows import ALL_PLANES, NONE, Rows
+from kvstore.residency.victims import bereave, forced, instead
 from kvstore.types import BlockId, Fidelity, Location, Tier
+
+Window = Callable[[bytes, bytes], int]  # (root, shard's digest) -> last blocks that a prefix needs, if not leaf first
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,9 @@ class Level:
 class Residency:
     """At most 8 levels, 2^31 blocks."""
 
-    def __init__(self, levels: Sequence[Level], policy: Callable[[], Policy]) -> None:
+    def __init__(
+        self, levels: Sequence[Level], policy: Callable[[], Policy], window: Window = lambda *names: 1
+    ) -> None:
         assert 0 < len(levels) <= 8
         self.levels = tuple(levels)
         self.rows = Rows(len(levels))
@@ -52,6 +57,9 @@ class Residency:
         self.names: list[tuple[str, bytes]] = []  # (namespace, shard) by number, as the rows' column of spaces has them
         self.held: dict[str, list[int]] = {}  # namespace -> footprints of its copies that are not leaving, by level
         self._held_by: list[list[int]] = []  # the same lists, by space
+        self.window = window
+        self._kin: dict[str, list[int]] = {}  # namespace -> its spaces
+        self.free: dict[str, None] = {}  # namespaces that had blocks which do not leave leaf first
         self._expected = 0  # blocks that the next space is made for
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
         self._granules = [level.granule for level in levels]
@@ -65,7 +73,6 @@ class Residency:
         self._eligible = [self._eligibility(level) for level in range(len(levels))]
 
     # ---- questions
-
     def find(self, namespace: str, shard: bytes, key: bytes) -> int | None:
         space = self._spaces.get((namespace, shard))
         return None if space is None else self._index[space].get(key)
@@ -142,33 +149,22 @@ class Residency:
 
         `force`: where every block has children in the way, the policy's first goes all the same; its subtree is next.
         """
-        row = self.secondaries[level].victim(self._eligible[level])
-        if row is None:
-            row = self.policies[level].victim(self._eligible[level])
-        return self._forced(level) if row is None and force else row
+        for policies in self._ranks[::-1]:
+            row = policies[level].victim(self._eligible[level])
+            if row is not None:
+                return instead(self, row, level)
+        return forced(self, level) if force else None
 
-    def descendant(self, row: int) -> int:
-        """A block of the row's subtree that no other resident block needs to be reached; itself where it is one."""
-        while self.rows.child[row] != NONE:
-            row = self.rows.child[row]
-        return row
-
-    def _forced(self, level: int) -> int | None:
-        rows, bit = self.rows, 1 << level
-        orders = [policies[level].order for policies in self._ranks]
-        found = (
-            row
-            for row, present in enumerate(rows.present)
-            if present & bit and not rows.leaving[row] & bit and not rows.pins[row]
-        )
-        return min(found, key=lambda row: (1 - rows.secondary[row], orders[rows.secondary[row]](row)), default=None)
+    def kin(self, space: int) -> list[int]:
+        """Numbers of all shards of a shard's namespace."""
+        return self._kin[self.names[space][0]]
 
     def spaces(self, namespace: str) -> list[int]:
         """Numbers of a namespace's shards, as the rows have them."""
-        return [number for number, (name, _) in enumerate(self.names) if name == namespace]
+        return list(self._kin.get(namespace, ()))
 
     def namespaces(self) -> list[str]:
-        return list(dict.fromkeys(namespace for namespace, _ in self.names))
+        return list(self._kin)
 
     def shards(self, namespace: str) -> list[bytes]:
         """Digests of the shards that a namespace has or had blocks of."""
@@ -228,6 +224,8 @@ class Residency:
         index.add(key, row)
         if leaf_first:
             self.family.join(row, header.parent, index.get(header.parent) if header.depth else None, key)
+        else:
+            self.free[namespace] = None
         self.add(row, level, location, header.stored)
         return row
 
@@ -368,6 +366,7 @@ class Residency:
         if space is None:
             space = self._spaces[namespace, header.shard] = len(self.names)
             self.names.append((namespace, header.shard))
+            self._kin.setdefault(namespace, []).append(space)
             self._held_by.append(self.held.setdefault(namespace, [0] * len(self.levels)))
             self._index.append(KeyTable(self.rows, space, self._expected))
             self.rows.describe(header.namespace, header.shard)
@@ -392,6 +391,8 @@ class Residency:
         self._index[rows.space[row]].remove(key, row)
         if rows.leaf_first[row]:
             self.family.part(row, rows.parent_key(row), key)
+            if self.namespace(row) in self.free:
+                bereave(self, row)
         rows.secondary[row] = 0
         if rows.pins[row] or rows.busy[row]:
             rows.gone[row] = 1

@@ -150,7 +150,7 @@ class Movement:
         Whether one did; while anything moves it may yet find room.
         """
         residency = self.stack.residency
-        leaf = residency.descendant(row)
+        leaf = residency.family.descendant(row)
         if self._tasks or residency.busy(leaf) or residency.pinned(leaf):
             return False
         self.stack.counters["evicted"] += 1
@@ -175,7 +175,7 @@ class Movement:
         residency = self.stack.residency
         if not self.outlets.evicts(destination):
             return False
-        leaf = residency.descendant(row)
+        leaf = residency.family.descendant(row)
         if residency.busy(leaf):
             return False  # it is on its way somewhere: again when it has arrived
         if residency.pinned(leaf):

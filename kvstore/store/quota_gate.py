@@ -13,6 +13,7 @@ import numpy as np
 
 from kvstore.quotas import NONE, Quotas, Rate
 from kvstore.residency.residency import Residency
+from kvstore.residency.victims import instead
 from kvstore.seams import Clock
 
 BATCH_SHARE = 16  # of a namespace's blocks in a tier, put in order at a time
@@ -74,7 +75,7 @@ class QuotaGate:
                 here = residency.present(row, level) and not residency.gone(row)
                 mine = here and residency.namespace(row) == namespace and self._order(row, level) == order
                 if mine and residency.may_leave(row, level):
-                    return row
+                    return instead(residency, row, level)
                 line.pop()
         return None
 

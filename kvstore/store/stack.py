@@ -16,6 +16,7 @@ from kvstore.catalog import Catalog
 from kvstore.codec_rules import CodecRules
 from kvstore.codecs import NESTED
 from kvstore.config import StoreConfig
+from kvstore.directory.matching import rule_of
 from kvstore.directory.runs import Added, Removed
 from kvstore.header import Header
 from kvstore.header_columns import kinds
@@ -39,7 +40,7 @@ from kvstore.tiers.hot import ALIGNMENT, DevicePool, HotTier
 from kvstore.types import Fidelity, Tier
 
 FREE_GROUPS = ("sliding", "state")
-"""Kinds of group whose old blocks are as good victims as leaves: nobody needs them to reach the later ones."""
+"""Kinds of group whose old blocks go before the later ones: nobody needs them to reach those."""
 
 
 REDIS_EXTRA_BYTES = 1024
@@ -86,7 +87,7 @@ class Stack:
         if ssd is not None:
             levels.append(Level(Tier.SSD, ssd.capacity, PAGE_BYTES))
         policies = iter(make_policies(config.policy, len(levels), config.ghost_bytes))
-        self.residency = Residency(levels, policies.__next__)
+        self.residency = Residency(levels, policies.__next__, self._window)
         self.advice = Advice(self.residency, caller_time=config.caller_time)
         self.codec_use = CodecUse()
         self._codec_rules = dict(codecs or {})
@@ -203,6 +204,10 @@ class Stack:
     def _leaf_first(self, root: bytes, shard: bytes) -> bool:
         spec, found = self.catalog.spec(root), self.catalog.shard(shard)
         return spec is None or found is None or spec.groups[found.group].kind not in FREE_GROUPS
+
+    def _window(self, root: bytes, shard: bytes) -> int:
+        spec, found = self.catalog.spec(root), self.catalog.shard(shard)
+        return 1 if spec is None or found is None else rule_of(spec, found.group).window_blocks
 
     def take_in(self, block: Recovered) -> None:
         """`admit` what the SSD kept, at the start, when nobody is told of single blocks. Mutates."""
