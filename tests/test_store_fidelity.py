@@ -174,6 +174,7 @@ async def test_a_lossy_copy_from_redis_does_not_take_the_place_of_what_a_failing
 
     ssd.down = True
     back = await rig.get(depth, least=COMPACT, redis=True)
+    assert ssd.landed > 0, "nobody asked the failing disk"
     if same:
         assert back is not None and 0.01 < error(rig.raw(depth), back) < 0.15
         assert planes(rig, depth) == {Tier.HOST: 1, Tier.SSD: 7}

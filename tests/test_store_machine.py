@@ -24,6 +24,7 @@ from tests.store_rig import KIB, SMALL, Rig
 CONFIG = replace(SMALL, host_bytes=160 * KIB, hot_bytes=32 * KIB, put_wait_s=2, load_wait_s=2)
 # 4 raw blocks in hot, 16 records in host, 12 on SSD; 64 different blocks
 Block = tuple[int, int]  # session, depth
+LANDED = Counter[str]()  # faults that hit an operation, in all histories of a run
 
 
 class Machine(RuleBasedStateMachine):
@@ -211,9 +212,16 @@ class Machine(RuleBasedStateMachine):
             assert left <= shared, "a block left for Redis and is not there"
 
     def teardown(self) -> None:
+        LANDED.update(ssd=self.ssd.landed, redis=self.redis.landed)
         self.run(self.rig.store.close())
         self.runner.close()
 
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=25, stateful_step_count=35, deadline=None)
+Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=35, deadline=None)
+
+
+class TestMachine(Machine.TestCase):  # type: ignore[misc, valid-type]
+    def runTest(self) -> None:
+        LANDED.clear()
+        super().runTest()
+        assert LANDED["ssd"] > 0 and LANDED["redis"] > 0, f"no fault landed in all histories: {LANDED}"

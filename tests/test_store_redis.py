@@ -115,7 +115,7 @@ class TestRedis:
         states = [(await both.put(depth)).state for depth in range(MANY)]
         kept = [depth for depth, state in enumerate(states) if state == "committed"]
         assert [await both.get(depth, redis=True) for depth in kept] == [both.raw(depth) for depth in kept]
-        assert redis.landed > 0 and await both.get(10_000, redis=True) is None
+        assert ssd.landed > 0 and redis.landed > 0 and await both.get(10_000, redis=True) is None
 
     async def test_a_damaged_ssd_copy_is_looked_for_in_redis(
         self, both: Rig, ssd: FaultyTier, redis: FaultyTier

@@ -185,6 +185,7 @@ class TestSsdFails:
         for depth in range(MANY):
             await rig.put(depth, session=1)
         await rig.settle()
+        assert ssd.landed > 0, "no move met the fault"
         rig.clock.now += SMALL.evict_after_s + 1
         states = []
         for depth in range(20):
@@ -249,11 +250,13 @@ class TestSsdFails:
         assert not outcomes[Tier.SSD].ok and "no space" in outcomes[Tier.SSD].detail
         assert "ssd_bytes" in outcomes[Tier.SSD].fix
         assert not outcomes[Tier.REDIS].ok and "Redis" in outcomes[Tier.REDIS].fix
+        assert ssd.landed == redis.landed == 1
         ssd.full = redis.down = False
         assert all(outcome.ok for outcome in await both.store.probe(NAMESPACE))
         ssd.damage = "flip"
         wrong = {outcome.tier: outcome for outcome in await both.store.probe(NAMESPACE)}
         assert not wrong[Tier.SSD].ok and "not what was written" in wrong[Tier.SSD].detail
+        assert ssd.landed == 2
         ssd.damage = ""
         assert not ssd.kept and not redis.kept
 

@@ -136,8 +136,8 @@ TOUCH = (
 local ttl, prefix = tonumber(ARGV[1]), ARGV[2]
 local now = millis()
 for i = 3, #ARGV do
+  redis.call('PEXPIRE', prefix .. ARGV[i], ttl) -- first: a script that has written may go on where memory is short
   redis.call('ZADD', order, 'XX', now, ARGV[i])
-  redis.call('PEXPIRE', prefix .. ARGV[i], ttl)
 end
 keep(ttl * 2)
 return {#ARGV - 2, totals()}
