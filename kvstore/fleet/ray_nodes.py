@@ -38,7 +38,10 @@ class RayNodes:
         self.address = ""
 
     def start(self, namespace: str, nodes: int, workers_per_node: int) -> None:
-        """A cluster on 127.0.0.1 with its files in a folder of its own."""
+        """A cluster on 127.0.0.1 with its files in a folder of its own.
+
+        Ray starts as many processes on a node ahead as it has CPUs, and so many at a time: one for each actor here.
+        """
         base = tempfile.gettempdir()
         self.folder = tempfile.mkdtemp(prefix="kv-", dir=base if len(base) <= SHORT_FOLDER else "/tmp")
         os.environ.update(
@@ -51,14 +54,15 @@ class RayNodes:
         from ray.cluster_utils import Cluster
 
         node = {
-            "num_cpus": 1,
+            "num_cpus": workers_per_node + 1,
             "resources": {RESOURCE: workers_per_node},
             "include_dashboard": False,
             "include_log_monitor": False,
             "node_ip_address": "127.0.0.1",
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        self._cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": HEALTH})
+        head = {**node, "num_cpus": workers_per_node + 2, "_system_config": HEALTH}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(nodes - 1):
             self._cluster.add_node(wait=False, **node)
         self._cluster.wait_for_nodes(timeout=60)

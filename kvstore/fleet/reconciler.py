@@ -10,32 +10,31 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from pathlib import Path
 from typing import Any
 
-from kvstore.config import Config, override, parse_toml, to_toml
+from kvstore.config import parse_toml
 from kvstore.errors import KVStoreError
 from kvstore.fleet.actor import restarted
-from kvstore.fleet.embedded_redis import SOCKET_PATH_MAX
-from kvstore.fleet.ray_nodes import RESOURCE, living_nodes
+from kvstore.fleet.maker import Maker
+from kvstore.fleet.ray_nodes import living_nodes
 from kvstore.fleet.reconcile import COORDINATOR, WORKER, Backoff, Placed, Plan, Want, Wanted, plan
 from kvstore.machine.system import RealClock
 from kvstore.seams import Clock
 
 NAME = "reconciler"
 REPORT_S = 2.0  # that an actor has to say how it is
+HURRY_S = 0.2  # between looks while something starts
 BACKOFF_FIRST_S, STABLE_S = 0.5, 60.0
 LOG_LINES = 64
 STOP_S = 3.0  # that an actor in the way gets to leave
 
 
 class Reconciler:
-    """Async actor. `config_toml`: what all actors share; `loopback`: the fleet stays on this machine, its sockets lie
-    in `folder`; else every server listens on its node's address."""
+    """Async actor. Its arguments are `Maker`'s, the configuration as text."""
 
     def __init__(self, config_toml: str, token: str, loopback: bool, folder: str) -> None:
-        self._config, self._token = parse_toml(config_toml), token
-        self._loopback, self._folder = loopback, folder
+        self._config = parse_toml(config_toml)
+        self._maker = Maker(self._config, token, loopback, folder)
         self._clock: Clock = RealClock()
         self._want = Want(self._config.fleet.workers, self._config.fleet.coordinators)
         self._backoff = Backoff(BACKOFF_FIRST_S, self._config.fleet.backoff_max_s, STABLE_S)
@@ -51,6 +50,7 @@ class Reconciler:
         self._passes = 0
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self._began = self._clock.monotonic()
+        self._hurry(self._began)
         if restarted():
             self._say("restarted: goes on with what Ray names")
         self._stopping = asyncio.Event()
@@ -69,17 +69,22 @@ class Reconciler:
         """What it sees: `settled` when all that is wanted is up; a row for each actor; the latest lines of its log."""
         now = self._clock.monotonic()
         rows = [self._row(actor, now) for actor in sorted(self._actors)]
-        settled = self._passes > 0 and not (self._last.ends or self._last.starts or self._last.unplaced)
         return {
             "pid": os.getpid(),
             "restarted": restarted(),
-            "settled": settled and bool(rows) and all(row["up"] for row in rows),
+            "settled": self._settled(),
             "unplaced": self._last.unplaced,
             "held": list(self._held),
             "errors": dict(self._errors),
             "actors": rows,
             "log": list(self._log),
         }
+
+    def _settled(self) -> bool:
+        """Whether all that is wanted is up, by the last pass."""
+        if not self._passes or not self._actors or self._last.ends or self._last.starts or self._last.unplaced:
+            return False
+        return all(self._said.get(actor, {}).get("up") for actor in self._actors)
 
     def _row(self, actor: Placed, now: float) -> dict[str, Any]:
         said = self._said.get(actor, {})
@@ -93,7 +98,7 @@ class Reconciler:
             "address": said.get("address", actor.detail if actor.role == COORDINATOR else ""),
             "pid": said.get("pid", 0),
             "found": said.get("found", 0),
-            "ssd_folder": self._ssd(actor.detail) if actor.role == WORKER else "",
+            "ssd_folder": self._maker.ssd(actor.detail) if actor.role == WORKER else "",
         }
 
     # --- a pass ----------------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class Reconciler:
             except (ray.exceptions.RayError, KVStoreError, OSError, ValueError, RuntimeError) as error:
                 self._say(f"a pass failed and is tried again: {type(error).__name__}: {_line(error)}")
             try:
-                async with asyncio.timeout(self._config.fleet.reconcile_s):
+                async with asyncio.timeout(self._pace_s()):
                     await self._stopping.wait()
             except TimeoutError:
                 continue
@@ -128,10 +133,10 @@ class Reconciler:
             await self._end(actor, why)
         now = self._clock.monotonic()
         ready = [wanted for wanted in todo.starts if not self._backoff.waits(wanted.title, now)]
-        drawn = [(wanted, await self._detail(wanted)) for wanted in ready]
-        addresses = [*self._addresses(), *(detail for wanted, detail in drawn if wanted.role == COORDINATOR)]
-        for wanted, detail in drawn:
-            self._start(wanted, detail, addresses)
+        made = await self._maker.details(ready)
+        addresses = [*self._addresses(), *(actor.detail for actor in made if actor.role == COORDINATOR)]
+        for wanted, actor in zip(ready, made, strict=True):
+            self._start(wanted, actor, addresses)
 
     def _look(self, now: float) -> None:
         """Which actors there are, by Ray's own list. Mutates."""
@@ -162,7 +167,7 @@ class Reconciler:
             if actor not in self._asked:
                 self._asked[actor] = asyncio.wrap_future(handle.report.remote(addresses).future())
         if self._asked:
-            await asyncio.wait(self._asked.values(), timeout=min(REPORT_S, self._config.fleet.reconcile_s))
+            await asyncio.wait(self._asked.values(), timeout=self._pace_s())
 
     def _collect(self, now: float) -> None:
         import ray
@@ -222,78 +227,31 @@ class Reconciler:
     def _addresses(self) -> list[str]:
         return sorted(actor.detail for actor in self._actors if actor.role == COORDINATOR)
 
-    def _host(self, wanted: Wanted) -> str:
-        return "127.0.0.1" if self._loopback else wanted.node.ip
-
-    async def _detail(self, wanted: Wanted) -> str:
-        if wanted.role == WORKER:
-            return str(wanted.slot)
-        first = int(self._config.server.bind.rpartition(":")[2])
-        return f"{self._host(wanted)}:{first + wanted.index if first else await _free_port()}"
-
-    def _ssd(self, slot: str) -> str:
-        return str(Path(self._config.store.ssd_folder) / f"worker-{slot}") if self._config.store.ssd_folder else ""
-
-    def _start(self, wanted: Wanted, detail: str, addresses: list[str]) -> None:
+    def _start(self, wanted: Wanted, actor: Placed, addresses: list[str]) -> None:
         """Hand an actor to Ray. Mutates."""
-        actor = Placed(wanted.role, wanted.index, wanted.node.id, detail)
-        own: dict[str, dict[str, Any]] = {"server": {"node": wanted.title, "coordinators": addresses}}
-        if wanted.role == COORDINATOR:
-            own["server"]["bind"] = detail
-        else:
+        if wanted.role == WORKER:
             before = self._places.get(wanted.title, wanted.node.id)
             if before != wanted.node.id:
                 self._say(f"{wanted.title} moves from {before[:8]} to {wanted.node.id[:8]}, without its blocks")
-            own["server"]["bind"] = f"{self._host(wanted)}:0"
-            own["store"] = {"ssd_folder": self._ssd(detail)}
-            own["worker"] = {"socket": self._socket(detail)}
-        self._actors[actor] = self._make(actor, override(self._config, own))
+            self._places[wanted.title] = wanted.node.id
+        self._actors[actor] = self._maker.make(wanted, actor, addresses)
         now = self._clock.monotonic()
         self._heard[actor] = now
         self._backoff.started(wanted.title, now)
-        if wanted.role == WORKER:
-            self._places[wanted.title] = wanted.node.id
+        self._hurry(now)
 
-    def _socket(self, slot: str) -> str:
-        """Path of a worker's local socket, the same over restarts; empty, for a drawn one, where it is too long."""
-        path = str(Path(self._folder) / f"worker-{slot}.sock")
-        return path if self._loopback and len(path.encode()) <= SOCKET_PATH_MAX else ""
+    def _hurry(self, now: float) -> None:
+        """Something starts: looks are short until all is up, for as long as a start may take. Mutates."""
+        self._hurried = now + self._config.fleet.start_timeout_s
 
-    def _make(self, actor: Placed, config: Config) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        from coordinator.actor import CoordinatorActor
-        from workers.actor import WorkerActor
-
-        worker = actor.role == WORKER
-        return (
-            ray.remote(WorkerActor if worker else CoordinatorActor)
-            .options(
-                name=actor.actor,
-                lifetime="detached",
-                max_restarts=config.fleet.restarts_max,
-                num_cpus=0,
-                num_gpus=config.fleet.worker_gpus if worker else 0,
-                resources={RESOURCE: 1.0} if worker and RESOURCE in ray.cluster_resources() else {},
-                max_concurrency=16,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(actor.node, soft=False),
-            )
-            .remote(to_toml(config), self._token)
-        )
+    def _pace_s(self) -> float:
+        """Between two looks, and for an answer to one."""
+        hurried = not self._settled() and self._clock.monotonic() < self._hurried
+        return min(self._config.fleet.reconcile_s, HURRY_S if hurried else REPORT_S)
 
     def _say(self, what: str) -> None:
         self._log.append(f"{self._clock.monotonic() - self._began:.1f} s: {what}")
         print(f"reconciler: {what}", flush=True)  # noqa: T201 - the actor's log
-
-
-async def _free_port() -> int:
-    """A port of this machine that nobody has at this moment."""
-    server = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
-    port: int = server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
-    return port
 
 
 def _line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ down. Without it the fleet goes on. Blocking code, main thread only. `kvstore.cl
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -19,8 +20,9 @@ from kvstore.auth import is_loopback, read_token
 from kvstore.config import Config, override, to_toml
 from kvstore.errors import ConfigError, SetupError
 from kvstore.fleet.embedded_redis import EmbeddedRedis
+from kvstore.fleet.maker import Maker
 from kvstore.fleet.ray_nodes import RESOURCE, RayNodes, living_nodes
-from kvstore.fleet.reconcile import COORDINATOR, WORKER, Placed
+from kvstore.fleet.reconcile import COORDINATOR, WORKER, Placed, Want, plan
 from kvstore.fleet.state import SSD_FOLDER, FleetState, FleetWorker, save_status
 from kvstore.machine.processes import process_id
 from kvstore.machine.system import real_system
@@ -44,6 +46,7 @@ class Fleet:
         self._ray = RayNodes()
         self._redis: EmbeddedRedis | None = None
         self._reconciler: Any = None
+        self._making = False  # there may be actors
         self._shared_config = config
         self._state_now: FleetState | None = None
         self._stopping, self._release = threading.Event(), threading.Event()
@@ -118,6 +121,8 @@ class Fleet:
             pass  # as it should be: the name is free
         else:
             raise SetupError(f"the Ray cluster has a fleet {config.fleet.name} already: pass another --name")
+        self._making = True
+        self._start_first(Maker(config, token, loopback, str(self._folder)))
         return (
             ray.remote(Reconciler)
             .options(
@@ -131,6 +136,15 @@ class Fleet:
             )
             .remote(to_toml(config), token, loopback, str(self._folder))
         )
+
+    def _start_first(self, maker: Maker) -> None:
+        """What the reconciler would start in its first pass, so that it need not be there yet: it knows the names."""
+        fleet = self._config.fleet
+        starts = plan(Want(fleet.workers, fleet.coordinators), living_nodes(fleet.workers), (), ()).starts
+        made = asyncio.run(maker.details(starts))
+        addresses = [actor.detail for actor in made if actor.role == COORDINATOR]
+        for wanted, actor in zip(starts, made, strict=True):
+            maker.make(wanted, actor, addresses)
 
     def _settled(self, reconciler: Any) -> dict[str, Any]:
         """The reconciler's status once all that is wanted is up. SetupError or ConfigError for the first that fails."""
@@ -210,7 +224,7 @@ class Fleet:
             if self._redis is not None:
                 stack.callback(self._redis.stop)
             stack.callback(self._ray.close)
-            if self._reconciler is not None:
+            if self._making:
                 stack.callback(end_fleet, self._config.server.stop_grace_s)
 
 
