@@ -116,7 +116,10 @@ async def test_status_says_what_codecs_make_of_it(
     host = uses[int(Tier.HOST)]["nested"]
     assert host.chunks > 0 and host.encode_s > 0 and 1.2 < host.raw_bytes / host.stored_bytes < 1.4
     client = await cluster.client(token_file=str(tmp_path / "token"))
-    print_status(await client.cluster_status())
+    async with asyncio.timeout(15):
+        while not (said := await client.cluster_status())["workers"]:
+            await asyncio.sleep(0.02)
+    print_status(said)
     printed = capsys.readouterr().out
     assert "nested" in printed and f"{host.raw_bytes / host.stored_bytes:.2f}" in printed
 
