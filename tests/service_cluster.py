@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ STORE = StoreConfig(
     staging_bytes=2 * MIB,
     staging_total_bytes=16 * MIB,
     threads=2,
+    put_wait_s=0.5,  # this machine may be busy with other tests
 )
 SMALL = replace(STORE, host_bytes=1024 * KIB, hot_bytes=128 * KIB, segment_bytes=64 * KIB)
 """So little memory that a few hundred small blocks move on."""
@@ -85,6 +86,10 @@ class MiniCluster:
         await runtime.start()
         self.stack.push_async_callback(runtime.stop)
         self.workers.append(runtime)
+        with suppress(TimeoutError):  # some tests have coordinators that refuse it, or none that runs
+            async with asyncio.timeout(1.0):
+                while not all(runtime.identity.worker in c.registry.membership.members() for c in self.coordinators):
+                    await asyncio.sleep(0.005)
         return runtime
 
     async def client(self, *, far: bool = False, alone: bool = False, **config: Any) -> KVClient:

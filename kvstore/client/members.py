@@ -42,7 +42,8 @@ class Members:
         self._coordinators.learn(reply.coordinators)
         self._table = {}
         self.learn(reply.members)
-        self._refreshed = self._system.clock.monotonic()
+        # Nobody yet: they may be about to join, and a put now would find no home.
+        self._refreshed = self._system.clock.monotonic() if self._table else None
 
     async def fresh(self, *, timeout_s: float) -> None:
         """`refresh`, where what is known already does for the while that nobody answers."""
