@@ -20,7 +20,8 @@ from kvstore.store.tiered import Hold, Placed, PutOutcome, TieredStore
 from kvstore.tiers.base import TierStore
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, header_of, keys_of, raw_of, small_spec
-from tests.store_fakes import ManualClock, fake_system
+from tests.store_fakes import ManualClock, PlainMemory, fake_system
+from tests.store_leaks import emptied
 
 KIB = 1 << 10
 MANY = 120  # blocks: about twice what hot and host of SMALL take
@@ -176,8 +177,13 @@ class Rig:
             }
 
     async def close(self) -> None:
+        """All that is held is given up: no tier, and no account, may have a byte left."""
         await self.settle()
+        await emptied(self.store)
+        self.check()
         await self.store.close()
+        memory = self.system.memory
+        assert not isinstance(memory, PlainMemory) or not memory.open_bytes, "segments were left open"
 
 
 async def filled(rig: Rig, count: int = MANY) -> list[int]:

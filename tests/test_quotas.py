@@ -77,6 +77,7 @@ async def test_over_quota_with_nothing_to_give_way_a_put_is_dropped_and_counted(
     assert outcome.state == "dropped" and "quota" in outcome.why
     assert (rig.store.use(LOUD).dropped, rig.store.counters["puts_over_quota"]) == (1, 1)
     assert (await rig.put(0, namespace=QUIET)).state == "committed", "others have all the room there is"
+    assert rig.store.pins.unpin(LOUD, b"p" * 16)
     await rig.close()
 
 
@@ -165,6 +166,7 @@ async def test_pinned_bytes_have_a_bound_of_their_own() -> None:
     assert rig.store.pins.pin(LOUD, b"p" * 16, rig.spec.root, wanted, Fidelity.EXACT, 9.0) == [True, True, False, False]
     assert rig.store.pins.pin(QUIET, b"p" * 16, rig.spec.root, wanted, Fidelity.EXACT, 9.0) == [True] * 4
     assert rig.store.use(LOUD).pinned == 16 * KIB
+    assert all(rig.store.pins.unpin(namespace, b"p" * 16) for namespace in (LOUD, QUIET))
     await rig.close()
 
 
@@ -174,10 +176,12 @@ async def test_staging_has_a_bound_of_its_own_and_comes_back() -> None:
     first = rig.store.staging.open(16 * KIB, LOUD)
     with pytest.raises(Overloaded, match="staging_bytes"):
         rig.store.staging.open(16 * KIB, LOUD)
-    rig.store.staging.open(16 * KIB, QUIET)
+    other = rig.store.staging.open(16 * KIB, QUIET)
     assert rig.store.use(LOUD).staging == 16 * KIB
     rig.store.staging.close(first.id)
-    rig.store.staging.open(16 * KIB, LOUD)
+    again = rig.store.staging.open(16 * KIB, LOUD)
+    for opened in (other, again):
+        rig.store.staging.close(opened.id)
     await rig.close()
 
 

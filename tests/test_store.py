@@ -357,6 +357,7 @@ async def test_real_memory_and_threads_leave_nothing(no_leaks: None) -> None:
     staging = rig.store.staging.open(4096)
     assert staging.segment.fd is not None
     await rig.store.tick()
+    rig.store.staging.close(staging.id)
     await rig.close()
     system.pool.close()
 

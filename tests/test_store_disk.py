@@ -14,6 +14,7 @@ from kvstore.machine.system import real_system
 from kvstore.tiers.ssd import SsdTier
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, small_spec
+from tests.store_leaks import emptied
 from tests.store_rig import KIB, Rig
 
 MIB = 1 << 20
@@ -79,6 +80,7 @@ async def test_churn_by_many_tasks_never_gives_wrong_bytes(tmp_path: Path, no_le
         assert sum(found) > 100
         used = {stats.tier: (stats.used, stats.hits) for stats in rig.store.stats()}
         assert all(used[tier][0] > 0 and used[tier][1] > 0 for tier in (Tier.HOT, Tier.HOST, Tier.SSD)), used
+        await emptied(rig.store)
 
 
 async def tick_along(rig: Rig) -> None:
@@ -126,3 +128,4 @@ async def test_blocks_of_very_different_sizes_share_the_store(tmp_path: Path, bl
             assert await rig.get(depth % 40, depth // 40) in (None, rig.raw(depth % 40, depth // 40))
             assert await other.get(depth) in (None, other.raw(depth))
         assert await other.get(79) == other.raw(79)
+        await emptied(rig.store)

@@ -19,6 +19,7 @@ from kvstore.store.tiered import Hold
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, small_spec
 from tests.store_fakes import FaultyTier
+from tests.store_leaks import emptied
 from tests.store_rig import KIB, SMALL, Rig
 
 CONFIG = replace(SMALL, host_bytes=160 * KIB, hot_bytes=32 * KIB, put_wait_s=2, load_wait_s=2)
@@ -211,6 +212,10 @@ class Machine(RuleBasedStateMachine):
             assert left <= shared, "a block left for Redis and is not there"
 
     def teardown(self) -> None:
+        for hold, _, _ in self.holds:
+            self.rig.store.release(hold.id)
+        self.run(emptied(self.rig.store))
+        assert not self.ssd.used, "the store gave up what its SSD tier still counts"
         self.run(self.rig.store.close())
         self.runner.close()
 

@@ -17,6 +17,7 @@ from kvstore.tiers.base import TierStats
 from kvstore.tiers.ssd import SsdTier
 from kvstore.types import Tier
 from tests.memdisk import MemoryDisk
+from tests.store_leaks import emptied
 from tests.store_rig import KIB, SMALL, Rig
 
 CONFIG = replace(
@@ -109,7 +110,7 @@ async def test_a_disk_that_hangs_holds_up_nobody_else(no_leaks: None) -> None:
     disk.moving.set()
     assert await loading == rig.raw(below[0])
     await check(rig, kept)
-    assert not any(rig.store.stack.residency.rows.pins)
+    await emptied(rig.store)
     await rig.store.close()
     system.pool.close()
 
@@ -142,5 +143,6 @@ async def test_a_disk_that_refuses_in_the_middle_of_spilling(fault: str, no_leak
     await rig.store.idle()
     assert ssd_stats(rig).blocks > stats.blocks + 10 and len(kept[2]) == 60, "it does not take blocks again"
     await check(rig, kept)
+    await emptied(rig.store)
     await rig.store.close()
     system.pool.close()

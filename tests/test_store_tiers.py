@@ -284,7 +284,9 @@ class TestInFlight:
         rig.store.purge(NAMESPACE)
         ssd.kept.update(kept)  # as a log would: the bytes are still there
         ssd.gate.set()
-        assert (await asking).blocks == [None, None]
+        hold = await asking
+        assert hold.blocks == [None, None]
+        rig.store.release(hold.id)
         await rig.settle()
         assert rig.store.blocks(NAMESPACE) == 0
         ssd.kept.clear()
