@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from xxhash import xxh3_64_intdigest
 from kvstore.checksum import SHORT_BYTES, copy_and_checksum_all, prepare
 from kvstore.errors import BadRequest
 from kvstore.kernels import copysum
+from kvstore.kernels.moves import move
 
 EDGES = (241, 255, 256, 257, 1023, 1024, 1025, 1088, 1089, 2047, 2048, 2049, 262_143, 262_144, 262_145, 524_289)
 
@@ -57,3 +60,43 @@ def test_short_ones_and_strangers_go_the_other_way() -> None:
         with pytest.raises(BadRequest):
             copy_and_checksum_all([(source, target), bad])
         assert bytes(target) == untouched, "nothing is copied before all are looked at"
+
+
+def test_a_source_that_changes_meanwhile_is_stored_as_it_was_summed() -> None:
+    """A hostile writer's memory: each byte of it is read once, so no sum is of other bytes than those that arrived."""
+    source, target = bytearray(1 << 20), memoryview(bytearray(1 << 20))
+    at, stop, changed = np.frombuffer(source, np.uint64), threading.Event(), 0
+
+    def scribble() -> None:
+        while not stop.is_set():
+            at[:] += 1
+
+    writer = threading.Thread(target=scribble)
+    writer.start()
+    try:
+        for _ in range(200):
+            (found,) = copysum.copy_all([(memoryview(source), target)])
+            assert found == xxh3_64_intdigest(target)
+            changed += len(set(np.frombuffer(target, np.uint64)[:: 1 << 9].tolist())) > 1
+    finally:
+        stop.set()
+        writer.join()
+    assert changed, "the source never changed under a copy: this shows nothing"
+
+
+@pytest.mark.parametrize("sizes", [[1], [63, 64, 65], [4 << 20], [(4 << 20) + 77], [300_001] * 15])
+@pytest.mark.parametrize("shift", [0, 5, 64])
+def test_moved_bytes_arrive_and_nothing_beside_them(sizes: list[int], shift: int) -> None:
+    """Small steps through the caches, large ones past them, to addresses of any alignment."""
+    total = sum(sizes) + 200 * len(sizes)
+    source = np.random.default_rng(1).integers(0, 255, total, np.uint8)
+    target, wanted = np.full(total, 255, np.uint8), np.full(total, 255, np.uint8)
+    starts, at = [], shift
+    for size in sizes:
+        starts.append(at)
+        wanted[at : at + size] = source[at : at + size]
+        at += size + 100
+    offsets = np.array(starts, np.uint64)
+    lengths = np.array(sizes, np.uint64)
+    move(offsets + np.uint64(target.ctypes.data), offsets + np.uint64(source.ctypes.data), lengths)
+    assert np.array_equal(target, wanted)

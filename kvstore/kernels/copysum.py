@@ -6,6 +6,7 @@ integers; the caller keeps what lies there alive and in bounds.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kvstore.kernels import jit
+from kvstore.kernels.lines import AHEAD_BYTES, LINE, LINE_BYTES, ask_for, fence, load_once, store_line
 from kvstore.kernels.moves import _memcpy
-
-STEP_BYTES = 256 << 10
-"""Copied, then summed: it still lies in the core's cache. A multiple of a block of the sum, 1,024 bytes."""
 
 SECRET = np.frombuffer(
     bytes.fromhex(
@@ -33,11 +32,12 @@ SECRET = np.frombuffer(
 
 PRIME32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 PRIME64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
-MASK = (1 << 64) - 1
 STRIPES = 16  # of 64 bytes, in a block
-KEYS = np.stack([np.frombuffer(SECRET.tobytes()[8 * n : 8 * n + 64], np.uint64) for n in range(STRIPES)])
-SCRAMBLE = np.frombuffer(SECRET.tobytes()[128:], np.uint64)
-LAST = np.frombuffer(SECRET.tobytes()[121:185], np.uint64)
+SECRETS = np.stack(
+    [np.frombuffer(SECRET.tobytes()[at : at + 64], np.uint64) for at in (*range(0, 8 * STRIPES, 8), 128, 121, 11)]
+)
+"""A row for each stripe of a block, then for stirring after a block, for the last stripe, and for the end."""
+
 START = np.array(
     [PRIME32[2], PRIME64[0], PRIME64[1], PRIME64[2], PRIME64[3], PRIME32[1], PRIME64[4], PRIME32[0]], np.uint64
 )
@@ -56,21 +56,29 @@ def _load(typing: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _blocks(typing: Any, address: Any, count: Any, sums: Any, keys: Any, scramble: Any) -> Any:
-    """`count` blocks of 16 stripes from `address` on, into the eight lanes at address `sums`."""
-    return types.void(types.uint64, types.uint64, types.uint64, types.uint64, types.uint64), _emit_blocks
+def _blocks(typing: Any, target: Any, source: Any, count: Any, sums: Any, keys: Any, scramble: Any) -> Any:
+    """`count` blocks of 16 stripes from address `source` to `target`, a multiple of 64, past the caches, and into the
+    eight lanes at address `sums`. Each stripe is loaded once: what is stored is what was summed."""
+    six = (types.uint64,) * 6
+    return types.void(*six), functools.partial(_emit_blocks, past_caches=True)
 
 
-def _emit_blocks(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    address, count, sums, keys, scramble = arguments
+@intrinsic  # type: ignore[untyped-decorator]
+def _unaligned_blocks(typing: Any, target: Any, source: Any, count: Any, sums: Any, keys: Any, scramble: Any) -> Any:
+    """`_blocks` to a target of any alignment, through the caches."""
+    six = (types.uint64,) * 6
+    return types.void(*six), functools.partial(_emit_blocks, past_caches=False)
+
+
+def _emit_blocks(context: Any, builder: Any, signature: Any, arguments: Any, *, past_caches: bool) -> Any:
+    target, source, count, sums, keys, scramble = arguments
     i64 = ir.IntType(64)
-    lanes = ir.VectorType(i64, 8)
 
     def const(value: int) -> Any:
-        return ir.Constant(lanes, [value] * 8)
+        return ir.Constant(LINE, [value] * 8)
 
     def load(at: Any) -> Any:
-        found = builder.load(builder.inttoptr(at, lanes.as_pointer()))
+        found = builder.load(builder.inttoptr(at, LINE.as_pointer()))
         found.align = 1
         return found
 
@@ -79,16 +87,19 @@ def _emit_blocks(context: Any, builder: Any, signature: Any, arguments: Any) -> 
     stirring = load(scramble)
     kept = cgutils.alloca_once_value(builder, load(sums))
     with cgutils.for_range(builder, count, intp=i64) as loop:
-        at = builder.add(address, builder.mul(loop.index, i64(1024)))
+        step = builder.mul(loop.index, i64(1024))
+        here, there = builder.add(source, step), builder.add(target, step)
         acc = builder.load(kept)
         for stripe in range(STRIPES):
-            data = load(builder.add(at, i64(64 * stripe)))
+            ask_for(builder, builder.add(here, i64(64 * stripe + AHEAD_BYTES)))
+            data = load_once(builder, builder.add(here, i64(64 * stripe)))
+            store_line(builder, data, builder.add(there, i64(64 * stripe)), past_caches=past_caches)
             key = builder.xor(data, secret[stripe])
             product = builder.mul(builder.and_(key, const(0xFFFFFFFF)), builder.lshr(key, const(32)))
             acc = builder.add(builder.add(acc, product), builder.shuffle_vector(data, data, swap))
         acc = builder.xor(builder.xor(acc, builder.lshr(acc, const(47))), stirring)
         builder.store(builder.mul(acc, const(PRIME32[0])), kept)
-    stored = builder.store(builder.load(kept), builder.inttoptr(sums, lanes.as_pointer()))
+    stored = builder.store(builder.load(kept), builder.inttoptr(sums, LINE.as_pointer()))
     stored.align = 1
     return context.get_dummy_value()
 
@@ -105,44 +116,49 @@ def _stripe(at: Any, keys: Any, sums: Any) -> None:
 
 
 @jit
-def copy_and_sum(targets: Any, sources: Any, nbytes: Any, sums: Any, keys: Any, scramble: Any, last: Any) -> None:
-    """Copy `nbytes[i]` (each over 240) from `sources[i]` to `targets[i]`; mutates `sums`, (n, 8) of START, to the
-    lanes of the sum of what arrived, for `finish`."""
+def _folded(left: Any, right: Any) -> Any:
+    """Both halves of the 128-bit product, one upon the other."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    a, b, c, d = left & low, left >> half, right & low, right >> half
+    middle = b * c + (a * c >> half)
+    crossed = a * d + (middle & low)
+    return (left * right) ^ (b * d + (middle >> half) + (crossed >> half))
+
+
+@jit
+def _finish(lanes: Any, keys: Any, nbytes: Any) -> Any:
+    """XXH3-64 from the lanes."""
+    result = nbytes * np.uint64(PRIME64[0])
+    for lane in range(0, 8, 2):
+        result += _folded(lanes[lane] ^ keys[lane], lanes[lane + 1] ^ keys[lane + 1])
+    result ^= result >> np.uint64(37)
+    result *= np.uint64(0x165667919E3779F9)
+    return result ^ result >> np.uint64(32)
+
+
+@jit
+def copy_and_sum(targets: Any, sources: Any, nbytes: Any, sums: Any, secrets: Any) -> None:
+    """Copy `nbytes[i]` (each over 240) from `sources[i]` to `targets[i]`; mutates `sums`, (n, 8) of START: XXH3-64 of
+    what arrived is first in each row. `secrets`: SECRETS."""
     for index in range(targets.size):
         there, here, total = targets[index], sources[index], np.int64(nbytes[index])
-        lanes = np.uint64(sums[index].ctypes.data)
-        blocks = (total - 1) // 1024
-        done = np.int64(0)
-        for step in range(0, total, STEP_BYTES):
-            size = min(np.int64(STEP_BYTES), total - step)
-            _memcpy(there + np.uint64(step), here + np.uint64(step), np.uint64(size))
-            upto = min(blocks, (step + size) // 1024)
-            _blocks(
-                there + np.uint64(1024 * done),
-                np.uint64(upto - done),
-                lanes,
-                np.uint64(keys.ctypes.data),
-                np.uint64(scramble.ctypes.data),
-            )
-            done = upto
-        rest = there + np.uint64(1024 * blocks)
+        lanes, blocks = np.uint64(sums[index].ctypes.data), (total - 1) // 1024
+        secret, stirring, count = (
+            np.uint64(secrets.ctypes.data),
+            np.uint64(secrets[STRIPES].ctypes.data),
+            np.uint64(blocks),
+        )
+        if there & np.uint64(LINE_BYTES - 1):
+            _unaligned_blocks(there, here, count, lanes, secret, stirring)
+        else:
+            _blocks(there, here, count, lanes, secret, stirring)
+        rest = np.uint64(1024 * blocks)
+        _memcpy(there + rest, here + rest, np.uint64(total) - rest)
+        fence()  # the last line may reach back into what went past the caches
         for stripe in range((total - 1 - 1024 * blocks) // 64):
-            _stripe(rest + np.uint64(64 * stripe), keys[stripe], sums[index])
-        _stripe(there + np.uint64(total - 64), last, sums[index])
-
-
-def finish(lanes: list[int], nbytes: int) -> int:
-    """XXH3-64 from the lanes."""
-    secret = SECRET.tobytes()
-    result = nbytes * PRIME64[0] & MASK
-    for pair in range(4):
-        left, right = (int.from_bytes(secret[11 + 16 * pair + at : 19 + 16 * pair + at], "little") for at in (0, 8))
-        product = (lanes[2 * pair] ^ left) * (lanes[2 * pair + 1] ^ right)
-        result += (product ^ product >> 64) & MASK
-    result &= MASK
-    result ^= result >> 37
-    result = result * 0x165667919E3779F9 & MASK
-    return result ^ result >> 32
+            _stripe(there + rest + np.uint64(64 * stripe), secrets[stripe], sums[index])
+        _stripe(there + np.uint64(total - 64), secrets[STRIPES + 1], sums[index])
+        sums[index, 0] = _finish(sums[index], secrets[STRIPES + 2], np.uint64(total))
 
 
 def copy_all(jobs: list[tuple[memoryview, memoryview]]) -> list[int]:
@@ -152,5 +168,6 @@ def copy_all(jobs: list[tuple[memoryview, memoryview]]) -> list[int]:
     targets = np.array([target.ctypes.data for _, target in held], np.uint64)
     nbytes = np.array([source.nbytes for source, _ in held], np.uint64)
     sums = np.tile(START, (len(held), 1))
-    copy_and_sum(targets, sources, nbytes, sums, KEYS, SCRAMBLE, LAST)
-    return [finish(lanes, size) for lanes, size in zip(sums.tolist(), nbytes.tolist(), strict=True)]
+    copy_and_sum(targets, sources, nbytes, sums, SECRETS)
+    found: list[int] = sums[:, 0].tolist()
+    return found
