@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ async def test_planes_that_the_plan_does_not_accept_are_refused(cluster: MiniClu
         await client.get(plan, planes=2)
 
 
+def host_codecs(said: dict[str, Any]) -> dict[str, Any]:
+    """What the first worker's host tier tells of its codecs; empty before it has told."""
+    tiers = [worker["tiers"] for worker in said["workers"]]
+    codecs: dict[str, Any] = tiers[0].get("host", {}).get("codecs", {}) if tiers else {}
+    return codecs
+
+
 async def test_status_says_what_codecs_make_of_it(
     cluster: MiniCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,13 +128,11 @@ async def test_status_says_what_codecs_make_of_it(
     assert host.chunks > 0 and host.encode_s > 0 and 1.2 < host.raw_bytes / host.stored_bytes < 1.4
     client = await cluster.client(token_file=str(tmp_path / "token"))
     async with asyncio.timeout(15):
-        while not (tells := [worker["tiers"] for worker in (said := await client.cluster_status())["workers"]]) or (
-            "nested" not in tells[0].get("host", {}).get("codecs", {})
-        ):
+        while "nested" not in host_codecs(said := await client.cluster_status()):  # the heartbeat tells of it
             await asyncio.sleep(0.02)
     print_status(said)
     printed = capsys.readouterr().out
-    shown = said["workers"][0]["tiers"]["host"]["codecs"]["nested"]["ratio"]
+    shown = host_codecs(said)["nested"]["ratio"]
     assert 1.2 < shown < 1.4
     assert "nested" in printed and f"{shown:.2f}" in printed
 
