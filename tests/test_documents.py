@@ -16,7 +16,7 @@ def named_files(text: str) -> list[str]:
 
 
 def missing(text: str) -> list[str]:
-    """Those named that do not exist; beside the file named before them counts, as in "`client/view.py`, with `links.py`"."""
+    """Those named that do not exist. One beside the file named before it counts: "`client/view.py`, `links.py`"."""
     lost, beside = [], HOMES
     for name in named_files(text):
         found = next((home / name for home in [*HOMES, *beside] if (home / name).exists()), None)
