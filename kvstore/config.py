@@ -60,6 +60,7 @@ class StoreConfig:
     pinned_bytes: int = GIB  # per namespace, raw
     put_wait_s: float = 0.05  # for room in hot, before a put is dropped
     load_wait_s: float = 0.5  # for room in host, before a load is a miss
+    purge_fence_s: float = 90.0  # after a purge: no copies from workers that have not done it, nor from Redis
     evict_after_s: float = 1.0  # all lower tiers failing for so long: blocks are evicted to make room
     staging_bytes: int = 64 * MIB  # per connection
     staging_total_bytes: int = 512 * MIB

@@ -329,13 +329,8 @@ class FaultFleet:
     async def purge(self, spec: Any) -> None:
         async with AsyncExitStack() as stack:
             client = await self.client(stack)
-            quiet = 0
-            async with asyncio.timeout(SETTLE_S):
-                while (
-                    quiet < 5
-                ):  # a repair under way may bring blocks back from a worker that was purged a moment later
-                    quiet = quiet + 1 if not await client.purge(spec) else 0
-                    await asyncio.sleep(0.3)
+            assert await client.purge(spec) > 0
+            assert not any(name.startswith("errors_") for name in client.counters), client.counters
 
 
 class Disk:

@@ -56,9 +56,10 @@ class Outgoing:
         resume: Mapping[int, tuple[int, int]] | None = None,
         planes: int = 0,
         by_block: bool = False,
+        purges: Sequence[bytes] = (),
     ) -> None:
         """`spec` None: of a model that nobody has put a block of. `resume`: block -> (copy id, first chunk) of those
-        the reader has in part. `planes`: of nested chunks; 0: all there are."""
+        the reader has in part. `planes`: of nested chunks; 0: all there are. `purges`: told in the first message."""
         self._spec, self._shards, self._placed = spec, shards, placed
         self._later = later  # blocks after those placed that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
@@ -67,6 +68,7 @@ class Outgoing:
         self._resume = resume or {}
         self._alike: dict[Shard, list[tuple[int, Part]]] = {}  # the parts of any raw block of a shard
         self._planes = planes or PLANES_MAX
+        self._purges = purges
         self._by_block = by_block  # the reader sums whole blocks, so raw chunks need no sums
         self.lost: dict[int, None] = {}
 
@@ -77,7 +79,7 @@ class Outgoing:
 
     def _plan(self, *, first_alone: bool = False) -> tuple[bytes, list[list[Part]]]:
         """`first_alone`: no message has parts of the first layer and of others."""
-        header = worker_pb2.GetHeader()
+        header = worker_pb2.GetHeader(purges=self._purges)
         by_layer: dict[int, list[Part]] = {}
         for block, placed in enumerate(self._placed):
             parts = self._parts(block, placed) if placed is not None else None

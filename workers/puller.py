@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from kvstore.auth import node_credentials
 from kvstore.budget import Budget
 from kvstore.client.links import Pooled
-from kvstore.client.pulling import Pulled, pull_blocks
+from kvstore.client.pulling import Landing, Pulled, pull_blocks
 from kvstore.convert import entry_from_wire
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.fair import FairLine
@@ -238,12 +238,13 @@ class Puller:
             batch, waiting = waiting[:count], waiting[count:]
             await self._budget.take(len(batch) * size, job.namespace)
             try:
-                found, later = await self._read(address, job, batch)
+                found, landing = await self._read(address, job, batch)
+                later, purges = (0, ()) if landing is None else (landing.later, landing.purges)
                 for key, pulled in zip(batch, found, strict=True):
                     if pulled is None:
                         missing.append(key)
                     else:
-                        await self._adopt(job, key, pulled, tally)
+                        await self._adopt(job, key, pulled, purges, tally)
             finally:
                 self._budget.give(len(batch) * size)
             if later and any(pulled is not None for pulled in found):
@@ -254,8 +255,8 @@ class Puller:
                 return [*missing, *waiting]
         return missing
 
-    async def _read(self, address: str, job: Job, keys: Sequence[bytes]) -> tuple[list[Pulled | None], int]:
-        """Per key what came, and how many more the source would give when asked again."""
+    async def _read(self, address: str, job: Job, keys: Sequence[bytes]) -> tuple[list[Pulled | None], Landing | None]:
+        """Per key what came, and the stream it came by; None where nothing came that may be kept."""
         node = self._node
         timeout_s = node.config.worker.pull_timeout_s
         try:
@@ -265,10 +266,13 @@ class Puller:
                 )
         except KVStoreError as error:
             self.counters[f"pull_errors_{type(error).__name__}"] += 1
-            return [None] * len(keys), 0
+            return [None] * len(keys), None
         self.counters["pulled_bad"] += landing.bad
         await self._pay(sum(len(pulled.data) for pulled in found if pulled is not None))
-        return found, landing.later
+        if node.store.stack.purges.fences(job.namespace, job.spec.root, job.spec, landing.purges):
+            self.counters["pulls_fenced"] += 1  # nothing of that source, as long as it has not done a purge of ours
+            return [None] * len(keys), None
+        return found, landing
 
     async def _pay(self, nbytes: int) -> None:
         """Wait until the rate allows what has come."""
@@ -277,8 +281,9 @@ class Puller:
         if self._free_at - now > 0.001:
             await asyncio.sleep(self._free_at - now)
 
-    async def _adopt(self, job: Job, key: bytes, pulled: Pulled, tally: Tally) -> None:
-        outcome = await self._node.store.adopt(job.namespace, job.spec, job.shard, pulled.header, pulled.data)
+    async def _adopt(self, job: Job, key: bytes, pulled: Pulled, purges: Sequence[bytes], tally: Tally) -> None:
+        store, spec, shard = self._node.store, job.spec, job.shard
+        outcome = await store.adopt(job.namespace, spec, shard, pulled.header, pulled.data, purges)
         if outcome.state == "committed":
             tally.committed += 1
         elif outcome.state == "held":

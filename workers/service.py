@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from kvstore.config import KIB
 from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Overloaded, TierDown, Unavailable
 from kvstore.spec import ModelSpec
+from kvstore.store.purges import Scope
 from kvstore.transport import frames
 from kvstore.transport.base import CallContext
 from kvstore.types import pack_keys
@@ -53,18 +54,19 @@ class WorkerService(PinCalls):
 
     async def purge(self, request: worker_pb2.PurgeRequest, context: CallContext) -> worker_pb2.PurgeReply:
         """Forget a model's blocks, or all of the caller's namespace; those in Redis too. BadRequest."""
-        root = digest_from_wire("root", request.root) if request.root else None
-        roots: list[bytes | None] = [root]
-        if request.model or request.revision:
-            if root is not None or not request.model:
+        scope = Scope(digest_from_wire("root", request.root) if request.root else b"", request.model, request.revision)
+        roots: list[bytes | None] = [scope.root or None]
+        if scope.model or scope.revision:
+            if scope.root or not scope.model:
                 raise BadRequest("a purge names a root, or a model, or a model and its revision")
-            revision = request.revision
-            specs = [spec for spec in self.node.catalog.specs() if spec.model == request.model]
-            roots = [spec.root for spec in specs if not revision or spec.revision == revision]
-        blocks = 0
+            roots = [spec.root for spec in self.node.catalog.specs() if scope.covers(spec.root, spec)]
+        blocks, store = 0, self.node.store
+        if request.purge:
+            store.stack.purges.add(context.namespace, scope, digest_from_wire("purge", request.purge))
         for one in roots:
-            blocks += self.node.store.purge(context.namespace, one)
-            blocks += await self.node.store.purge_shared(context.namespace, one)
+            blocks += store.purge(context.namespace, one)
+        for one in roots:
+            blocks += await store.purge_shared(context.namespace, one)
         return worker_pb2.PurgeReply(blocks=blocks)
 
     async def probe(self, request: worker_pb2.ProbeRequest, context: CallContext) -> worker_pb2.ProbeReply:
@@ -145,6 +147,8 @@ class WorkerService(PinCalls):
             raise Overloaded("more bytes a second than the namespace's rate_bytes: later, or less")
         async with node.sending.hold(asked, context.namespace, node.left(context.deadline)):
             now = node.now(root, shards)
+            # Asked before anything is opened: what is then found of a purged model came after the purge.
+            purges = node.store.stack.purges.known(context.namespace) if request.purges else []
             hold = await node.open(
                 context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=node.left(context.deadline)
             )
@@ -158,6 +162,7 @@ class WorkerService(PinCalls):
                 chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
                 planes=request.planes,
                 by_block=request.by_block and not layers,
+                purges=purges,
                 resume={part.block: (part.copy_id, part.first_chunk) for part in request.resume},
             )
             try:

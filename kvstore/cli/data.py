@@ -20,12 +20,14 @@ from kvstore.cli.common import (
     setting,
 )  # fmt: skip
 from kvstore.cli.tables import print_copies, print_inspection
+from kvstore.client.purging import purge_all, purge_id
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, SetupError, UsageError
+from kvstore.machine.system import real_system
 from kvstore.operations.inspection import copies_of, inspect_folder
 from kvstore.operations.observe import Observer, look
 from kvstore.types import KEY_BYTES
-from kvstore.wire import worker_pb2
+from kvstore.wire import common_pb2, worker_pb2
 
 PURGE_S = 30.0
 INSPECT_S = 30.0
@@ -146,12 +148,18 @@ def run_purge(arguments: argparse.Namespace) -> int:
 
 
 async def purge(config: Config, what: worker_pb2.PurgeRequest) -> dict[str, Any]:
-    """Ask every worker; `failed` says who did not do it. SetupError when no coordinator answers."""
-    report: dict[str, Any] = {"blocks": 0, "workers": 0, "failed": {}}
-    async for observer, id, address in workers(config):
-        try:
-            report["blocks"] += await observer.purge(address, what, PURGE_S)
-            report["workers"] += 1
-        except KVStoreError as error:
-            report["failed"][id] = str(error)
-    return report
+    """Ask every worker, `what` under a new id; `failed` says who did not do it. SetupError when no coordinator
+    answers."""
+    system = real_system(1)
+    what.purge = purge_id(system)
+    system.pool.close()
+    async with reachable_fleet(config) as (observer, coordinators):
+        if not (await look(observer, coordinators)).statuses:
+            raise SetupError(f"no coordinator answers at {', '.join(coordinators)}: kvstore status")
+
+        async def members() -> list[common_pb2.Member]:
+            return [worker.member for worker in (await look(observer, coordinators)).workers().values()]
+
+        purged = await purge_all(members, lambda address: observer.purge(address, what, PURGE_S))
+    failed = {id: str(error) for id, error in purged.failed.items()}
+    return {"blocks": purged.blocks, "workers": purged.workers, "failed": failed}

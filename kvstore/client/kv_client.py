@@ -25,6 +25,7 @@ from kvstore.client.needs import LayerReady, Progress, delivered_blocks
 from kvstore.client.pinning import Pin, Pinner
 from kvstore.client.plan import HitPlan
 from kvstore.client.prefetching import Prefetcher
+from kvstore.client.purging import Purger
 from kvstore.client.put_blocks import PutResult, Putter
 from kvstore.client.rates import Rates
 from kvstore.client.scores import Scores, request_of, scores_of
@@ -40,9 +41,9 @@ from kvstore.recent import Recent
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.base import Credentials, Transport
-from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION, WORKER
+from kvstore.transport.methods import CAPABILITIES, COORDINATOR, PROTOCOL_VERSION
 from kvstore.types import CommitToken, Fidelity
-from kvstore.wire import common_pb2, worker_pb2
+from kvstore.wire import common_pb2
 
 REFUSALS = (NotGranted, Unauthenticated, Incompatible)
 """What a server says when the configuration is wrong: told at `connect`, later a miss like anything else."""
@@ -79,6 +80,7 @@ class KVClient:
         )  # fmt: skip
         self._prefetcher = Prefetcher(self._links, self.members, self.counters)
         self._pinner = Pinner(system, self._links, self.members, self.counters)
+        self._purger = Purger(config, system, self._links, self.members, self.counters)
         self._hinter = Hinter(config, self._links, self.members, self.counters)
         self._putter = Putter(config, system, self._links, self.members, self.counters, self.watching.committed)
 
@@ -368,18 +370,7 @@ class KVClient:
     async def purge(self, spec: ModelSpec | None = None, *, timeout_s: float | None = None) -> int:
         """Drop a model's blocks (None: all) of this namespace on every worker that answers; how many."""
         timeout_s = self.config.put_timeout_s if timeout_s is None else timeout_s
-        request = worker_pb2.PurgeRequest(root=b"" if spec is None else spec.root)
-        await self.members.fresh(timeout_s=min(timeout_s, self.config.match_timeout_s))
-        blocks = 0
-        for member in self.members.all():
-            if not member.address:
-                continue
-            try:
-                async with self._links.remote.use(member.address) as channel:
-                    blocks += (await channel.unary(WORKER["Purge"], request, timeout_s=timeout_s)).blocks
-            except ServiceError as error:
-                self.counters[f"errors_{type(error).__name__}"] += 1
-        return blocks
+        return await self._purger.purge(b"" if spec is None else spec.root, timeout_s)
 
     async def cluster_status(self) -> dict[str, Any]:
         """What `kvstore status --json` prints."""

@@ -51,6 +51,7 @@ class Landing:
         self._namespace, self._spec, self._shard, self._keys = namespace, spec, shard, keys
         self._pieces: Sequence[Chunk] = chunks(spec, shard)
         self._blocks: list[_Arriving | None] | None = None
+        self.purges: tuple[bytes, ...] = ()  # that the source had done before it opened the blocks
         self.later = 0  # blocks the source would give when asked again
         self.bad = 0  # blocks that did not hold
 
@@ -64,6 +65,7 @@ class Landing:
         if self._blocks is None:
             if len(header.blocks) != len(self._keys):
                 raise Corrupt(f"{len(self._keys)} blocks were asked for and {len(header.blocks)} answered")
+            self.purges = tuple(header.purges)
             self._blocks = [self._begin(*pair) for pair in zip(self._keys, header.blocks, strict=True)]
         at = 0
         for part in header.parts:
@@ -164,6 +166,7 @@ async def pull_blocks(
         root=spec.root,
         blocks=[worker_pb2.ShardKeys(shard=shard_to_wire(shard), keys=pack_keys(keys))],
         least=int(Fidelity.COMPACT),  # type: ignore[arg-type]
+        purges=True,
     )
     landing = Landing(namespace, spec, shard, keys)
     failure: KVStoreError | None = None

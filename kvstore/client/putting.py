@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from kvstore.errors import KVStoreError, Overloaded
@@ -43,10 +44,17 @@ class Putting:
         return bool(self._puts)
 
     async def put(
-        self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview
+        self,
+        namespace: str,
+        spec: ModelSpec,
+        shard: Shard,
+        header: Header,
+        source: memoryview,
+        purges: Collection[bytes] | None = None,
     ) -> PutOutcome:
         """Keep one block: `source` is copied into hot and checksummed in the same pass, then visible. Never raises for
-        what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
+        what a caller may have got wrong, nor for a tier; `source` may be reused when this returns. `purges`: what the
+        worker that gave it had done; None: a client gave it."""
         why = self._objection(namespace, spec, shard, header, source)
         if why:
             return self._end("refused", why=why)
@@ -57,7 +65,7 @@ class Putting:
             return self._end("held", self.stack.changes.outbox(namespace).head)
         turn = self._puts[id] = asyncio.get_running_loop().create_future()
         try:
-            return await self._put(id, spec, shard, header, source)
+            return await self._put(id, spec, shard, header, source, purges)
         finally:
             del self._puts[id]
             turn.set_result(None)
@@ -104,7 +112,15 @@ class Putting:
         residency.touch(row)
         return True
 
-    async def _put(self, id: BlockId, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> PutOutcome:
+    async def _put(
+        self,
+        id: BlockId,
+        spec: ModelSpec,
+        shard: Shard,
+        header: Header,
+        source: memoryview,
+        purges: Collection[bytes] | None,
+    ) -> PutOutcome:
         stack = self.stack
         try:
             self.stack.catalog.learn_namespace(id.namespace)
@@ -124,6 +140,8 @@ class Putting:
             copy_id = await self.copier.copy(source, stack.hot.view(place))
             if header.copy_id not in (0, copy_id):
                 return self._end("refused", why="the bytes do not have the announced checksum")
+            if purges is not None and stack.purges.fences(id.namespace, spec.root, spec, purges):
+                return self._end("refused", why="purged here since, and not where it came from")
             if self._held(id, header):  # loaded from Redis meanwhile
                 return self._end("held", self.stack.changes.outbox(id.namespace).head)
             row = stack.residency.find(id.namespace, id.shard, id.key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from kvstore.client.putting import PutOutcome, Putting
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.header import Header, check_header
@@ -17,11 +19,18 @@ class Adopting:
         self.stack, self.movement, self.putting = stack, movement, putting
 
     async def adopt(
-        self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, data: memoryview
+        self,
+        namespace: str,
+        spec: ModelSpec,
+        shard: Shard,
+        header: Header,
+        data: memoryview,
+        purges: Collection[bytes],
     ) -> PutOutcome:
-        """Keep a copy: a record in host, raw bytes as a put. Never raises for a tier; `data` may be reused then."""
+        """Keep a copy: a record in host, raw bytes as a put. Never raises for a tier; `data` may be reused then.
+        `purges`: what its holder had done when it gave the copy; one from before a purge is refused."""
         if not header.chunk_count:
-            return await self.putting.put(namespace, spec, shard, header, data)
+            return await self.putting.put(namespace, spec, shard, header, data, purges)
         why = self._objection(namespace, spec, shard, header, data)
         if why:
             return self._end("refused", why=why)
@@ -41,6 +50,9 @@ class Adopting:
             return self._end("dropped", why="no room in the host tier, or within the namespace's quota of it")
         place = await stack.host.fill(namespace, header, place, [data])
         try:
+            if stack.purges.fences(namespace, spec.root, spec, purges):  # now, where nothing comes in between any more
+                stack.host.free(namespace, header, place)
+                return self._end("refused", why="purged here since, and not where it came from")
             if self.holds(namespace, header):  # put here meanwhile
                 stack.host.free(namespace, header, place)
                 return self._end("held")

@@ -230,6 +230,8 @@ class Loading:
         """From the holder beside the workers: what comes is this worker's block from now on. Pinned once."""
         stack, residency = self.stack, self.stack.residency
         assert self.finder is not None
+        if self._fenced(id, root):
+            return None
         try:
             entry = await self.finder.find(id.namespace, id.shard, id.key)
             if entry is None or entry[0].fidelity < least:
@@ -244,6 +246,9 @@ class Loading:
             stack.counters["loads_down"] += 1
             return None
         if place is None:
+            return None
+        if self._fenced(id, root):
+            stack.host.free(id.namespace, header, place)
             return None
         row = residency.find(id.namespace, id.shard, id.key)
         better = row is not None and residency.fidelity(row) > header.fidelity
@@ -263,6 +268,12 @@ class Loading:
         assert row is not None
         residency.pin(row)
         return Loaded(row, Tier.REDIS)
+
+    def _fenced(self, id: BlockId, root: bytes) -> bool:
+        """Whether Redis may have it from a worker that has yet to do a purge. Mutates a counter."""
+        fenced = self.stack.purges.fences(id.namespace, root, self.stack.catalog.spec(root))
+        self.stack.counters["redis_loads_fenced"] += fenced
+        return fenced
 
     def _may_join(self, row: int, header: Header) -> bool:
         """Whether fewer planes of a block's very copy may lie in host beside what it has elsewhere. Pure."""

@@ -31,6 +31,7 @@ from kvstore.spec import ModelSpec, Shard
 from kvstore.store.arena import PAGE_BYTES, Arena, Slot
 from kvstore.store.changes import Changes
 from kvstore.store.codec_use import CodecUse
+from kvstore.store.purges import Purges
 from kvstore.store.quota_gate import QuotaGate
 from kvstore.store.shared import SharedTier
 from kvstore.tiers.base import Location, Recovered, TierStats, TierStore
@@ -93,6 +94,7 @@ class Stack:
         self._codec_rules = dict(codecs or {})
         self._codecs: dict[tuple[str, bytes, bytes], tuple[int, ...]] = {}
         self.quota = QuotaGate(self.residency, system.clock, quotas or {})
+        self.purges = Purges(system.clock, config.purge_fence_s)
 
     # ---- questions
 

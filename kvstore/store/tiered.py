@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,11 +185,17 @@ class TieredStore:
         return await self.putting.put(namespace, spec, shard, header, source)
 
     async def adopt(
-        self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, data: memoryview
+        self,
+        namespace: str,
+        spec: ModelSpec,
+        shard: Shard,
+        header: Header,
+        data: memoryview,
+        purges: Collection[bytes] = (),
     ) -> PutOutcome:
         """Keep a block as another worker has it, verified already: its record, or raw bytes where the header has no
-        chunks. Outcomes as of `put`."""
-        return await self.adopting.adopt(namespace, spec, shard, header, data)
+        chunks. Outcomes as of `put`. `purges`: those that the other worker had done when it gave the block."""
+        return await self.adopting.adopt(namespace, spec, shard, header, data, purges)
 
     def holds(self, namespace: str, shard: bytes, key: bytes) -> bool:
         """Whether any copy of a block is here. Pure."""

@@ -110,21 +110,24 @@ class GetFrame(_message.Message):
     def __init__(self, h: _Optional[_Union[GetHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class GetHeader(_message.Message):
-    __slots__ = ["blocks", "parts"]
+    __slots__ = ["blocks", "parts", "purges"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    PURGES_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
     parts: _containers.RepeatedCompositeFieldContainer[ChunkPart]
-    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[ChunkPart, _Mapping]]] = ...) -> None: ...
+    purges: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[ChunkPart, _Mapping]]] = ..., purges: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ["blocks", "by_block", "layer_count", "layer_first", "least", "planes", "redis", "resume", "root"]
+    __slots__ = ["blocks", "by_block", "layer_count", "layer_first", "least", "planes", "purges", "redis", "resume", "root"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BY_BLOCK_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIRST_FIELD_NUMBER: _ClassVar[int]
     LEAST_FIELD_NUMBER: _ClassVar[int]
     PLANES_FIELD_NUMBER: _ClassVar[int]
+    PURGES_FIELD_NUMBER: _ClassVar[int]
     REDIS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
@@ -134,10 +137,11 @@ class GetRequest(_message.Message):
     layer_first: int
     least: _common_pb2.Fidelity
     planes: int
+    purges: bool
     redis: bool
     resume: _containers.RepeatedCompositeFieldContainer[Resume]
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ..., planes: _Optional[int] = ..., by_block: bool = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., layer_first: _Optional[int] = ..., layer_count: _Optional[int] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., resume: _Optional[_Iterable[_Union[Resume, _Mapping]]] = ..., planes: _Optional[int] = ..., by_block: bool = ..., purges: bool = ...) -> None: ...
 
 class HintReply(_message.Message):
     __slots__ = ["blocks"]
@@ -392,14 +396,16 @@ class PurgeReply(_message.Message):
     def __init__(self, blocks: _Optional[int] = ...) -> None: ...
 
 class PurgeRequest(_message.Message):
-    __slots__ = ["model", "revision", "root"]
+    __slots__ = ["model", "purge", "revision", "root"]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    PURGE_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     model: str
+    purge: bytes
     revision: str
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., purge: _Optional[bytes] = ...) -> None: ...
 
 class PutBlock(_message.Message):
     __slots__ = ["computed_on", "copy_id", "depth", "group", "key", "offset", "parent", "raw_bytes", "shard"]
