@@ -19,6 +19,7 @@ from kvstore.directory.replicas import Copies
 from kvstore.errors import BadRequest
 from kvstore.types import CommitToken
 from kvstore.wire import common_pb2
+from kvstore.wireform import member_to_wire
 
 STALL_SHARE = 1 / 3
 """Of a lease: a tick that comes later than this makes the coordinator doubt itself before others."""
@@ -54,7 +55,8 @@ class Registry:
         self.counters: Counter[str] = Counter()
         self.watchers = Watchers(config)
         self.turns = Turns(config.snapshots_max, config.lease_s)
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, Member] = {}  # as they registered
+        self._shown: dict[str, tuple[Member, common_pb2.Member]] = {}  # as they were when last asked for
         directories = {name: inbox.directory for name, inbox in self.inboxes.items()}
         self.repair = Repair(config, copies or {}, directories, self.membership, self._members.get)
         self._whole_at = now + config.lease_s
@@ -76,6 +78,7 @@ class Registry:
         if isinstance(outcome, Fenced):
             return outcome
         self._members[member.id] = member
+        self._shown.pop(member.id, None)
         self.membership.drain(member.id, member.epoch, member.state == State.DRAINING)
         self.repair.replaced(member.id)
         for name, inbox in self.inboxes.items():
@@ -139,6 +142,7 @@ class Registry:
             self._tell(event.worker, now, gone=isinstance(event, Freed))
             if isinstance(event, Freed):
                 self._members.pop(event.worker, None)
+                self._shown.pop(event.worker, None)
                 self.statuses.pop(event.worker, None)
         self._wake_all()
 
@@ -195,13 +199,27 @@ class Registry:
 
     def member(self, id: str, now: float) -> Member | None:
         """As it is now. None: not a member."""
-        known, state = self._members.get(id), self.membership.state(id)
-        if known is None or state is None:
+        shown = self._show(id, now)
+        return shown[0] if shown is not None else None
+
+    def member_on_wire(self, id: str, now: float) -> common_pb2.Member | None:
+        """`member` as a message, which is not to be changed."""
+        shown = self._show(id, now)
+        return shown[1] if shown is not None else None
+
+    def _show(self, id: str, now: float) -> tuple[Member, common_pb2.Member] | None:
+        """Made anew only where something has changed: every lookup asks for it. Mutates what is remembered."""
+        state = self.membership.state(id)
+        if state is None:
             return None
-        slow_start = self.membership.slow_start(id, now)
-        if known.state == state and known.slow_start == slow_start:
-            return known  # nearly always, and a copy would cost every lookup
-        return replace(known, state=state.value, slow_start=slow_start)
+        slow_start, shown = self.membership.slow_start(id, now), self._shown.get(id)
+        if shown is None or shown[0].state != state or shown[0].slow_start != slow_start:
+            known = self._members.get(id)
+            if known is None:
+                return None
+            known = replace(known, state=state.value, slow_start=slow_start)
+            shown = self._shown[id] = (known, member_to_wire(known))
+        return shown
 
     def members(self, namespace: str, now: float) -> list[Member]:
         """Workers, and the namespace's own Redis."""

@@ -89,7 +89,7 @@ class CoordinatorService:
         if found.blocks and (spec := directory.spec(root)) is not None:
             held = keys if found.blocks == len(keys) else keys[: found.blocks]
             self._registry.repair.asked(context.namespace, held, spec.group_blocks)
-        reply = match_to_wire(found, lambda holder: self._registry.member(holder, now))
+        reply = match_to_wire(found, lambda holder: self._registry.member_on_wire(holder, now))
         reply.not_applied.extend(token_to_wire(token) for token in missing)
         reply.complete = self._registry.complete(context.namespace, now)
         reply.boot_id = self.info.boot_id

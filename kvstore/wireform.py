@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 from kvstore.client.plan import HitPlan, PlanRun
 from kvstore.directory.answers import Match
@@ -30,7 +31,10 @@ def shard_to_wire(shard: Shard) -> common_pb2.Shard:
 
 def shard_from_wire(message: common_pb2.Shard) -> Shard:
     """BadRequest where a number is out of bounds."""
-    return Shard(message.group, message.layer_first, message.layer_count, message.head_first, message.head_count)
+    return _shard(message.group, message.layer_first, message.layer_count, message.head_first, message.head_count)
+
+
+_shard = lru_cache(maxsize=4096)(Shard)  # models have few, and every lookup names them
 
 
 def member_to_wire(member: Member) -> common_pb2.Member:
@@ -122,31 +126,30 @@ def wanted_from_wire(
 # --- lookups -------------------------------------------------------------------------------------------------------
 
 
-def match_to_wire(match: Match, member: Callable[[str], Member | None]) -> common_pb2.MatchReply:
+def match_to_wire(match: Match, member: Callable[[str], common_pb2.Member | None]) -> common_pb2.MatchReply:
     """Runs of a lookup; those of holders that `member` does not know are left out."""
     reply = common_pb2.MatchReply(blocks=match.blocks)
     holders: dict[str, int] = {}
-    shards: dict[Shard, int] = {}
+    shards: list[Shard] = []
     for run in match.runs:
-        if run.holder not in holders:
+        holder = holders.get(run.holder)
+        if holder is None:
             known = member(run.holder)
             if known is None:
                 continue
-            holders[run.holder] = len(holders)
-            reply.holders.append(member_to_wire(known))
-        if run.shard not in shards:
-            shards[run.shard] = len(shards)
+            holder = holders[run.holder] = len(holders)
+            reply.holders.append(known)
+        if not shards or run.shard is not shards[-1]:  # runs of a stored shard come one after the other
+            shards.append(run.shard)
             reply.shards.append(shard_to_wire(run.shard))
-        reply.runs.append(
-            common_pb2.HolderRun(
-                holder=holders[run.holder],
-                shard=shards[run.shard],
-                tier=int(run.tier),  # type: ignore[arg-type]
-                fidelity=int(run.fidelity),  # type: ignore[arg-type]
-                first_depth=run.first_depth,
-                count=run.count,
-                stored_bytes=run.stored_bytes,
-            )
+        reply.runs.add(
+            holder=holder,
+            shard=len(shards) - 1,
+            tier=int(run.tier),
+            fidelity=int(run.fidelity),
+            first_depth=run.first_depth,
+            count=run.count,
+            stored_bytes=run.stored_bytes,
         )
     return reply
 

@@ -154,7 +154,7 @@ class Node:
             raise BadRequest(f"{len(request.shards)} shards: name 1 to {SHARDS_MAX}")
         shards = [shard_from_wire(shard) for shard in request.shards]
         found = self.store.match(namespace, root, keys, shards, least_from_wire(request.least))
-        reply = match_to_wire(found, lambda holder: self.member())
+        reply = match_to_wire(found, lambda holder: member_to_wire(self.member()))
         reply.complete = True
         reply.boot_id = self.boot_id
         return reply

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ RUN_BLOCKS, MESSAGE_RUNS = 32, 32
 POOL_RUNS = 4096  # announced and removed again, over and over
 TIMEOUT_S = 10.0
 START_S = 60.0
+BEAT_S = 0.3
 
 
 class LoadChild:
@@ -140,29 +141,47 @@ class Stream:
         self._announced, self._rate, self._now = Announced(), rate, clock.monotonic
         self._queue: asyncio.Queue[coordinator_pb2.AnnounceRequest] = asyncio.Queue(4)
         self._welcome = asyncio.Event()
-        self._beat_at = 0.0
         self._reading = asyncio.ensure_future(self._read(channel))
 
     async def _requests(self) -> AsyncIterator[coordinator_pb2.AnnounceRequest]:
         member = common_pb2.Member(id="bench-updates", epoch=1, address="127.0.0.1:1", host="nowhere")
         yield coordinator_pb2.AnnounceRequest(register=coordinator_pb2.Register(member=member, heads={"default": 0}))
+        sent, beat_at = 0, 0.0
         while True:
-            try:
-                async with asyncio.timeout(0.3):
-                    yield await self._queue.get()
-            except TimeoutError:
-                beat = coordinator_pb2.Heartbeat(heads={"default": self._announced.seq})
-                yield coordinator_pb2.AnnounceRequest(heartbeat=beat)
+            message = None if self._now() >= beat_at else await self._next(beat_at - self._now())
+            if message is None:
+                message = coordinator_pb2.AnnounceRequest(heartbeat=coordinator_pb2.Heartbeat(heads={"default": sent}))
+                beat_at = self._now() + BEAT_S
+            else:
+                sent = message.delta.last_seq
+            yield message
+
+    async def _next(self, wait_s: float) -> coordinator_pb2.AnnounceRequest | None:
+        try:
+            async with asyncio.timeout(wait_s):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
 
     async def _read(self, channel: Channel) -> None:
         stream = channel.stream(COORDINATOR["Announce"], self._requests(), timeout_s=None)
         async with aclosing(stream) as replies:
-            async for _ in replies:
+            async for reply in replies:
+                assert not reply.HasField("snapshot_request"), "an announced block was lost"
                 self._welcome.set()
 
     async def begun(self) -> None:
         """Registered (an echo says nothing to that before the first heartbeat)."""
-        await self._welcome.wait()
+        await self._while_read(self._welcome.wait())
+
+    async def _while_read(self, waiting: Coroutine[Any, Any, Any]) -> None:
+        """Wait for it, unless the stream ends first: AssertionError, or what it has failed with."""
+        task = asyncio.ensure_future(waiting)
+        await asyncio.wait((task, self._reading), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await self._reading
+            raise AssertionError("the stream of announcements has ended")
 
     async def send(self, seconds: float) -> int:
         """Block updates that were taken: fewer than asked for where the server is too slow."""
@@ -170,7 +189,7 @@ class Stream:
         while (passed := self._now() - begin) < seconds:
             due = int(passed * self._rate)
             if sent < due:
-                await self._queue.put(self._announced.delta())
+                await self._while_read(self._queue.put(self._announced.delta()))
                 sent += RUN_BLOCKS * MESSAGE_RUNS
             else:
                 await asyncio.sleep((sent - due) / self._rate + 0.001)

@@ -44,9 +44,9 @@ def prepare() -> None:
         keys = np.zeros((1, 2), np.int64)
         for copy in (1 << 12, 0):
             table.apply(keys, np.array([[0, 1, 1, copy]], np.int64), 1, 1)
-            table.prefix(keys, 1, Fidelity.EXACT)
+            table.lookup(keys, 1, Fidelity.EXACT, 4)
             slots = table.held(keys, 1, Fidelity.EXACT)[0]
-            table.spans(slots, 0, Fidelity.EXACT, 1)
+            table.spans(slots, 0, Fidelity.EXACT, 4)
             table.shares(keys, 1)
         table.status[1] = 4
         table.count_dead(1)
@@ -91,6 +91,7 @@ class BlockTable:
             owned=np.zeros(OWNERS_MAX + 1, np.int64),
             held=np.zeros(TABLES_MAX + 1, np.int64),
             state=np.zeros(directory.STATE_FIELDS, np.int64),
+            page=np.empty((directory.PAGE_SLOTS, 4), np.int64),
         )
         self.status, self.owned, self.held_by = self._arrays.status, self._arrays.owned, self._arrays.held
         self._state = state = self._arrays.state
@@ -99,6 +100,7 @@ class BlockTable:
         state[directory.SEED] = seed
         self._report = np.zeros(3, np.int64)
         self._spans = np.empty((1024, 4), np.int64)
+        self._found, self._work = np.empty(0, np.int64), np.empty((0, 3), np.int64)
         self._pairs = np.empty((64, 2), np.int64)
 
     def apply(self, keys: Array, runs: Array, owner: int, room: int) -> tuple[int, int, int]:
@@ -143,14 +145,26 @@ class BlockTable:
             status[owner] = self.status[owner]
         return self._arrays._replace(status=status)
 
-    def prefix(self, keys: Array, table: int, least: Fidelity, seen: Any = None) -> tuple[int, Array]:
-        """Leading keys that are held by somebody visible, at `least` or better; the slots (int64) of these.
+    def lookup(
+        self, keys: Array, table: int, least: Fidelity, copies: int, seen: Any = None
+    ) -> tuple[int, list[list[int]]]:
+        """How many leading keys are held by somebody visible, at `least` or better, and their `spans` from depth 0 on.
 
         `seen`: what `only` gave, here and below.
         """
-        slots = np.empty(len(keys), np.int64)
-        count = self._lookups.prefix(seen or self._arrays, keys, table, 3 - least, slots)
-        return count, slots[:count]
+        arrays, found, work = seen or self._arrays, *self._room(copies)
+        while True:
+            blocks, count = self._lookups.lookup(arrays, keys, table, 3 - least, found, work, self._spans)
+            if count >= 0:
+                ranges: list[list[int]] = self._spans[:count].tolist()
+                return blocks, ranges
+            self._spans = np.empty((2 * len(self._spans), 4), np.int64)
+
+    def _room(self, copies: int) -> tuple[Array, Array]:
+        """Where a lookup that looks at so many copies of a block (4 or more) keeps them meanwhile."""
+        if len(self._found) != copies:
+            self._found, self._work = np.empty(copies, np.int64), np.empty((2 * copies, 3), np.int64)
+        return self._found, self._work
 
     def held(self, keys: Array, table: int, least: Fidelity, seen: Any = None) -> tuple[Array, Array]:
         """Per key its slot (int64, -1: none), and 1 (uint8) where it is held by somebody visible."""
@@ -160,11 +174,11 @@ class BlockTable:
 
     def spans(self, slots: Array, depth: int, least: Fidelity, copies: int, seen: Any = None) -> list[list[int]]:
         """[kind, first depth, count, bytes] of the visible copies in `slots`, as `kernels.directory_match.spans`."""
-        arrays = seen or self._arrays
-        while (count := self._lookups.spans(arrays, slots, depth, 3 - least, copies, self._spans)) < 0:
+        arrays, found, work = seen or self._arrays, *self._room(copies)
+        while (count := self._lookups.spans(arrays, slots, depth, 3 - least, found, work, self._spans)) < 0:
             self._spans = np.empty((2 * len(self._spans), 4), np.int64)
-        found: list[list[int]] = self._spans[:count].tolist()
-        return found
+        ranges: list[list[int]] = self._spans[:count].tolist()
+        return ranges
 
     def copies(self, key: Array, table: int) -> list[int]:
         """The visible copies of one key, rising. `key` int64 [2]."""

@@ -189,11 +189,17 @@ class Directory:
         seen = (
             None if only is None else self._blocks.only(self._holders[id].owner for id in only if id in self._holders)
         )
+        looked_at = _LOOKED_AT * self.copies_max
+        only_source = plan.only_source()
+        if only_source is not None:
+            table = space.tables[only_source]
+            blocks, spans = self._blocks.lookup(key_array(keys), table.number, least, looked_at, seen)
+            return Match(blocks, fewer(ranges(table.shard, spans, self._lives.name), self.copies_max))
         blocks, slots = self._longest(space, plan, key_array(keys), least, seen)
         runs: list[MatchRun] = []
         for position, rule in plan.sources() if blocks else ():
             first = rule.first_needed(blocks)
-            spans = self._blocks.spans(slots[position][first:blocks], first, least, _LOOKED_AT * self.copies_max, seen)
+            spans = self._blocks.spans(slots[position][first:blocks], first, least, looked_at, seen)
             runs += fewer(ranges(space.tables[position].shard, spans, self._lives.name), self.copies_max)
         return Match(blocks, runs)
 
@@ -201,10 +207,6 @@ class Directory:
         self, space: Keyspace, plan: Plan, keys: Array, least: Fidelity, seen: Any
     ) -> tuple[int, dict[int, Array]]:
         """The length of the prefix, and by position of a stored shard the slots of its blocks."""
-        only = plan.only_source()
-        if only is not None:
-            blocks, row = self._blocks.prefix(keys, space.tables[only].number, least, seen)
-            return blocks, {only: row}
         slots: dict[int, Array] = {}
         flags: dict[int, Array] = {}
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.kernels import jit
+from kvstore.kernels import jit_borrowing
 from kvstore.kernels.prefetch import prefetch
 
 PAGE_SLOTS = 1024
@@ -50,9 +50,10 @@ class Arrays(NamedTuple):
     owned: Array  # int64 [owners]: copies
     held: Array  # int64 [tables]: slots in use
     state: Array  # int64 [STATE_FIELDS]
+    page: Array  # int64 [PAGE_SLOTS, 4]: room to take a page apart
 
 
-@jit
+@jit_borrowing
 def hash_of(first: Int, second: Int, table: Int, seed: Int) -> Int:
     """64 bits of a key and its table, mixed as in SplitMix64."""
     mixed = (np.uint64(first) ^ np.uint64(seed)) * _M1 + np.uint64(second) + np.uint64(table) * _M3
@@ -61,7 +62,7 @@ def hash_of(first: Int, second: Int, table: Int, seed: Int) -> Int:
     return mixed ^ (mixed >> _U31)
 
 
-@jit
+@jit_borrowing
 def seek(a: Arrays, first: Int, second: Int, table: Int) -> Int:
     """The slot of a key; where there is none, -1 - the free slot at which the search has ended."""
     mixed = hash_of(first, second, table, a.state[SEED])
@@ -77,7 +78,7 @@ def seek(a: Arrays, first: Int, second: Int, table: Int) -> Int:
         at = (at + 1) & _MASK
 
 
-@jit
+@jit_borrowing
 def ask_for(a: Arrays, keys: Array, start: Int, stop: Int, table: Int) -> None:
     """Have memory bring the slots where the search for these keys begins."""
     for at in range(start, stop):
@@ -86,7 +87,7 @@ def ask_for(a: Arrays, keys: Array, start: Int, stop: Int, table: Int) -> None:
         prefetch(a.words, page * PAGE_SLOTS + (np.int64(mixed) & _MASK))
 
 
-@jit
+@jit_borrowing
 def insert(a: Arrays, first: Int, second: Int, table: Int, free: Int) -> Int:
     """A slot for a key that has none, without copies. -1 where nothing can grow any more. `free`: what `seek` found."""
     slot = -1 - free
@@ -107,7 +108,7 @@ def insert(a: Arrays, first: Int, second: Int, table: Int, free: Int) -> Int:
     return slot
 
 
-@jit
+@jit_borrowing
 def erase(a: Arrays, slot: Int) -> None:
     """Free a slot; those behind it move up (no tombstones)."""
     page, hole = slot // PAGE_SLOTS, slot & _MASK
@@ -130,7 +131,7 @@ def erase(a: Arrays, slot: Int) -> None:
         a.keys[base + hole, word] = 0
 
 
-@jit
+@jit_borrowing
 def _split(a: Arrays, page: Int) -> bool:
     """Two pages of one. False where the depth or the pages are used up."""
     depth = a.pages[page, 0]
@@ -158,12 +159,15 @@ def _split(a: Arrays, page: Int) -> bool:
     return True
 
 
-@jit
+@jit_borrowing
 def _rehash(a: Arrays, page: Int) -> None:
     """Take everything out of a page and put it where `page_of` says now."""
     base = page * PAGE_SLOTS
-    taken = a.keys[base : base + PAGE_SLOTS].copy()
-    a.keys[base : base + PAGE_SLOTS] = 0
+    taken = a.page
+    for index in range(PAGE_SLOTS):
+        for word in range(4):
+            taken[index, word] = a.keys[base + index, word]
+            a.keys[base + index, word] = 0
     for index in range(PAGE_SLOTS):
         table = np.int64(np.uint64(taken[index, 3]) >> np.uint64(32))
         if table == 0:
@@ -173,11 +177,12 @@ def _rehash(a: Arrays, page: Int) -> None:
         at = np.int64(mixed) & _MASK
         while a.words[to * PAGE_SLOTS + at, TABLE] != 0:
             at = (at + 1) & _MASK
-        a.keys[to * PAGE_SLOTS + at] = taken[index]
+        for word in range(4):
+            a.keys[to * PAGE_SLOTS + at, word] = taken[index, word]
         a.pages[to, 1] += 1
 
 
-@jit
+@jit_borrowing
 def _merge(a: Arrays, page: Int) -> None:
     """Give up the page's sister where both are nearly empty."""
     depth, prefix = a.pages[page, 0], a.pages[page, 2]
@@ -195,7 +200,7 @@ def _merge(a: Arrays, page: Int) -> None:
     a.state[FREE_PAGE] = other
 
 
-@jit
+@jit_borrowing
 def _pop(a: Arrays, slot: Int) -> Int:
     """Take the first of the further copies off a slot, 0 where there is none."""
     node = np.int64(a.words[slot, NEXT])
@@ -208,7 +213,7 @@ def _pop(a: Arrays, slot: Int) -> Int:
     return copy
 
 
-@jit
+@jit_borrowing
 def _gone(a: Arrays, copy: Int, owner: Int) -> Int:
     """2 where the copy is the owner's, 1 where its owner is dead (and then no longer counted), else 0."""
     mine = (copy >> OWNER_SHIFT) & OWNER_MASK
@@ -222,7 +227,7 @@ def _gone(a: Arrays, copy: Int, owner: Int) -> Int:
     return 0
 
 
-@jit
+@jit_borrowing
 def take(a: Arrays, slot: Int, owner: Int) -> bool:
     """Take an owner's copy and those of the dead off a slot; whether the owner had one. `owner` 0: only the dead."""
     had = False
@@ -253,7 +258,7 @@ def take(a: Arrays, slot: Int, owner: Int) -> bool:
     return had
 
 
-@jit
+@jit_borrowing
 def _give(a: Arrays, slot: Int, copy: Int) -> bool:
     """Put a copy in its place among the others. False where there is no room for one more."""
     node = np.int64(0)
@@ -285,7 +290,7 @@ def _give(a: Arrays, slot: Int, copy: Int) -> bool:
     return True
 
 
-@jit
+@jit_borrowing
 def _add(a: Arrays, first: Int, second: Int, table: Int, copy: Int, room: Int) -> Int:
     """NEW, REFUSED, or -1 where the owner had the block already and now has it as `copy` says."""
     owner = (copy >> OWNER_SHIFT) & OWNER_MASK
@@ -303,7 +308,7 @@ def _add(a: Arrays, first: Int, second: Int, table: Int, copy: Int, room: Int) -
     return REFUSED
 
 
-@jit
+@jit_borrowing
 def apply(a: Arrays, keys: Array, runs: Array, owner: Int, room: Int, report: Array) -> None:
     """Changes of one owner, in order.
 
@@ -312,10 +317,15 @@ def apply(a: Arrays, keys: Array, runs: Array, owner: Int, room: Int, report: Ar
     """
     report[:] = 0
     for run in range(len(runs)):
-        start, table, copy = runs[run, 0], runs[run, 2], runs[run, 3]
-        for at in range(start, start + runs[run, 1]):
-            if (at - start) % BATCH == 0:
-                ask_for(a, keys, at, min(at + BATCH, start + runs[run, 1]), table)
+        start, count, table, copy = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
+        if run == 0:
+            ask_for(a, keys, start, start + min(count, BATCH), table)
+        if run + 1 < len(runs):  # memory brings the next run while this one is worked on
+            after = runs[run + 1, 0]
+            ask_for(a, keys, after, after + min(runs[run + 1, 1], BATCH), runs[run + 1, 2])
+        for at in range(start, start + count):
+            if (at - start) % BATCH == 0 and at > start:
+                ask_for(a, keys, at, min(at + BATCH, start + count), table)
             if copy != 0:
                 done = _add(a, keys[at, 0], keys[at, 1], table, copy, room + report[REMOVED] - report[NEW])
                 if done >= 0:
@@ -328,7 +338,7 @@ def apply(a: Arrays, keys: Array, runs: Array, owner: Int, room: Int, report: Ar
                     erase(a, slot)
 
 
-@jit
+@jit_borrowing
 def sweep(a: Arrays, pages: Int) -> None:
     """Let go of what the dead left in the next `pages` pages, in turn."""
     for _ in range(pages):
