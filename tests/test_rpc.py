@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from kvstore.auth import Authenticator, load_policy
 from kvstore.errors import (
     BadRequest,
     Corrupt,
-    DeadlineExceeded,
     Incompatible,
     KVStoreError,
     NotGranted,
@@ -94,22 +92,6 @@ async def soon(condition: Any) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.005)
-
-
-async def test_every_kind_of_call() -> None:
-    async with Net() as net:
-        channel = await net.channel()
-        assert (await channel.unary(WORKER["Match"], match(3), timeout_s=5)).blocks == 3
-        request = worker_pb2.GetRequest(layer_count=40, layer_first=100_000)
-        got = [f async for f in channel.stream(WORKER["Get"], sequence(request), timeout_s=5)]
-        parsed = [worker_pb2.GetFrame.FromString(frame) for frame in got]
-        assert [frame.h.parts[0].block for frame in parsed] == list(range(40))
-        assert all(frame.data == bytes(100_000) for frame in parsed)
-        put = worker_pb2.PutFrame(data=bytes(100_000)).SerializeToString()
-        replies = [r async for r in channel.stream(WORKER["Put"], sequence(*[put] * 40), timeout_s=5)]
-        assert [len(reply.states) for reply in replies] == [40]
-        stream = channel.stream(COORDINATOR["Announce"], sequence(*map(announce, range(40))), timeout_s=None)
-        assert [reply.fenced.epoch async for reply in stream] == list(range(1, 41))
 
 
 async def test_the_context_of_a_call_says_who_and_until_when(tmp_path: Path) -> None:
@@ -223,18 +205,6 @@ async def test_a_malformed_message_is_the_callers_fault() -> None:
             await anext((await net.channel()).stream(wrong, sequence(request), timeout_s=5))
 
 
-async def test_a_deadline_ends_both_sides() -> None:
-    async with Net() as net:
-        channel = await net.channel()
-        with pytest.raises(DeadlineExceeded, match=r"no answer to Match within 0\.2 s"):
-            await channel.unary(WORKER["Match"], match(wait=True), timeout_s=0.2)
-        await asyncio.wait_for(net.service.cancelled.wait(), 5)
-        stream = channel.stream(WORKER["Get"], sequence(worker_pb2.GetRequest(layer_count=1, least=1)), timeout_s=0.2)
-        await anext(stream)
-        with pytest.raises(DeadlineExceeded):
-            await anext(stream)
-
-
 async def test_a_caller_without_a_deadline_is_bounded_by_the_server() -> None:
     async with Net(call_max_s=0.1) as net, grpc.aio.insecure_channel(net.server.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -291,19 +261,6 @@ async def test_a_cancelled_caller_is_cancelled_and_so_is_its_handler() -> None:
         await asyncio.wait_for(net.service.cancelled.wait(), 5)
 
 
-async def test_what_the_requests_raise_is_raised_to_the_reader() -> None:
-    async def requests() -> AsyncIterator[Any]:
-        yield announce(1)
-        raise ZeroDivisionError
-
-    async with Net() as net:
-        stream = (await net.channel()).stream(COORDINATOR["Announce"], requests(), timeout_s=None)
-        with pytest.raises(ZeroDivisionError):
-            async for _ in stream:
-                pass
-        await soon(lambda: net.service.ended == 1)
-
-
 async def test_a_closed_channel_fails_its_calls() -> None:
     async with Net() as net:
         channel = await net.channel()
@@ -336,24 +293,6 @@ async def test_nobody_there_is_unavailable_and_a_new_server_is_found() -> None:
             except Unavailable:
                 await asyncio.sleep(0.05)
     await net.__aexit__()
-
-
-async def test_closing_ends_streams_at_once_and_gives_calls_their_grace() -> None:
-    net = Net()
-    await net.serve("127.0.0.1:0")
-    channel = await net.channel()
-    stream = channel.stream(COORDINATOR["Announce"], endless(announce(1)), timeout_s=None)
-    await anext(stream)
-    call = asyncio.create_task(channel.unary(WORKER["Match"], match(2, wait=True), timeout_s=60))
-    await net.service.began.wait()
-    closing = asyncio.create_task(net.server.close(30.0))
-    with pytest.raises(Unavailable):
-        await anext(stream)
-    assert not call.done() and not closing.done()
-    net.service.gate.set()
-    assert (await call).blocks == 2
-    await asyncio.wait_for(closing, 5)
-    await channel.close()
 
 
 async def test_a_port_in_use_is_a_setup_error() -> None:

@@ -49,11 +49,12 @@ class TransportSuite:
             async with Grpc(world) as net:
                 channel = await net.channel()
                 assert (await channel.unary(WORKER["Match"], match(3), timeout_s=5)).blocks == 3
-                request = worker_pb2.GetRequest(layer_count=30, layer_first=1000)
+                request = worker_pb2.GetRequest(layer_count=30, layer_first=100_000)
                 got = [f async for f in channel.stream(WORKER["Get"], sequence(request), timeout_s=5)]
                 frames = [worker_pb2.GetFrame.FromString(frame) for frame in got]
                 assert [frame.h.parts[0].block for frame in frames] == list(range(30))
-                put = worker_pb2.PutFrame(data=b"x").SerializeToString()
+                assert all(frame.data == bytes(100_000) for frame in frames)
+                put = worker_pb2.PutFrame(data=bytes(100_000)).SerializeToString()
                 replies = [r async for r in channel.stream(WORKER["Put"], sequence(*[put] * 30), timeout_s=5)]
                 assert [len(reply.states) for reply in replies] == [30]
                 stream = channel.stream(COORDINATOR["Announce"], sequence(*map(announce, range(30))), timeout_s=None)
