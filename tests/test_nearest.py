@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.client.links import Coordinators
+from kvstore.client.members import Members
 from kvstore.client.nearest import PROBES_MAX, Nearest
+from kvstore.client.watching import Watching
+from kvstore.config import ClientConfig
 from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.transport.base import Credentials, Method
 from kvstore.transport.methods import COORDINATOR
@@ -55,6 +59,19 @@ def test_one_slow_answer_moves_the_average_by_its_weight_only() -> None:
     assert nearest.order([MIDDLE, NEAR])[0] == NEAR
 
 
+def test_who_stays_with_one_hears_of_another_that_is_clearly_nearer() -> None:
+    nearest = measured(near=0.0010, middle=0.0012, far=0.080)
+    assert nearest.nearer(FAR, [FAR, MIDDLE, NEAR]) == NEAR
+    assert nearest.nearer(NEAR, [FAR, MIDDLE, NEAR]) == ""
+    assert nearest.nearer(MIDDLE, [FAR, MIDDLE, NEAR]) == "", "a little better is no better"
+    assert nearest.nearer(FAR, []) == nearest.nearer(FAR, [FAR]) == ""
+    nearest.failed(NEAR)
+    assert nearest.nearer(FAR, [FAR, MIDDLE, NEAR]) == MIDDLE, "not one that failed"
+    nearest.at(FAR, "here")
+    assert nearest.nearer(NEAR, [FAR, NEAR]) == FAR and nearest.nearer(FAR, [FAR, MIDDLE]) == "", "hosts first"
+    assert Nearest("here", 5.0).nearer(FAR, [FAR, NEAR]) == "", "nothing is measured: nobody moves"
+
+
 def test_measurements_are_few_and_there_are_none_without_a_choice() -> None:
     nearest = Nearest("here", 5.0)
     assert nearest.due([NEAR], 0.0) == []
@@ -76,6 +93,8 @@ class Where:
     up: bool = True
     hangs: bool = False
     incomplete: bool = False
+    whole: bool = True  # what its Watch says of itself
+    streams: int = 0  # of Watch, open now
     calls: Counter[str] = field(default_factory=Counter)
 
 
@@ -102,6 +121,18 @@ class Net:
                 if method.name == "Match":
                     return common_pb2.MatchReply(complete=not place.incomplete)
                 return coordinator_pb2.MembersReply(coordinators=net.named())
+
+            async def stream(self, method: Method, requests: Any, *, timeout_s: float | None) -> AsyncIterator[Any]:
+                place.calls[method.name] += 1
+                place.streams += 1
+                try:
+                    while place.up:
+                        state = coordinator_pb2.WatchState(complete=place.whole, coordinators=net.named())
+                        yield coordinator_pb2.WatchReply(state=state)
+                        await asyncio.sleep(0.5)
+                    raise Unavailable(address)
+                finally:
+                    place.streams -= 1
 
             async def close(self) -> None: ...
 
@@ -230,3 +261,95 @@ def test_the_same_seed_is_the_same_history() -> None:
         return [await caller.calls(1) for _ in range(5)]
 
     assert play(body, **three()) == play(body, **three())
+
+
+class Watcher(Caller):
+    """A client on host `here` that keeps a view and makes no calls."""
+
+    def __init__(self, net: Net, probe_s: float = 1.0) -> None:
+        super().__init__(net, probe_s)
+        config = ClientConfig(watch=True, probe_s=probe_s, watch_retry_s=0.1)
+        members = Members(config, self.system, self.of)
+        self.counters: Counter[str] = Counter()
+        self.watching = Watching(config, self.system, self.of, members, self.counters)
+        self.watching.start()
+
+    async def streams(self, seconds: float) -> Counter[str]:
+        """Who had a stream for how many twentieths of a second; the view is fresh, or there is at most one stream."""
+        seen: Counter[str] = Counter()
+        for _ in range(round(20 * seconds)):
+            await asyncio.sleep(0.05)
+            open_ = {address: place.streams for address, place in self.net.places.items() if place.streams}
+            assert sum(open_.values()) <= (2 if self.watching.fresh else 1), open_
+            seen.update(open_)
+        return seen
+
+
+def watch(body: Any, probe_s: float = 1.0, **places: Where) -> Any:
+    async def main() -> Any:
+        watcher = Watcher(Net(**places), probe_s)
+        try:
+            return await body(watcher, watcher.net.places)
+        finally:
+            await watcher.watching.close()
+            assert not any(place.streams for place in places.values()), "a stream was left open"
+            await watcher.of.close()
+
+    return run(main())
+
+
+def test_a_view_moves_to_a_coordinator_that_is_nearer_when_it_is_back() -> None:
+    async def body(watcher: Watcher, places: dict[str, Where]) -> None:
+        await watcher.streams(5)
+        assert set(await watcher.streams(1)) == {NEAR}, "it settled on the nearest"
+        places[NEAR].up = False
+        await watcher.streams(3)
+        assert set(await watcher.streams(1)) == {MIDDLE}
+        places[NEAR].up = True
+        fresh = 0
+        for _ in range(80):
+            await watcher.streams(0.05)
+            fresh += watcher.watching.fresh
+        assert fresh == 80, "lookups had the view all the time"
+        assert set(await watcher.streams(1)) == {NEAR}, "and is back with it"
+        moves = watcher.counters["watch_moves"]
+        await watcher.streams(20)
+        assert watcher.counters["watch_moves"] == moves, "it stays there"
+
+    watch(body, **three())
+
+
+def test_a_view_stays_where_another_is_only_a_little_nearer_or_for_a_moment() -> None:
+    async def body(watcher: Watcher, places: dict[str, Where]) -> None:
+        await watcher.streams(5)
+        mine = next(address for address, place in places.items() if place.streams)
+        other = next(address for address in places if address != mine)
+        places[other].trip_s = 0.8 * places[mine].trip_s
+        moves = watcher.counters["watch_moves"]
+        assert set(await watcher.streams(20)) == {mine}
+        for _ in range(10):  # flapping: nearer for less than `probe_s` at a time
+            places[other].trip_s = 0.0001
+            await watcher.streams(0.9)
+            places[other].incomplete = True
+            await watcher.streams(1.1)
+            places[other].incomplete = False
+            places[other].trip_s = 0.01
+            await watcher.streams(2.1)
+        assert watcher.counters["watch_moves"] == moves
+
+    watch(body, near=Where(0.01, "there"), far=Where(0.01, "there"))
+
+
+def test_a_move_to_a_view_that_is_never_whole_is_tried_now_and_then_and_changes_nothing() -> None:
+    async def body(watcher: Watcher, places: dict[str, Where]) -> None:
+        places[NEAR].up = False
+        await watcher.streams(5)
+        places[NEAR].up, places[NEAR].whole = True, False
+        seen = await watcher.streams(20)
+        assert seen[MIDDLE] == 400, "the view it had goes on"
+        assert watcher.watching.fresh and places[NEAR].streams <= 1 and places[NEAR].calls["Watch"] < 25
+        places[NEAR].whole = True
+        await watcher.streams(3)
+        assert set(await watcher.streams(1)) == {NEAR}
+
+    watch(body, **three())

@@ -276,17 +276,28 @@ class Coordinators:
             return reply
         raise last
 
-    @asynccontextmanager
-    async def channel(self) -> AsyncIterator[Channel]:
-        """A connection to one that did not fail a moment ago, for a stream. Unavailable when it fails."""
+    def first(self) -> str:
+        """The nearest that did not fail a moment ago, for a stream. Unavailable where there is none."""
         order = self._order()
         if not order:
             raise Unavailable("no coordinator answers: check --coordinators, or start one")
+        return order[0]
+
+    def nearer(self, than: str) -> str:
+        """One that is clearly nearer, empty for none; for who stays with one for long. Begins to measure when it is
+        time to. Mutates."""
+        self._measure()
+        live = [a for a in self._addresses if a == than or not self._channels.avoided(a)]
+        return self._nearest.nearer(than, live)
+
+    @asynccontextmanager
+    async def channel(self, address: str) -> AsyncIterator[Channel]:
+        """A connection for a stream. Unavailable when it fails."""
         try:
-            async with self._channels.use(order[0]) as channel:
+            async with self._channels.use(address) as channel:
                 yield channel
         except Unavailable:
-            self._channels.down.add(order[0])
+            self._channels.down.add(address)
             raise
 
     def _order(self) -> list[str]:

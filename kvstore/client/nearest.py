@@ -19,7 +19,7 @@ PROBES_MAX = 4
 
 
 class Nearest:
-    """What a client has measured. All methods but `order` and `due` mutate."""
+    """What a client has measured. All methods but `order`, `nearer` and `due` mutate."""
 
     def __init__(self, host: str, every_s: float) -> None:
         """`host`: boot id of this machine."""
@@ -77,16 +77,21 @@ class Nearest:
 
     def order(self, addresses: Iterable[str]) -> list[str]:
         """Nearest first; equally near ones stay in the order given. Pure."""
-        return sorted(addresses, key=self._rank)
+        return sorted(addresses, key=lambda address: self._rank(address, self.preferred))
 
-    def _rank(self, address: str) -> tuple[bool, bool, float, bool]:
-        """Less is nearer: what failed, what is on other machines, what is slower, what is not the preferred one."""
-        seconds, mine = self._trip_s.get(address), self._trip_s.get(self.preferred)
-        if address == self.preferred:
+    def nearer(self, than: str, addresses: Iterable[str]) -> str:
+        """The nearest, where it has answered a measurement and is clearly nearer than `than`; else empty. Pure."""
+        first = min(addresses, key=lambda address: self._rank(address, than), default=than)
+        return first if first != than and first in self._trip_s and first not in self._failed else ""
+
+    def _rank(self, address: str, mine: str) -> tuple[bool, bool, float, bool]:
+        """Less is nearer: what failed, what is on other machines, what is slower, what is not `mine`."""
+        seconds, known = self._trip_s.get(address), self._trip_s.get(mine)
+        if address == mine:
             seconds = seconds or 0.0  # nothing measured yet: who answered last
         elif seconds is None:
             seconds = float("inf")
-        elif mine is not None and seconds <= mine and (seconds >= GAIN_SHARE * mine or mine - seconds <= GAIN_S):
-            seconds = mine  # a little better is no better
+        elif known is not None and seconds <= known and (seconds >= GAIN_SHARE * known or known - seconds <= GAIN_S):
+            seconds = known  # a little better is no better
         far = self._hosts.get(address) != self._host
-        return address in self._failed, far, seconds, address != self.preferred
+        return address in self._failed, far, seconds, address != mine

@@ -1,4 +1,8 @@
-"""Keeping a view: one Watch stream at a time, opened again when it breaks."""
+"""Keeping a view: one Watch stream at a time, opened again when it breaks.
+
+Where another coordinator stays clearly nearer, a second stream brings a view from there, and takes the place of the
+first once it is whole: no lookup notices.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,8 @@ class Watching:
         self._view: View | None = None
         self._heard = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._coming: asyncio.Task[None] | None = None  # the stream that is to take over
+        self._nearer, self._nearer_since = "", 0.0  # the coordinator that is nearer, and since when
         self._own = OwnCommits(system.clock, LEASE_S, config.own_commits_max)
 
     def start(self) -> None:
@@ -47,11 +53,13 @@ class Watching:
 
     async def close(self) -> None:
         """Idempotent."""
-        task, self._task = self._task, None
-        if task is not None:
+        tasks = [task for task in (self._task, self._coming) if task is not None]
+        self._task = None
+        for task in tasks:
             task.cancel()
-            await asyncio.wait([task])
-        self._view = None
+        if tasks:
+            await asyncio.wait(tasks)
+        self._view, self._coming = None, None
 
     @property
     def fresh(self) -> bool:
@@ -92,18 +100,20 @@ class Watching:
     async def _run(self) -> None:
         while True:
             wait_s = self._config.watch_retry_s
+            coming, self._coming = self._coming, None
             try:
-                await self._watch()
+                await (coming or self._watch(self._coordinators.first()))
             except Overloaded:
                 self._counters["watch_refused"] += 1
                 wait_s *= TOO_LARGE_WAITS
             except KVStoreError as error:
                 self._counters[f"errors_{type(error).__name__}"] += 1
-            finally:
+            if self._coming is None:
                 self._view = None
-            await asyncio.sleep(wait_s * (0.5 + self._system.rng.random()))
+                await asyncio.sleep(wait_s * (0.5 + self._system.rng.random()))
 
-    async def _watch(self) -> None:
+    async def _watch(self, address: str) -> None:
+        """Until the stream ends, or another one has taken over. KVStoreError."""
         request = coordinator_pb2.WatchRequest(entries_max=self._config.watch_entries_max)
 
         async def one() -> AsyncIterator[coordinator_pb2.WatchRequest]:
@@ -111,9 +121,10 @@ class Watching:
 
         view = View(self._config.watch_entries_max, self._config.own_commits_max)
         async with (
-            self._coordinators.channel() as channel,
+            self._coordinators.channel(address) as channel,
             aclosing(channel.stream(COORDINATOR["Watch"], one(), timeout_s=None)) as stream,
         ):
+            current = False
             while True:
                 try:
                     async with asyncio.timeout(self._quiet_s):
@@ -121,9 +132,28 @@ class Watching:
                 except TimeoutError:
                     self._counters["watch_silent"] += 1
                     return
-                if message is None:
+                if message is None or (current and self._view is not view):
                     return
                 self._take(view, message)
+                current = self._view is view
+                if current:
+                    self._look_around(address)
+
+    def _look_around(self, address: str) -> None:
+        """Begin to move where another coordinator was nearer than this one for `client.probe_s`: at most one at a time,
+        and one try in that time. Mutates."""
+        if self._coming is not None and not self._coming.done():
+            return
+        now, nearer = self._system.clock.monotonic(), self._coordinators.nearer(address)
+        if self._coming is not None:  # it has ended before its view was whole
+            if not self._coming.cancelled() and isinstance(error := self._coming.exception(), KVStoreError):
+                self._counters[f"errors_{type(error).__name__}"] += 1
+            self._coming, self._nearer = None, ""
+        if nearer != self._nearer:
+            self._nearer, self._nearer_since = nearer, now
+        elif nearer and now - self._nearer_since >= self._config.probe_s:
+            self._counters["watch_moves"] += 1
+            self._coming = asyncio.ensure_future(self._watch(nearer))
 
     @property
     def _quiet_s(self) -> float:
@@ -131,13 +161,13 @@ class Watching:
         return 2 * self._config.watch_stale_s
 
     def _take(self, view: View, message: coordinator_pb2.WatchReply) -> None:
-        was_ready = view.ready
         view.take(message)
-        self._heard = self._system.clock.monotonic()
         if message.WhichOneof("body") == "state":
             self._coordinators.learn(message.state.coordinators)
         elif message.WhichOneof("body") == "member" and not message.member.gone:
             self._members.learn([message.member.member])
-        if view.ready and not was_ready:
+        if (self._view is None or (self._view is not view and view.complete)) and view.ready:
             self._own.lay_over(view)
             self._view = view
+        if self._view is view:
+            self._heard = self._system.clock.monotonic()
