@@ -93,6 +93,19 @@ class TestPurgeAll:
         assert await purge_all(look, ask) == Purged(blocks=9, workers=3)
         assert asked == ["a1", "b1", "a2", "c1"]
 
+    async def test_what_several_drop_at_a_time_adds_up(self) -> None:
+        members = [Member(name, 1, address=name) for name in "abc"]
+        together = asyncio.Barrier(len(members))
+
+        async def look() -> list[Member]:
+            return members
+
+        async def ask(address: str) -> int:
+            await together.wait()
+            return 3
+
+        assert await purge_all(look, ask) == Purged(blocks=9, workers=3)
+
     async def test_the_looks_are_bounded_and_failures_are_told(self) -> None:
         looks = 0
 

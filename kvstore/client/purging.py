@@ -62,7 +62,8 @@ async def purge_all(look: Callable[[], Awaitable[Iterable[Life]]], ask: Callable
     async def one(id: str, address: str) -> None:
         async with turns:
             try:
-                purged.blocks += await ask(address)
+                blocks = await ask(address)
+                purged.blocks += blocks  # only now: others have added theirs meanwhile
                 purged.workers += 1
                 purged.failed.pop(id, None)
             except KVStoreError as error:
