@@ -10,11 +10,11 @@ import pytest
 
 from kvstore.client.kv_client import KVClient
 from kvstore.client.purging import LOOKS_MAX, Purged, purge_all
-from kvstore.client.putting import PutOutcome
 from kvstore.directory.membership import Member
 from kvstore.errors import Unavailable
 from kvstore.spec import Shard
 from kvstore.store.purges import PURGES_MAX, Purges, Scope
+from kvstore.store.putting import PutOutcome
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import WORKER
 from kvstore.types import Tier

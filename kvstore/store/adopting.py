@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from kvstore.client.putting import PutOutcome, Putting
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.header import Header, check_header
 from kvstore.spec import ModelSpec, Shard, namespace_digest
 from kvstore.store.movement import Movement
+from kvstore.store.putting import PutOutcome, Putting
 from kvstore.store.stack import Stack
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from kvstore.budget import Budget
 from kvstore.catalog import Catalog
-from kvstore.client.putting import PutOutcome, Putting
 from kvstore.codec_rules import CodecRules
 from kvstore.config import StoreConfig
 from kvstore.directory.announce import Outbox
@@ -41,6 +40,7 @@ from kvstore.store.movement import Movement
 from kvstore.store.opening import Opening
 from kvstore.store.pins import Pins
 from kvstore.store.promotion import Promotion
+from kvstore.store.putting import PutOutcome, Putting
 from kvstore.store.shared import Finder, SharedTier
 from kvstore.store.stack import Stack
 from kvstore.store.staging import Staging
