@@ -84,6 +84,10 @@ class NoRoom(TierFull):
     """The store's own bounds are reached; the medium is well."""
 
 
+class NoPlace(NoRoom):
+    """There are bytes enough, but none in one piece where the namespace may lie, and nobody there to give way."""
+
+
 class SourceDown(TierDown):
     """The tier that a block is to leave does not give it: no fault of where it is to go."""
 
@@ -189,5 +193,8 @@ class Carrier:
             return await stack.tiers[destination].write(moving.namespace, moving.header, moving.parts)
         location = self.room.reserve(destination, moving.namespace, moving.nbytes)
         if location is None:
+            scattered = tier.fits(moving.nbytes) and not stack.arena.asked
+            if scattered and stack.residency.victim(destination) is None:
+                raise NoPlace("the free bytes below are scattered over other namespaces' segments")
             raise NoRoom("no room below")
         return await tier.fill(moving.namespace, moving.header, location, moving.parts)

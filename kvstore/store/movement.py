@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from kvstore.errors import Corrupt, TierDown, TierFull, UnknownFormat
-from kvstore.store.carrier import Carrier, NoRoom, SourceDown, Ticket
+from kvstore.store.carrier import Carrier, NoPlace, NoRoom, SourceDown, Ticket
 from kvstore.store.growth import Growth
 from kvstore.store.room import Outlets, Room
 from kvstore.store.shared import Finder
@@ -218,7 +218,8 @@ class Movement:
             residency.done(row)
 
     async def _to_one_of(self, ticket: Ticket, destinations: list[int]) -> bool:
-        """Whether a destination took the block, or it need not move any more; one that is down is passed over."""
+        """Whether a destination took the block, or it need not move any more; one that is down, or has no place that
+        could become free, is passed over."""
         residency = self.stack.residency
         for destination in destinations:
             if residency.gone(ticket.row) or not residency.present(ticket.row, ticket.level):
@@ -235,6 +236,10 @@ class Movement:
                 self.stack.counters["moves_down"] += 1
             except TierFull as error:
                 self.stack.counters["moves_full"] += 1
+                if isinstance(error, NoPlace):
+                    if self.outlets.evicts(destination):
+                        return self.room.evict(ticket.row, ticket.level)
+                    continue
                 if destination < self.stack.REDIS:
                     self._want(destination, ticket.nbytes)  # it must give way first
                 if not isinstance(error, NoRoom):

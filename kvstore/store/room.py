@@ -116,6 +116,14 @@ class Room:
         stack.drop(row, level)
         return True
 
+    def evict(self, row: int, level: int) -> bool:
+        """Give up a copy that nothing below can take, its move having failed; whether it is gone. Mutates."""
+        if self.stack.residency.pinned(row) or not self.stack.residency.present(row, level):
+            return False
+        self.stack.counters["evicted"] += 1
+        self.stack.drop(row, level)
+        return True
+
     def short(self, level: int, nbytes: int) -> int:
         """Bytes that must leave a level before `nbytes` fit; not above 0 where they do. Pure."""
         tier = self.stack.arena_tier(level)
