@@ -157,7 +157,8 @@ def test_a_worker_starts_announces_and_stops_cleanly(folder: Path, tmp_path: Pat
             assert (row["id"], row["node"], row["state"]) == (worker.ready["id"], "here", "alive")
             assert {"hot", "host"} <= set(row["tiers"])
             assert all(
-                set(t) == {"used", "capacity", "blocks", "ratio", "state", "codecs"} for t in row["tiers"].values()
+                set(t) == {"used", "capacity", "blocks", "ratio", "state", "detail", "codecs"}
+                for t in row["tiers"].values()
             )
             table = kvstore(folder, "status", *where)
             assert table.returncode == 0 and worker.ready["id"] in table.stdout

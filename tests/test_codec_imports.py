@@ -31,6 +31,46 @@ print(sorted({"numba", "torch"} & set(sys.modules)))
     assert run(program) == "[]"
 
 
+NEWLY_COMPILED = """
+import sys
+import numpy as np
+from kvstore.codecs.batch import Coded, decode, encode, ready
+from kvstore.codecs.registry import codec_for
+from kvstore.layout import V, Chunk
+from kvstore.spec import DTYPES
+
+def compiled():
+    loops = [module for name, module in list(sys.modules.items()) if name.startswith("kvstore.kernels.")]
+    known = [(module.__name__, name, value) for module in loops for name, value in vars(module).items()]
+    return {(module, name, str(types)) for module, name, value in known for types in getattr(value, "signatures", ())}
+
+names = ("lossless", "dense")
+if READY:
+    ready(names)
+before, rng = compiled(), np.random.default_rng(1)
+for dtype, itemsize in DTYPES.items():
+    for name in names:
+        for content in (bytes(itemsize << 12), rng.bytes(itemsize << 12)):
+            for raw in (content, bytearray(content)):
+                piece = Chunk(0, V, 0, 1, 0, len(raw), (64, 1, 64), itemsize, dtype)
+                [planes] = encode(memoryview(raw), [piece], [codec_for(name, dtype)])
+                data, spans = bytearray(), []
+                for plane in planes:
+                    spans.append((len(data), len(plane.data)))
+                    data += plane.data
+                coded, target = Coded(piece, planes[0].codec, planes[0].params, tuple(spans)), bytearray(len(raw))
+                decode(memoryview(data), [coded], memoryview(target))
+                assert target == content
+print(len(compiled() - before))
+"""
+
+
+def test_once_ready_no_block_waits_for_the_compiler() -> None:
+    """Whatever its elements are, and also where a codec gains nothing and falls back; and the control."""
+    assert run(f"READY = True{NEWLY_COMPILED}") == "0"
+    assert int(run(f"READY = False{NEWLY_COMPILED}")) > 0
+
+
 def test_kernels_run_where_neither_home_nor_package_can_be_written(tmp_path: Path) -> None:
     """Numba is told that no folder will do, as on a read-only image: the private one among temporary files serves."""
     program = """

@@ -59,7 +59,7 @@ async def test_a_full_disk_keeps_serving_and_recovers() -> None:
     disk.capacity = 16 << 20
     advance(tier, 60.0)
     await tier.tick()
-    assert tier.stats().state == "ok" and tier.stats().detail == ""
+    assert tier.stats().state == "ok" and "full" not in tier.stats().detail
     kept.append((sample(300), await put(tier, sample(300))))
     await tier.close()
     assert disk.landed["full"] > 0
@@ -138,6 +138,19 @@ async def test_a_lost_file_is_corrupt_not_a_crash() -> None:
 
 
 # The folder
+
+
+async def test_a_folder_without_direct_io_is_used_all_the_same_and_it_is_said() -> None:
+    said = {}
+    for takes, asked in ((False, True), (True, True), (False, False)):
+        tier = tier_over(MemoryDisk(direct=takes), ssd_direct=asked)
+        await tier.start()
+        location = await put(tier, sample(0))
+        assert await get(tier, sample(0), location) == sample(0).record
+        assert tier.direct is (takes and asked) and tier.stats().state == "ok"
+        said[takes, asked] = tier.stats().detail
+        await tier.close()
+    assert said.pop((False, True)).startswith("buffered: ") and set(said.values()) == {""}
 
 
 async def test_a_folder_has_one_owner(tmp_path: Path, system: System) -> None:

@@ -78,41 +78,71 @@ async def check(rig: Rig, kept: dict[int, list[int]], *, memory_only: bool = Fal
     rig.store.validate()
 
 
+async def put_one_by_one(rig: Rig, count: int, session: int) -> list[int]:
+    """The same, each when nothing moves any more: none is dropped, however slow this machine is."""
+    for depth in range(count):
+        assert (await rig.put(depth, session)).state == "committed"
+        await rig.store.idle()
+    return list(range(count))
+
+
+async def until_every_writer_hangs(rig: Rig, disk: HangingDisk) -> list[int]:
+    """Put blocks, each when hot has nothing on its way to host and what leaves host is held at the disk, until all of
+    the disk's writers are: so host is just over its watermark then, and has room for a load, however slow this machine
+    is. The depths of session 1 that were committed."""
+    residency, kept = rig.store.stack.residency, list[int]()
+    async with asyncio.timeout(60):
+        while disk.held < CONFIG.threads:
+            assert (await rig.put(len(kept), 1)).state == "committed"
+            kept.append(len(kept))
+            leaving = residency.leaving_bytes
+            while leaving[rig.store.stack.HOT] or (leaving[rig.store.stack.HOST] and not disk.held):
+                await asyncio.sleep(0.001)
+            moving = sum(map(bool, residency.rows.leaving))
+            while disk.held < min(moving, CONFIG.threads):
+                await asyncio.sleep(0.001)
+    return kept
+
+
 async def test_a_disk_that_hangs_holds_up_nobody_else(no_leaks: None) -> None:
     disk, system = HangingDisk(), real_system(2)
     rig = rig_over(disk, system)
     await rig.store.start()
-    kept = {0: await put_some(rig, 120, 0)}
-    await rig.store.idle()
+    kept = {0: await put_one_by_one(rig, 80, 0)}
     below = [depth for depth in kept[0] if rig.where(depth) == [Tier.SSD]]
     disk.moving.clear()
-    kept[1] = []
-    while disk.held < CONFIG.threads:  # every thread that writes hangs
-        kept[1] += [depth for depth in [len(kept[1])] if (await rig.put(depth, 1)).state == "committed"]
-        await asyncio.sleep(0.01)
+    try:
+        kept[1] = await until_every_writer_hangs(rig, disk)
+        await while_it_hangs(rig, disk, kept[1], below)
+    finally:
+        disk.moving.set()
+    await check(rig, kept)
+    await emptied(rig.store)
+    await rig.store.close()
+    system.pool.close()
+
+
+async def while_it_hangs(rig: Rig, disk: HangingDisk, kept: list[int], below: list[int]) -> None:
     loading = asyncio.ensure_future(rig.get(below[0]))
     async with asyncio.timeout(20):
         while disk.held == CONFIG.threads:  # the load reaches the disk all the same
-            await asyncio.sleep(0.01)
-    for depth in range(len(kept[1]), 120):  # as many as memory takes while nothing leaves it
+            assert not loading.done(), "the load found no room, or was not a hit"
+            await asyncio.sleep(0.001)
+    for depth in range(len(kept), 120):  # as many as memory takes while nothing leaves it
         state = (await rig.put(depth, 1)).state
         assert rig.store.movement.moving_bytes <= CONFIG.spill_queue_bytes + BLOCK
         if state == "dropped":
             break
-        kept[1].append(depth)
-    assert disk.held > 0 and len(kept[1]) < 120, "nothing was on its way to the disk, or puts wait for ever"
-    async with asyncio.timeout(5):
-        for depth in kept[1][-8:]:
+        kept.append(depth)
+    assert disk.held > CONFIG.threads and len(kept) < 120, "nothing was on its way to the disk, or puts wait for ever"
+    async with asyncio.timeout(20):
+        for depth in kept[-8:]:
             assert await rig.get(depth, 1) == rig.raw(depth, 1), "a hit in memory waits for the disk"
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await rig.get(below[1])
     disk.moving.set()
     assert await loading == rig.raw(below[0])
-    await check(rig, kept)
-    await emptied(rig.store)
-    await rig.store.close()
-    system.pool.close()
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO"])

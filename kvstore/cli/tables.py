@@ -55,6 +55,10 @@ def print_status(status: dict[str, Any], title: str = "") -> None:
             head = ["", "", "", ""]
         workers.add_section()
     out.print(workers)
+    for worker in status["workers"]:
+        for tier, row in worker["tiers"].items():
+            if row["detail"] and row["state"] != "off":
+                out.print(f"{tier} of {worker['id']}: {row['detail']}", markup=False)
     if any(row["codecs"] for worker in status["workers"] for row in worker["tiers"].values()):
         print_codecs(status["workers"])
     if status.get("reconciler"):

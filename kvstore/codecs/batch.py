@@ -40,6 +40,7 @@ BY_COLUMN, BY_ROW = 0, 1
 """Variants of the quantising codecs: where the scales stand."""
 
 _VARIANT_BITS = 4
+OTHERS = ("float16",)  # its loops are those of all other element types
 
 NESTED_BYTES = 512 * 1024
 """Raw bytes the nested codec takes at a time. What lies between a block and its planes, twice as much, then stays in a
@@ -92,10 +93,13 @@ def backend() -> Backend:
 
 
 def ready(names: Iterable[str]) -> None:
-    """Compile, or load, what bf16 blocks of these configured names need: a compiler at work holds up all the rest."""
-    zeros = bytes(2 * 64 * 64)
-    for codec in sorted({codec_for(name, QUANTISED) for name in names}):
-        piece = Chunk(0, V, 0, 1, 0, len(zeros), (64, 1, 64), 2, QUANTISED)
+    """Compile, or load, what blocks of these configured names need, whatever their elements are, and what is fallen
+    back to: a compiler at work holds up all the rest."""
+    zeros, names = bytes(2 * 64 * 64), list(names)
+    wanted = {(codec_for(name, dtype), dtype) for name in names for dtype in (QUANTISED, *OTHERS)}
+    wanted |= {(back, dtype) for codec, dtype in wanted for back in fallbacks(codec, dtype)}
+    for codec, dtype in sorted(wanted, reverse=True):  # those by numba first: the split one looks whether it is there
+        piece = Chunk(0, V, 0, 1, 0, len(zeros), (64, 1, 64), 2, dtype)
         [planes] = encode(memoryview(zeros), [piece], [codec])
         data, spans = b"", []
         for plane in planes:

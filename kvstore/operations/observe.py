@@ -181,6 +181,7 @@ def tier_object(tier: common_pb2.TierStatus) -> dict[str, Any]:
         "blocks": tier.blocks,
         "ratio": round(tier.raw_bytes / tier.used, 3) if tier.used else None,
         "state": tier.state,
+        "detail": tier.detail,
         "codecs": {use.codec: codec_object(use) for use in tier.codecs},
     }
 

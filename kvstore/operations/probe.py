@@ -84,7 +84,8 @@ class Probe:
             return ProbeOutcome(tier.tier, False, f"{stats.state}: {stats.detail}", fix)
         if stats.state == "degraded":
             return ProbeOutcome(tier.tier, True, stats.detail, fix)
-        return ProbeOutcome(tier.tier, True, "a block was written and read back")
+        how = f" ({stats.detail})" if stats.detail else ""
+        return ProbeOutcome(tier.tier, True, f"a block was written and read back{how}")
 
     async def _through(
         self, tier: TierStore, level: int | None, namespace: str, header: Header, parts: list[Buffer]

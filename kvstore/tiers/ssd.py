@@ -68,6 +68,10 @@ class SsdTier:
         """Whether the folder takes direct I/O; known once started."""
         return self.config.ssd_direct and getattr(self._disk, "direct", False)
 
+    def _way(self) -> str:
+        """What to say of a tier that is well: empty, unless its folder does not do what was asked for."""
+        return "" if self.direct or not self.config.ssd_direct else f"buffered: {self.folder} takes no direct I/O"
+
     @property
     def used(self) -> int:
         """Bytes of records, each padded to 4096. Indices, garbage and reclaim live in the rest of `ssd_bytes`."""
@@ -126,6 +130,7 @@ class SsdTier:
             self._release()
             raise
         self._log = log
+        self._stats.detail = self._way()
         self._recovery = {f"recovery_{name}": count for name, count in found.counters.items()}
         if config.ssd_verify:
             damaged = await log.damaged(found)
@@ -306,7 +311,7 @@ class SsdTier:
             self._probe_pause_s = min(2 * self._probe_pause_s, PROBE_PAUSE_MAX_S)
             self._probe_at = now + self._probe_pause_s
             return
-        self._stats.state, self._stats.detail = "ok", ""
+        self._stats.state, self._stats.detail = "ok", self._way()
         self._needed_bytes = 0
 
 
