@@ -211,10 +211,13 @@ class Machine(RuleBasedStateMachine):
             left = {change.key for _, change in told[told_before:] if isinstance(change, Removed)}
             assert left <= shared, "a block left for Redis and is not there"
 
-    def teardown(self) -> None:
+    async def let_go(self) -> None:
         for hold, _, _ in self.holds:
             self.rig.store.release(hold.id)
-        self.run(emptied(self.rig.store))
+        await emptied(self.rig.store)
+
+    def teardown(self) -> None:
+        self.run(self.let_go())
         assert not self.ssd.used, "the store gave up what its SSD tier still counts"
         self.run(self.rig.store.close())
         self.runner.close()
