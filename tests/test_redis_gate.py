@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ async def test_half_open_one_question_decides_with_growing_pauses() -> None:
         assert not await rig.call() and rig.link.reached == probes, "a probe is one question, and it failed"
         pauses.append(rig.clock.now - began)
     assert pauses[0] == pytest.approx(PROBE_PAUSE_S)
-    grown = [after / before for before, after in zip(pauses, pauses[1:], strict=False)]
+    grown = [after / before for before, after in pairwise(pauses)]
     assert all(step == pytest.approx(2) for step in grown[:6]) and max(pauses) == pytest.approx(PROBE_PAUSE_MAX_S)
 
 
