@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from kvstore.checksum import xxh3
+from kvstore.store import copier
 from kvstore.store.copier import Copier
 
 
@@ -21,17 +24,17 @@ class NowPool:
 
 async def test_a_job_that_comes_as_the_last_lane_ends_is_done() -> None:
     """A lane has seen an empty line and ended, but its task is not collected yet when the next job comes."""
-    copier = Copier(NowPool(), 1)
+    mover = Copier(NowPool(), 1)
     source, target = memoryview(b"x" * 1000), memoryview(bytearray(1000))
     loop = asyncio.get_running_loop()
 
     async def first() -> int:
-        copying = loop.create_task(copier.copy(source, target))
+        copying = loop.create_task(mover.copy(source, target))
         await asyncio.sleep(0)  # the job is in line, its lane has not begun
-        (lane,) = copier._tasks
+        (lane,) = mover._tasks
         while not lane.done():
             await asyncio.sleep(0)
-        again = await copier.copy(source, target)  # in line within this very step
+        again = await mover.copy(source, target)  # in line within this very step
         assert again == await copying
         return again
 
@@ -40,10 +43,29 @@ async def test_a_job_that_comes_as_the_last_lane_ends_is_done() -> None:
 
 
 async def test_many_at_once_through_few_lanes() -> None:
-    copier = Copier(NowPool(), 2)
+    mover = Copier(NowPool(), 2)
     blocks = [bytes([i]) * 5000 for i in range(200)]
     targets = [bytearray(5000) for _ in blocks]
     async with asyncio.timeout(10):
         pairs = zip(blocks, targets, strict=True)
-        sums = await asyncio.gather(*(copier.copy(memoryview(b), memoryview(t)) for b, t in pairs))
+        sums = await asyncio.gather(*(mover.copy(memoryview(b), memoryview(t)) for b, t in pairs))
     assert sums == [xxh3(block) for block in blocks] and [bytes(t) for t in targets] == blocks
+
+
+async def test_the_next_turn_is_handed_over_before_one_ends_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copier, "TURN_BYTES", 2000)
+    asked, gate = list[int](), asyncio.Event()
+
+    class HeldPool(NowPool):
+        async def run(self, function: Callable[..., Any], *args: object) -> Any:
+            asked.append(len(args))
+            await gate.wait()
+            return function(*args)
+
+    made, source = Copier(HeldPool(), 1), memoryview(b"x" * 1000)
+    tasks = [asyncio.create_task(made.copy(source, memoryview(bytearray(1000)))) for _ in range(20)]
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(asked) == 2, "one mover copies, one turn waits for it"
+    gate.set()
+    assert await asyncio.gather(*tasks) == [xxh3(bytes(source))] * 20

@@ -34,9 +34,11 @@ class Copier:
     """What waits is bounded by the room that was reserved for it."""
 
     def __init__(self, pool: Pool, lanes: int) -> None:
-        """`lanes`: turns at a time."""
+        """`lanes`: byte movers that copy at a time. One turn more than that is handed over, so that a mover which ends
+        one finds the next there: else it would wait until the event loop has told of what arrived (GIL), and the two
+        would take turns instead of working at the same time."""
         self._pool = pool
-        self._lanes = lanes
+        self._lanes = lanes + 1
         self._line: deque[Job] = deque()
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._running = 0  # lanes that will look at the line again; a task that has ended may still be in `_tasks`
