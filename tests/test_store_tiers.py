@@ -70,6 +70,16 @@ class TestSsd:
             rig.store.release(hold.id)
         assert {stats.tier: stats.hits for stats in rig.store.stats()}[Tier.SSD] == 8
 
+    async def test_one_promotion_for_all_who_open(self, rig: Rig) -> None:
+        await filled(rig)
+        await rig.settle()
+        below = next(depth for depth in range(MANY) if rig.where(depth) == [Tier.HOST])
+        holds = await asyncio.gather(*(rig.open([below]) for _ in range(6)))
+        await rig.settle()
+        assert rig.store.counters["promotions"] == 1 and rig.where(below) == [Tier.HOT, Tier.HOST]
+        for hold in holds:
+            rig.store.release(hold.id)
+
     async def test_who_gives_up_waiting_leaves_nothing_pinned(self, rig: Rig, ssd: FaultyTier) -> None:
         below = await filled(rig)
         ssd.gate = asyncio.Event()
