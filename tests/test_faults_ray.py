@@ -63,15 +63,27 @@ def test_redis_is_killed(fleet: FaultFleet) -> None:
     assert fleet.redis() != pid
 
 
+def test_a_worker_is_asked_to_end(fleet: FaultFleet) -> None:
+    """It drains first, and is read meanwhile; then Ray starts it again."""
+    victim = fleet.rows("worker")[2]
+    fleet.run(fleet.fault("worker ended by SIGTERM", lambda: fleet.kill(victim["pid"], signal.SIGTERM), seconds=3.0))
+    after = next(row for row in fleet.rows("worker") if row["name"] == victim["name"])
+    assert after["id"] == victim["id"] and after["pid"] != victim["pid"]
+
+
+STANDING = [pytest.param(3.0, id="3s"), pytest.param(10.0, id="10s", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("seconds", STANDING)
 @pytest.mark.parametrize("role", ["worker", "coordinator"])
-def test_a_process_stands_still_and_goes_on(fleet: FaultFleet, role: str) -> None:
+def test_a_process_stands_still_and_goes_on(fleet: FaultFleet, role: str, seconds: float) -> None:
     pid = fleet.rows(role)[-1]["pid"]
     fleet.run(
         fleet.fault(
-            f"{role} stopped for 3 s",
+            f"{role} stopped for {seconds:g} s",
             lambda: fleet.kill(pid, signal.SIGSTOP),
             lambda: fleet.kill(pid, signal.SIGCONT),
-            seconds=3.0,
+            seconds=seconds,
         )
     )
     assert pid in {row["pid"] for row in fleet.rows(role)}  # nobody buried it for good
@@ -125,6 +137,6 @@ def test_an_engine_that_wants_all_gpus_of_a_node_gets_them(fleet: FaultFleet) ->
 
 
 def test_every_fault_landed_under_load(fleet: FaultFleet) -> None:
-    assert len(fleet.seen) == 9
+    assert len(fleet.seen) in (10, 12)  # without and with those of the long proofs
     for seen in fleet.seen:
         assert seen.flying >= 1 and seen.requests >= 20, seen

@@ -8,9 +8,11 @@ told, goes through `report`, which the reconciler calls at each of its looks.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from kvstore.assembly import server_transport, settle, tune_malloc
@@ -25,6 +27,44 @@ RETRIES_MAX = 12
 """Starts that a restarted actor tries before it gives its process up to Ray, which then makes another."""
 
 CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+class Sigterm:
+    """What SIGTERM does to a Ray worker process: the first is `asked`, where somebody wants it; any other is Ray's.
+
+    Ray's own way out stops the event loop at once, and by the time of its `atexit` handlers Python has closed all
+    thread pools: an actor could give nothing to anybody any more. Handlers can be set in the main thread alone, where
+    Ray loads an actor's class; the actor itself lives in another.
+    """
+
+    def __init__(self) -> None:
+        self.asked: Callable[[], object] | None = None
+        self._ray: Any = None
+
+    def catch(self) -> None:
+        """Where this is the main thread of a Ray worker that Ray has prepared already. Mutates."""
+        ray = sys.modules.get("ray")
+        if ray is None or threading.current_thread() is not threading.main_thread():
+            return
+        before = signal.getsignal(signal.SIGTERM)
+        if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE and callable(before):
+            self._ray = before
+            signal.signal(signal.SIGTERM, self._came)
+
+    @property
+    def caught(self) -> bool:
+        return self._ray is not None
+
+    def _came(self, number: int, frame: Any) -> None:
+        asked, self.asked = self.asked, None
+        if asked is None:
+            self._ray(number, frame)  # raises SystemExit
+        else:
+            asked()
+
+
+SIGTERM = Sigterm()
+SIGTERM.catch()
 
 
 class Runtime(Protocol):
@@ -56,7 +96,9 @@ class ServerActor:
         self._left = False
         self._loop = asyncio.get_running_loop()
         self._starting = self._loop.create_task(self._start(restarted()))
-        atexit.register(self._at_exit)
+        if not SIGTERM.caught:
+            print("SIGTERM ends this process without a leave: Ray has loaded it in another thread", flush=True)  # noqa: T201
+        SIGTERM.asked = lambda: self._loop.call_soon_threadsafe(self._asked_to_end)
 
     def make(self, config: Config, system: System, transport: Transport) -> Runtime:
         """A server that is not started yet."""
@@ -120,15 +162,17 @@ class ServerActor:
         if runtime is not None:
             await runtime.stop()
 
-    async def _leave(self, runtime: Runtime) -> None:
-        await self.leave(runtime)
-        await self.stop()
+    def _asked_to_end(self) -> None:
+        self._leaving = self._loop.create_task(self._leave())
 
-    def _at_exit(self) -> None:
-        """After SIGTERM Ray stops the loop and lets the process end: it is taken up once more, to leave in peace."""
-        runtime = self._runtime
-        if runtime is not None and not self._loop.is_running() and not self._loop.is_closed():
-            self._loop.run_until_complete(self._leave(runtime))
+    async def _leave(self) -> None:
+        """Serve until there is nothing more to do, then let Ray end the process. Ray makes another."""
+        try:
+            if self._runtime is not None:
+                await self.leave(self._runtime)
+            await self.stop()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _memory_file(token: str) -> str:
