@@ -8,6 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from kvstore.config import Config, override
+from kvstore.fleet.maker import Maker
 from kvstore.fleet.reconcile import COORDINATOR, WORKER, Backoff, Node, Placed, Plan, Want, plan
 
 A, B, C = (Node(id, f"10.0.0.{number}", 1) for number, id in enumerate("abc", 1))
@@ -138,3 +140,20 @@ def test_crash_loops_are_slowed_down_and_forgiven() -> None:
     backoff.failed("worker-0", now)
     backoff.ended("worker-0")
     assert not backoff.waits("worker-0", now) and backoff.failed("worker-0", now) == pytest.approx(0.0)
+
+
+def metrics_of(bind: str, starts: Plan) -> list[str]:
+    maker = Maker(override(Config(), {"server": {"metrics_bind": bind}}), "", True, "/nowhere")
+    placed = [
+        Placed(one.role, one.index, one.node.id, str(one.slot) if one.role == WORKER else "127.0.0.1:1")
+        for one in starts.starts
+    ]
+    pairs = zip(starts.starts, placed, strict=True)
+    return [maker.config_of(one, actor, ["127.0.0.1:1"]).server.metrics_bind for one, actor in pairs]
+
+
+def test_actors_of_one_machine_serve_their_metrics_on_ports_of_their_own() -> None:
+    starts = plan(Want(workers=0, coordinators=2), [Node("a", "10.0.0.1", 3), Node("b", "10.0.0.1", 1)], (), ())
+    found = metrics_of("0.0.0.0:9100", starts)
+    assert sorted(found) == sorted(f"0.0.0.0:{port}" for port in (9100, 9101, 9102, 9103, 9200, 9201))
+    assert set(metrics_of("0.0.0.0:0", starts)) == {"0.0.0.0:0"} and set(metrics_of("", starts)) == {""}

@@ -18,6 +18,9 @@ from kvstore.fleet.reconcile import COORDINATOR, WORKER, Placed, Wanted
 
 CALLS_MAX = 16  # of one actor at a time
 
+METRICS_COORDINATORS = 100
+"""From the port of a machine's first worker to that of the first coordinator, where metrics are served."""
+
 
 class Maker:
     """`config`: what all actors share; `loopback`: the fleet stays on this machine, its sockets lie in `folder`; else
@@ -33,14 +36,27 @@ class Maker:
 
     def make(self, wanted: Wanted, actor: Placed, coordinators: Sequence[str]) -> Any:
         """Hand it to Ray, which knows its name when this returns; its handle."""
+        return self._hand_over(actor, self.config_of(wanted, actor, coordinators))
+
+    def config_of(self, wanted: Wanted, actor: Placed, coordinators: Sequence[str]) -> Config:
+        """An actor's own configuration. Pure."""
         own: dict[str, dict[str, Any]] = {"server": {"node": actor.title, "coordinators": list(coordinators)}}
+        own["server"]["metrics_bind"] = self._metrics(actor)
         if actor.role == COORDINATOR:
             own["server"]["bind"] = actor.detail
         else:
             own["server"]["bind"] = f"{self._host(wanted)}:0"
             own["store"] = {"ssd_folder": self.ssd(actor.detail)}
             own["worker"] = {"socket": self._socket(actor.detail)}
-        return self._hand_over(actor, override(self._config, own))
+        return override(self._config, own)
+
+    def _metrics(self, actor: Placed) -> str:
+        """Actors of one machine may not share a port; those of workers are known by their places, which stay."""
+        host, _, port = self._config.server.metrics_bind.rpartition(":")
+        if not port.isdigit() or int(port) == 0:
+            return self._config.server.metrics_bind
+        offset = int(actor.detail) if actor.role == WORKER else METRICS_COORDINATORS + actor.index
+        return f"{host}:{int(port) + offset}"
 
     def ssd(self, slot: str) -> str:
         """Folder of the worker in that place of its machine; empty where none is kept."""
