@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -15,21 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvstore.client.kv_client import KVClient
-from kvstore.client.plan import HitPlan, is_redis
-from kvstore.config import ClientConfig
 from kvstore.fleet.state import FleetState, read_status
 from kvstore.keys import Chain
 from kvstore.machine.processes import all_processes
 from kvstore.machine.system import real_system
-from kvstore.operations.observe import Observer
-from kvstore.spec import Shard
-from kvstore.transport.base import Credentials
-from kvstore.transport.methods import COORDINATOR, WORKER
 from kvstore.transport.rpc import GrpcTransport
-from kvstore.types import Fidelity, Tier, pack_keys
-from kvstore.wire import common_pb2, worker_pb2
-from kvstore.wireform import plan_from_wire, shard_to_wire
-from tests.fault_load import CALL_S, MATCH_S, SPEC, Load, trace
+from kvstore.types import Tier
+from tests.fault_checks import COPIES, SETTINGS, Checks
+from tests.fault_load import Load, client_config, trace
 from tests.fleet_helpers import kvstore
 from tests.ray_cluster import RayCluster
 
@@ -38,30 +30,9 @@ T = TypeVar("T")
 SLOTS = (2, 1, 1)
 """Workers of each node: four on three."""
 
-COORDINATORS, COPIES = 2, 2
-SETTLE_S = 60.0
+COORDINATORS = 2
 HITS_MIN = 0.9  # of the share of blocks that survive: with two copies of each, all of them
 NAME = "kvstore"
-
-SETTINGS = {
-    "store.host_bytes": "6MiB",
-    "store.hot_bytes": "2MiB",
-    "store.segment_bytes": "1MiB",
-    "store.ssd_bytes": "12MiB",
-    "store.ssd_segment_bytes": "1MiB",
-    "store.redis_bytes": "32MiB",
-    "store.redis_timeout_s": "0.5",
-    "store.staging_bytes": "512KiB",
-    "store.threads": "2",
-    "server.stop_grace_s": "1",
-    "worker.drain_grace_s": "3",
-    "worker.redis_lease_s": "2",
-    "coordinator.heartbeat_s": "0.2",
-    "coordinator.lease_s": "1.5",
-    "coordinator.hint_again_s": "1",
-    "coordinator.repair_round_s": "3",  # what was evicted meanwhile; sooner where a worker is lost
-    "fleet.reconcile_s": "0.5",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +62,7 @@ class FaultFleet:
         self._runner = asyncio.Runner()
         self._system = real_system(2)
         self._transport = GrpcTransport(self._system.clock)
-        self._observer = Observer(self._transport, Credentials(), 5.0)
+        self.checks = Checks(self._transport, self.prompts)
 
     def __enter__(self) -> FaultFleet:
         self.cluster.__enter__()
@@ -158,14 +129,7 @@ class FaultFleet:
 
     async def client(self, stack: AsyncExitStack, *, far: bool = False, **config: Any) -> KVClient:
         system = replace(self._system, host="elsewhere") if far else self._system
-        made = ClientConfig(
-            coordinators=self.state.coordinators,
-            match_timeout_s=MATCH_S,
-            get_timeout_s=CALL_S,
-            put_timeout_s=CALL_S,
-            negative_cache_s=0.5,
-            staging_bytes=512 << 10,
-        )
+        made = client_config(self.state.coordinators)
         client = await KVClient.connect(replace(made, **config), system, self._transport)
         stack.push_async_callback(client.close)
         return client
@@ -222,93 +186,24 @@ class FaultFleet:
     async def _whole(self) -> None:
         """Until everybody who should be there is, by Ray and by both coordinators."""
         wanted = sum(self.slots.values())
-        await self._until(lambda: self._standing(wanted), "the fleet is whole")
+        await self.checks.until(lambda: self._standing(wanted), "the fleet is whole")
 
     async def _standing(self, wanted: int) -> str:
         status = self.status
         rows = [row["role"] for row in status.get("actors", ())]
         if status["state"] != "settled" or rows.count("worker") != wanted or rows.count("coordinator") != COORDINATORS:
             return f"{status}"
-        for address in self.state.coordinators:
-            said = await self._observer.coordinator_status(address)
-            alive = [w for w in said.workers if w.member.state == "alive" and not is_redis(w.member.id)]
-            if not said.complete or len(alive) != wanted:
-                return f"{address}: complete {said.complete}, workers {[w.member for w in said.workers]}"
-        return ""
+        return await self.checks.standing(self.state.coordinators, wanted)
 
     async def settle(self) -> None:
         """Until the fleet is whole, every block of the trace lies on two workers, and directories say what is there."""
         await self._whole()
-        await self._until(self._as_before, "everything is as before")
-
-    async def _until(self, complaint: Callable[[], Coroutine[Any, Any, str]], what: str) -> None:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + SETTLE_S
-        while True:
-            try:
-                wrong = await complaint()
-            except Exception as error:  # noqa: BLE001 - whoever is asked may be the one that was killed
-                wrong = f"{type(error).__name__}: {error}"
-            if not wrong:
-                return
-            assert loop.time() < end, f"not within {SETTLE_S} s: {what}: {wrong}"
-            await asyncio.sleep(0.1)
+        await self.checks.until(self._as_before, "everything is as before")
 
     async def _as_before(self) -> str:
-        workers = {row["id"]: row["address"] for row in self.rows("worker")}
-        if not all(workers.values()):
-            return f"not all workers have an address: {workers}"
-        held: dict[str, set[bytes]] = {}
-        for worker, address in workers.items():
-            held[worker] = await self._held(address)
-            said = await self._observer.worker_status(address)
-            blocks = sum(entry.blocks for entry in said.namespaces)
-            pinned = sum(entry.pinned_bytes + entry.staging_bytes for entry in said.namespaces)
-            if blocks != len(held[worker]) or pinned:
-                return (
-                    f"{worker} has {blocks} blocks, {len(held[worker])} of them known; {pinned} bytes pinned or staged"
-                )
-        copies = Counter(key for keys in held.values() for key in keys)
-        single = sum(copies[key] < COPIES for prompt in self.prompts for key in prompt.keys)
-        if single:
-            return f"{single} blocks lie on fewer than {COPIES} workers"
-        for address in self.state.coordinators:
-            known = await self._directory(address)
-            if {id: keys for id, keys in known.items() if not is_redis(id)} != {i: k for i, k in held.items() if k}:
-                return f"the directory of {address} differs from what workers hold"
-        return ""
-
-    async def _held(self, address: str) -> set[bytes]:
-        """Keys of the trace that a worker has, each of its copies verified."""
-        found: set[bytes] = set()
-        channel = await self._transport.connect(address, Credentials())
-        try:
-            for key in {key for prompt in self.prompts for key in prompt.keys}:
-                reply = await channel.unary(WORKER["Inspect"], worker_pb2.InspectRequest(key=key), timeout_s=5.0)
-                assert not any(copy.error for block in reply.blocks for copy in block.copies), reply
-                found |= {key for block in reply.blocks if block.copies}
-        finally:
-            await channel.close()
-        return found
-
-    async def _directory(self, address: str) -> dict[str, set[bytes]]:
-        """Holder -> keys of the trace, by what a coordinator answers to lookups."""
-        shard = Shard.whole(SPEC)
-        request = common_pb2.MatchRequest(root=SPEC.root, shards=[shard_to_wire(shard)])
-        request.least = int(Fidelity.EXACT)  # type: ignore[assignment]
-        found: dict[str, set[bytes]] = {}
-        channel = await self._transport.connect(address, Credentials())
-        try:
-            for prompt in self.prompts:
-                request.keys = pack_keys(prompt.keys)
-                reply = await channel.unary(COORDINATOR["Match"], request, timeout_s=5.0)
-                plan: HitPlan = plan_from_wire(reply, SPEC, prompt.keys, (shard,), Fidelity.EXACT)
-                for run in plan.runs:
-                    keys = prompt.keys[run.first_depth : run.first_depth + run.count]
-                    found.setdefault(run.holder, set()).update(keys)
-        finally:
-            await channel.close()
-        return found
+        return await self.checks.as_before(
+            {row["id"]: row["address"] for row in self.rows("worker")}, self.state.coordinators
+        )
 
     async def flood(self, spec: Any, prompts: Sequence[Chain], blocks: Callable[[bytes], Any]) -> None:
         """Put other prompts, until some disk says that it can't take more."""
@@ -323,7 +218,7 @@ class FaultFleet:
 
     async def _disks(self) -> list[str]:
         """State of each worker's SSD tier."""
-        said = [await self._observer.worker_status(row["address"]) for row in self.rows("worker")]
+        said = [await self.checks.observer.worker_status(row["address"]) for row in self.rows("worker")]
         return [tier.state for status in said for tier in status.tiers if tier.tier == Tier.SSD]
 
     async def purge(self, spec: Any) -> None:

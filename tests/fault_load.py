@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.client.kv_client import KVClient
+from kvstore.config import ClientConfig
 from kvstore.keys import Chain, chain
 from kvstore.operations.payload import Payload, replay_spec, tokens_of
 
@@ -30,12 +31,25 @@ def trace(seed: int, prompts: int = 16, blocks: int = 6) -> list[Chain]:
     return made
 
 
+def client_config(coordinators: Sequence[str]) -> ClientConfig:
+    """Of a client whose every call has one of the deadlines above."""
+    return ClientConfig(
+        coordinators=tuple(coordinators),
+        match_timeout_s=MATCH_S,
+        get_timeout_s=CALL_S,
+        put_timeout_s=CALL_S,
+        negative_cache_s=0.5,
+        staging_bytes=512 << 10,
+    )
+
+
 @dataclass(slots=True)
 class Moment:
-    """One request: seconds of the loop's clock, blocks asked for and got."""
+    """One request: seconds of the loop's clock, which prompt, blocks asked for and got."""
 
     began: float
     ended: float
+    prompt: int
     asked: int
     got: int
 
@@ -71,14 +85,21 @@ class Load:
         found = [moment for moment in self.moments if begin <= moment.ended <= end]
         return len(found), sum(moment.asked for moment in found), sum(moment.got for moment in found)
 
+    def since_of(self, begin: float, end: float, first: Sequence[int]) -> tuple[int, int]:
+        """Of the first `first[prompt]` blocks of each request that ended between the moments: asked for, and got."""
+        found = [moment for moment in self.moments if begin <= moment.ended <= end]
+        asked = sum(first[moment.prompt] for moment in found)
+        return asked, sum(min(moment.got, first[moment.prompt]) for moment in found)
+
     async def _drive(self, number: int) -> None:
         loop, draw, client = asyncio.get_running_loop(), random.Random(number), self.clients[number]
         while not self._over:
-            prompt = self.prompts[draw.randrange(len(self.prompts))]
+            which = draw.randrange(len(self.prompts))
+            prompt = self.prompts[which]
             self._flying[number] = began = loop.time()
             got = await self.one(client, prompt)
             del self._flying[number]
-            self.moments.append(Moment(began, loop.time(), len(prompt), got))
+            self.moments.append(Moment(began, loop.time(), which, len(prompt), got))
             await asyncio.sleep(PACE_S)
 
     async def one(self, client: KVClient, prompt: Chain) -> int:
