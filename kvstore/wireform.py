@@ -117,8 +117,8 @@ def wanted_from_wire(
     shards: list[Shard] = []
     for message in messages:
         shard = shard_from_wire(message.shard)
-        keys = keys_from_wire(message.keys, keys_max - len(wanted))
-        wanted += [(shard.digest, key) for key in keys]
+        keys, digest = keys_from_wire(message.keys, keys_max - len(wanted)), shard.digest
+        wanted += [(digest, key) for key in keys]
         shards += [shard] * len(keys)
     return wanted, shards
 

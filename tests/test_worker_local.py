@@ -18,6 +18,7 @@ from kvstore.client.host_link import HostLink
 from kvstore.client.needs import LayerReady
 from kvstore.errors import BadRequest, KVStoreError, Overloaded, Unavailable
 from kvstore.header import Header
+from kvstore.open_rows import rows_of
 from kvstore.types import Tier, pack_keys
 from kvstore.wire import common_pb2, worker_pb2
 from tests.service_cluster import STORE, blocks_of, check
@@ -182,12 +183,44 @@ async def test_a_slot_reused_between_two_layers_takes_back_nothing_that_was_told
     assert client.counters["failed_reused"] == 3
 
 
+class _Row:
+    """One of OPEN_ROWS, with the fields of an OpenBlock."""
+
+    def __init__(self, row: Any) -> None:
+        object.__setattr__(self, "_row", row)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._row[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._row[name] = value
+
+
+def _forge(forged: str, blocks: Any, others: Any) -> None:
+    """All but the first. Mutates `blocks`."""
+    for block, another in zip(blocks[1:], others[1:], strict=True):
+        if forged == "generation":
+            block.generation += 1
+        elif forged == "offset":  # a place that is none: before the data
+            block.offset = 0
+        elif forged == "beyond":  # one that ends after it, or wraps round
+            block.offset = (1 << 64) - 4096
+        elif forged == "header":
+            block.header = another.header
+        elif forged == "segment":
+            block.segment += 99
+        else:
+            block.length -= 4096
+
+
 @pytest.mark.parametrize("layerwise", [False, True])
-@pytest.mark.parametrize("forged", ["generation", "offset", "header", "length"])
+@pytest.mark.parametrize("forged", ["beyond", "segment", "generation", "offset", "header", "length"])
+@pytest.mark.parametrize("older", [False, True])
 async def test_what_is_forged_in_an_answer_is_a_miss(
-    met: Met, monkeypatch: pytest.MonkeyPatch, forged: str, layerwise: bool
+    met: Met, monkeypatch: pytest.MonkeyPatch, forged: str, layerwise: bool, older: bool
 ) -> None:
-    """A generation that is not the slot's; another block's place, header or length."""
+    """A generation that is not the slot's; another block's place, header or length. `older`: by a worker that answers
+    in messages."""
     prefix, other = prompt(25, 3, LARGE), prompt(26, 3, LARGE)
     client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
     for chain in (prefix, other):
@@ -197,19 +230,19 @@ async def test_what_is_forged_in_an_answer_is_a_miss(
     opened = HostLink.open
 
     async def forge(link: HostLink, request: Any, *, timeout_s: float) -> Any:
+        if older:
+            link._sends_rows = False
         reply = await opened(link, request, timeout_s=timeout_s)
         keys = worker_pb2.ShardKeys(shard=request.blocks[0].shard, keys=pack_keys(other.keys))
         theirs = await opened(link, worker_pb2.OpenRequest(root=LARGE.root, blocks=[keys]), timeout_s=timeout_s)
         link.release(theirs.hold)
-        for block, another in zip(reply.blocks[1:], theirs.blocks[1:], strict=True):
-            if forged == "generation":
-                block.generation += 1
-            elif forged == "offset":  # a place that is none: before the data
-                block.offset = 0
-            elif forged == "header":
-                block.header = another.header
-            else:
-                block.length -= 4096
+        assert request.rows != older and bool(reply.blocks) == older
+        if older:
+            _forge(forged, reply.blocks, theirs.blocks)
+        else:
+            rows = rows_of(reply.rows).copy()
+            _forge(forged, [_Row(row) for row in rows], [_Row(row) for row in rows_of(theirs.rows)])
+            reply.rows = rows.tobytes()
         return reply
 
     monkeypatch.setattr(HostLink, "open", forge)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstore.errors import BadRequest, Overloaded
+from kvstore.open_rows import FOUND, LATER, absent
 from kvstore.spec import ModelSpec
+from kvstore.store.arena import ArenaSegment
 from kvstore.store.staging import StagingSegment
-from kvstore.store.tiered import Placed
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
@@ -84,35 +86,26 @@ class LocalService(PinCalls):
         hold = await node.open(context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=timeout_s)
         peer.holds[hold.id] = None
         reply = worker_pb2.OpenReply(hold=hold.id)
-        for placed in hold.blocks:
-            if placed is None:
-                reply.blocks.append(worker_pb2.OpenBlock(state=worker_pb2.BLOCK_MISSING))
-                continue
-            self._share(placed, peer, reply, context)
-            reply.blocks.add(
-                state=worker_pb2.BLOCK_FOUND,
-                tier=int(placed.tier),
-                segment=placed.segment_id,
-                offset=placed.offset,
-                length=placed.length,
-                generation=placed.generation,
-                raw=placed.raw,
-                header=placed.header.pack(),
-            )
-        reply.blocks.extend([worker_pb2.OpenBlock(state=worker_pb2.BLOCK_LATER)] * (len(wanted) - now))
+        for segment in hold.segments.values():
+            self._share(segment, peer, reply, context)
+        later = absent(len(wanted) - now, LATER)
+        if request.rows:
+            reply.rows = hold.rows.tobytes() + later.tobytes()
+        else:
+            reply.blocks.extend(_message(row) for row in (*hold.rows, *later))
         node.gets.add(node.system.clock.monotonic() - begin)
         return reply
 
-    def _share(self, placed: Placed, peer: Peer, reply: worker_pb2.OpenReply, context: CallContext) -> None:
-        """Pass the block's segment unless the peer has it."""
-        if placed.segment_id in peer.segments:
+    def _share(self, segment: ArenaSegment, peer: Peer, reply: worker_pb2.OpenReply, context: CallContext) -> None:
+        """Pass a segment unless the peer has it."""
+        if segment.id in peer.segments:
             return
-        peer.segments[placed.segment_id] = None
-        self._node.store.arena.share(placed.segment_id)
-        context.attach(placed.segment, writable=False)
+        peer.segments[segment.id] = None
+        self._node.store.arena.share(segment.id)
+        context.attach(segment.segment, writable=False)
         reply.segments.append(
             worker_pb2.SegmentInfo(
-                segment=placed.segment_id, bytes=placed.segment.nbytes, data_offset=placed.data_offset, writable=False
+                segment=segment.id, bytes=segment.segment.nbytes, data_offset=segment.data_offset, writable=False
             )
         )
 
@@ -167,3 +160,20 @@ class LocalService(PinCalls):
         answer = Answer(node)
         await answer.take(context.namespace, spec, offered)
         return answer.message()
+
+
+def _message(row: Any) -> worker_pb2.OpenBlock:
+    """One of OPEN_ROWS, for a client that does not read rows."""
+    state = int(row["state"])
+    if state != FOUND:
+        return worker_pb2.OpenBlock(state=state)  # type: ignore[arg-type]
+    return worker_pb2.OpenBlock(
+        state=state,  # type: ignore[arg-type]
+        tier=int(row["tier"]),  # type: ignore[arg-type]
+        segment=int(row["segment"]),
+        offset=int(row["offset"]),
+        length=int(row["length"]),
+        generation=int(row["generation"]),
+        raw=bool(row["raw"]),
+        header=row["header"].tobytes(),
+    )

@@ -123,21 +123,23 @@ class Fetch:
 
     def _begin(self, need: Need) -> list[Piece]:
         """Pieces that together make the need; none, and the need is a miss, where nothing covers it."""
+        depth, target, lost = need.depth, need.target, need.lost
 
         def have(shard: Shard) -> bool:
-            return shard not in need.lost and self._next(shard, need.depth, ()) is not None
+            return not (lost and shard in lost) and self._next(shard, depth, ()) is not None
 
-        stored = bool(self._runs_of(need.shard)) and have(need.shard)  # then nothing is better
-        chosen = [need.shard] if stored else ways(need.shard, self._stored, self._covers[need.shard], have)
+        if self._runs_of(need.shard) and have(need.shard):
+            chosen = [need.shard]  # then nothing is better
+        else:
+            chosen = ways(need.shard, self._stored, self._covers[need.shard], have)
         need.failed, need.tier, need.fidelity = not chosen, None, Fidelity.EXACT
-        key, spec = self._plan.keys[need.depth], self._plan.spec
+        key, spec = self._plan.keys[depth], self._plan.spec
         if need.wanted is not need.shard:  # only layers that are asked for
             chosen = [shard for shard in chosen if shard.overlap(need.wanted) is not None]
-        target = need.target
         if target.whole is None and any(span_of(spec, shard, need.wanted) is None for shard in chosen):
             need.aside = bytearray(target.nbytes)
             target = Target([memoryview(need.aside)])
-        pieces = need.pieces = [Piece(shard, need.wanted, need.depth, key, target) for shard in chosen]
+        pieces = need.pieces = [Piece(shard, need.wanted, depth, key, target) for shard in chosen]
         for piece in pieces:
             need.open[id(piece)] = piece
             self._owners[id(piece)] = need

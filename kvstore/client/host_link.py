@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import Message
 
 from kvstore.errors import Corrupt, DeadlineExceeded, Overloaded, ServiceError, Unavailable
+from kvstore.header_columns import Columns, Mask
 from kvstore.seams import System
 from kvstore.store.arena import generation_at, table_bytes
 from kvstore.transport.base import LocalChannel, MappedSegment, Method
@@ -29,9 +31,11 @@ class Mapped:
     view: memoryview
     data_offset: int
 
-    def holds(self, offset: int, length: int) -> bool:
-        """Whether that is a range of its data."""
-        return self.data_offset <= offset and offset + length <= len(self.view)
+    def hold(self, offsets: Columns, lengths: Columns) -> Mask:
+        """(n,) uint64 each -> (n,) bool: whether those are ranges of its data."""
+        size, first = np.uint64(len(self.view)), np.uint64(self.data_offset)
+        inside: Mask = (lengths <= size) & (offsets >= first) & (offsets <= size - np.minimum(lengths, size))
+        return inside
 
     def current(self, offset: int, generation: int) -> bool:
         """Whether the unit at `offset` still has that generation."""
@@ -96,6 +100,7 @@ class HostLink:
         self._releasing: asyncio.Task[None] | None = None
         self._closed = False
         self._takes_releases = "release.v1" in channel.hello.capabilities
+        self._sends_rows = "rows.v1" in channel.hello.capabilities
         channel.on_late = self._late
 
     @property
@@ -122,6 +127,7 @@ class HostLink:
             del self._holds[:HOLDS_A_MESSAGE]
         elif self._releasing is not None:
             await asyncio.wait([self._releasing])
+        request.rows = self._sends_rows
         reply, passed = await self._channel.call(WORKER_LOCAL["Open"], request, timeout_s=timeout_s)
         assert isinstance(reply, worker_pb2.OpenReply)
         self._keep_all(reply, passed)

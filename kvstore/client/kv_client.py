@@ -360,9 +360,10 @@ class KVClient:
         raws = [_readable(block, size) for block in blocks]
         timeout_s = self.config.put_timeout_s if timeout_s is None else timeout_s
         result = await self._putter.put(chained, raws, first, shard, computed_on, timeout_s=timeout_s)
-        for token in result.tokens:
-            for depth in range(first, first + len(blocks)):
-                self._failed.discard((token.worker, shard.digest, chained.keys[depth]))
+        if len(self._failed):
+            for token in result.tokens:
+                for depth in range(first, first + len(blocks)):
+                    self._failed.discard((token.worker, shard.digest, chained.keys[depth]))
         return result
 
     # --- looking after it ------------------------------------------------------------------------------------------

@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from kvstore.client.bulk import Opened, Raws, raws_of
-from kvstore.client.host_link import HostLink
+from kvstore.client.host_link import HostLink, Mapped
 from kvstore.client.pieces import LATER, Asked, Piece, bound, intact, shard_keys
 from kvstore.errors import BadRequest, Corrupt, DataError
 from kvstore.format import Record, decode_record, expect
+from kvstore.header_columns import Columns
+from kvstore.open_rows import FOUND, rows_from, rows_of
+from kvstore.open_rows import LATER as BLOCK_LATER
 from kvstore.seams import Pool
 from kvstore.types import Tier
 from kvstore.wire import worker_pb2
@@ -24,7 +29,7 @@ BATCH_BYTES = 32 << 20
 INLINE_BYTES = 256 << 10
 """Raw bytes that are copied on the spot: handing them over takes longer."""
 
-_TIERS = frozenset(int(tier) for tier in Tier)
+_TIERS = [int(tier) for tier in Tier]
 
 
 async def read_local(
@@ -50,30 +55,36 @@ async def read_local(
     )
     reply = await link.open(request, timeout_s=timeout_s)
     try:
-        if len(reply.blocks) != len(ordered):
-            raise Corrupt(f"{len(ordered)} blocks were asked for and {len(reply.blocks)} answered")
-        located = [_located(link, piece, block) for piece, block in zip(ordered, reply.blocks, strict=True)]
-        await _deliver(pool, asked, [item for item in located if item is not None], arrived)
+        rows = rows_of(reply.rows) if request.rows else rows_from(reply.blocks)
+        if len(rows) != len(ordered):
+            raise Corrupt(f"{len(ordered)} blocks were asked for and {len(rows)} answered")
+        await _deliver(pool, asked, _located(link, ordered, rows), arrived)
     finally:
         link.release(reply.hold)
 
 
-def _located(link: HostLink, piece: Piece, block: worker_pb2.OpenBlock) -> Opened | None:
-    """Where the worker says the block lies, None (and the problem) where there is nothing to read."""
-    state = block.state
-    if state != worker_pb2.BLOCK_FOUND:
-        piece.problem = LATER if state == worker_pb2.BLOCK_LATER else "missing"
-        return None
-    mapped = link.mapped(block.segment)
-    if mapped is None or not mapped.holds(block.offset, block.length) or block.tier not in _TIERS:
-        piece.problem = "unmapped"
-        return None
-    return Opened(piece, block, mapped)
+def _located(link: HostLink, pieces: Sequence[Piece], rows: Columns) -> Opened:
+    """Those of which the worker says where they lie; the problem of the others, where there is nothing to read."""
+    there = rows["state"] == FOUND
+    for index in np.flatnonzero(~there).tolist():
+        pieces[index].problem = LATER if rows["state"][index] == BLOCK_LATER else "missing"
+    known, mapped = np.isin(rows["tier"], _TIERS), dict[int, Mapped]()
+    for segment in dict.fromkeys(rows["segment"][there].tolist()):
+        mine, found = rows["segment"] == segment, link.mapped(segment)
+        if found is not None:
+            mapped[segment] = found
+            known &= ~mine | found.hold(rows["offset"], rows["length"])
+        else:
+            known &= ~mine
+    for index in np.flatnonzero(there & ~known).tolist():
+        pieces[index].problem = "unmapped"
+    opened = Opened(pieces, rows, mapped)
+    return opened if (there & known).all() else opened.some(np.flatnonzero(there & known).tolist())
 
 
-async def _deliver(pool: Pool, asked: Asked, opened: list[Opened], arrived: Callable[[], None]) -> None:
+async def _deliver(pool: Pool, asked: Asked, opened: Opened, arrived: Callable[[], None]) -> None:
     """Copy or decode everything: in parallel batches, or layer by layer across all blocks."""
-    if sum(item.block.length for item in opened) <= INLINE_BYTES:
+    if int(opened.rows["length"].sum()) <= INLINE_BYTES:
         _whole(asked, opened)
     elif not asked.layerwise:
         await asyncio.gather(*(pool.run(_whole, asked, batch) for batch in _batches(opened)))
@@ -91,20 +102,18 @@ async def _deliver(pool: Pool, asked: Asked, opened: list[Opened], arrived: Call
     arrived()
 
 
-def _batches(opened: list[Opened]) -> Iterator[list[Opened]]:
-    batch: list[Opened] = []
-    nbytes = 0
-    for item in opened:
-        batch.append(item)
-        nbytes += item.piece.target.nbytes
-        if nbytes >= BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+def _batches(opened: Opened) -> Iterator[Opened]:
+    ends = np.cumsum([piece.target.nbytes for piece in opened.pieces]) // BATCH_BYTES
+    if ends[-1] == 0 or ends[0] == ends[-1]:
+        yield opened
+        return
+    for number in range(int(ends[-1]) + 1):
+        mine = np.flatnonzero(ends == number).tolist()
+        if mine:
+            yield opened.some(mine)
 
 
-def _whole(asked: Asked, opened: list[Opened]) -> None:
+def _whole(asked: Asked, opened: Opened) -> None:
     """Runs in a byte mover."""
     raws, rest = raws_of(asked, opened)
     _prepare(asked, raws, rest)
@@ -113,14 +122,14 @@ def _whole(asked: Asked, opened: list[Opened]) -> None:
         group.conclude()
 
 
-def _prepare(asked: Asked, raws: list[Raws], rest: list[Opened]) -> None:
+def _prepare(asked: Asked, raws: list[Raws], rest: Opened) -> None:
     """Runs in a byte mover: what lies encoded, or has to be cut, is done at once; raw blocks are got ready."""
     for group in raws:
         group.prepare()
-    for item in rest:
-        item.piece.problem = _one(asked, item)
-        if not item.piece.problem:
-            item.piece.tier = Tier(item.block.tier)
+    for index, piece in enumerate(rest.pieces):
+        piece.problem = _one(asked, rest, index)
+        if not piece.problem:
+            piece.tier = Tier(int(rest.rows["tier"][index]))
 
 
 def _copy(raws: list[Raws], last_layer: int | None) -> None:
@@ -129,28 +138,29 @@ def _copy(raws: list[Raws], last_layer: int | None) -> None:
         group.copy(last_layer)
 
 
-def _one(asked: Asked, item: Opened) -> str:
+def _one(asked: Asked, opened: Opened, index: int) -> str:
     """Empty when the block was delivered, else the problem."""
     try:
-        delivered = _decode(asked, item)
+        delivered = _decode(asked, opened, index)
     except (DataError, BadRequest) as error:
         return type(error).__name__
     if not delivered:
-        return item.piece.problem
-    return "" if item.mapped.current(item.block.offset, item.block.generation) else "reused"
+        return opened.pieces[index].problem
+    row = opened.rows[index]
+    return "" if opened.mapping(index).current(int(row["offset"]), int(row["generation"])) else "reused"
 
 
-def _decode(asked: Asked, item: Opened) -> bool:
-    piece = item.piece
-    header = bound(asked, piece, item.block.header)
+def _decode(asked: Asked, opened: Opened, index: int) -> bool:
+    piece, view = opened.pieces[index], opened.view(index)
+    header = bound(asked, piece, opened.header(index))
     if not piece.begin(header.copy_id):
         return False
-    if item.block.raw:
-        if not intact(asked, item.view, header.copy_id):
+    if opened.rows["raw"][index]:
+        if not intact(asked, view, header.copy_id):
             raise Corrupt("the block's bytes are not those that were put")
-        piece.fill(asked.spec, item.view)
+        piece.fill(asked.spec, view)
         return True
-    record = Record.parse(item.view)
+    record = Record.parse(view)
     expect(record.header, header)
     if record.header.fidelity < asked.least:
         raise Corrupt("the worker gave a block of less fidelity than asked for")

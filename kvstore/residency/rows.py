@@ -183,6 +183,14 @@ class Rows:
         """The best fidelity of its copies."""
         return self.records[(row + 1) * RECORD_BYTES - 1]
 
+    def digests_of(self, space: int) -> tuple[bytes, bytes]:
+        """Of its namespace and shard."""
+        return self._digests[space]
+
+    def root_named(self, number: int) -> bytes:
+        """Of the column `root`."""
+        return self._roots[number]
+
     def root_of(self, row: int) -> bytes:
         return self._roots[self.root[row]]
 

@@ -135,14 +135,22 @@ class Arena:
 
         Returns the generation a reader must find: a small neighbour that was freed since may have changed the slot's.
         """
-        segment = self._segments[slot.segment]
-        unit = segment.unit(slot.offset)
-        self._held[slot.segment, unit] = self._held.get((slot.segment, unit), 0) + 1
-        return segment.generations[unit]
+        return self.hold_at(slot.segment, slot.offset)
+
+    def hold_at(self, segment: int, offset: int) -> int:
+        """`hold` of the slot that begins there."""
+        found = self._segments[segment]
+        unit = found.unit(offset)
+        self._held[segment, unit] = self._held.get((segment, unit), 0) + 1
+        return found.generations[unit]
 
     def release(self, slot: Slot) -> None:
         """Undo one `hold`."""
-        place = (slot.segment, self._segments[slot.segment].unit(slot.offset))
+        self.release_at(slot.segment, slot.offset)
+
+    def release_at(self, segment: int, offset: int) -> None:
+        """Undo one `hold_at`."""
+        place = (segment, self._segments[segment].unit(offset))
         count = self._held.pop(place) - 1
         if count:
             self._held[place] = count

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvstore.header import Header
+from kvstore.open_rows import FOUND, absent, short_checks
+from kvstore.residency.bulk import column
+from kvstore.residency.headers import fill
 from kvstore.seams import Segment
-from kvstore.store.arena import Slot
+from kvstore.store.arena import ArenaSegment
 from kvstore.store.stack import Stack
-from kvstore.types import Fidelity, Tier
+from kvstore.types import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +37,34 @@ class Placed:
         return self.segment.view[self.offset : self.offset + self.length]
 
 
-@dataclass(slots=True)
 class Hold:
-    """What `open` answers: `blocks[i]` of the i-th wanted block, None for a miss. Ends with `release(id)`."""
+    """What `open` answers. Ends with `release(id)`."""
 
-    id: int
-    blocks: list[Placed | None]
+    def __init__(self, id: int, count: int) -> None:
+        self.id = id
+        self.rows = absent(count)  # (count,) OPEN_ROWS, one a wanted block
+        self.segments: dict[int, ArenaSegment] = {}  # those that the rows name
+
+    @property
+    def blocks(self) -> list[Placed | None]:
+        """One a wanted block, None for a miss. Made at each call."""
+        return [self.placed(index) if state == FOUND else None for index, state in enumerate(self.rows["state"])]
+
+    def placed(self, index: int) -> Placed:
+        """A block that was found."""
+        row = self.rows[index]
+        segment = self.segments[int(row["segment"])]
+        return Placed(
+            header=Header.unpack(row["header"].tobytes(), checked=True),
+            tier=Tier(int(row["tier"])),
+            raw=bool(row["raw"]),
+            segment=segment.segment,
+            segment_id=segment.id,
+            data_offset=segment.data_offset,
+            offset=int(row["offset"]),
+            length=int(row["length"]),
+            generation=int(row["generation"]),
+        )
 
 
 @dataclass(slots=True)
@@ -45,7 +73,7 @@ class Held:
 
     expires: float
     rows: list[int] = field(default_factory=list)  # pinned once each
-    slots: list[Slot] = field(default_factory=list)  # held in the arena once each
+    places: list[tuple[int, int]] = field(default_factory=list)  # (segment, offset), held in the arena once each
 
 
 class Holds:
@@ -59,50 +87,52 @@ class Holds:
     def __len__(self) -> int:
         return len(self._held)
 
-    def begin(self) -> int:
-        """A new, empty hold. Mutates."""
-        id = self._next_id
+    def begin(self, count: int) -> Hold:
+        """A new hold of so many blocks, none of them found yet. Mutates."""
+        made = Hold(self._next_id, count)
         self._next_id += 1
-        self._held[id] = Held(self.stack.system.clock.monotonic() + self.stack.config.hold_max_s)
-        return id
+        self._held[made.id] = Held(self.stack.system.clock.monotonic() + self.stack.config.hold_max_s)
+        return made
 
-    def take(self, id: int, row: int, least: Fidelity, tier: Tier | None = None, *, pinned: bool = False) -> Placed:
-        """Pin a block that lies in the arena, worth at least so much, under a hold; `pinned`: the caller's pin becomes
-        the hold's. Mutates.
-
-        `tier` is what served it, where that is not the level it lies at.
-        """
-        stack = self.stack
-        level = stack.mapped(row, least)
-        assert level is not None, f"row {row} is not in the arena"
-        held, slot = self._held[id], stack.slot(row, level)
-        assert slot is not None
+    def take(
+        self,
+        hold: Hold,
+        at: Sequence[int],
+        rows: Sequence[int],
+        level: int,
+        tier: Tier | None = None,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        """Pin blocks, all of which lie at one level in the arena, under a hold, as its `at`-th; `pinned`: the callers'
+        pins become the hold's. `tier` is what served them, where that is not the level they lie at. Mutates."""
+        stack, held, columns = self.stack, self._held[hold.id], self.stack.residency.rows
         if not pinned:
-            stack.residency.pin(row)
-        held.rows.append(row)
-        generation = stack.arena.hold(slot)
-        held.slots.append(slot)
-        header = stack.residency.rows.header_at(row, level)
-        raw, segment = stack.residency.levels[level].raw, stack.arena.segment(slot.segment)
-        return Placed(
-            header=header.unencoded() if raw else header,
-            tier=tier or stack.residency.levels[level].tier,
-            raw=raw,
-            segment=segment.segment,
-            segment_id=slot.segment,
-            data_offset=segment.data_offset,
-            offset=slot.offset,
-            length=slot.length,
-            generation=generation,
-        )
+            for row in rows:
+                stack.residency.pin(row)
+        held.rows += rows
+        segments, offsets = columns.segment[level], columns.offset[level]
+        places = [(segments[row], offsets[row]) for row in rows]
+        generations = [stack.arena.hold_at(*place) for place in places]
+        held.places += places
+        rule, numbers = stack.residency.levels[level], np.array(rows, np.int64)
+        found = absent(len(rows), FOUND)
+        fill(found["header"], columns, numbers, level, raw=rule.raw)
+        found["header"]["check"] = short_checks(found)
+        found["segment"], found["offset"] = [place[0] for place in places], [place[1] for place in places]
+        found["length"] = column(columns.length[level])[numbers]
+        found["generation"], found["tier"], found["raw"] = generations, int(tier or rule.tier), rule.raw
+        hold.rows[list(at)] = found
+        for segment in dict.fromkeys(place[0] for place in places):
+            hold.segments[segment] = stack.arena.segment(segment)
 
     def end(self, id: int) -> bool:
         """Let go of everything; whether the hold was there. Mutates; idempotent."""
         held = self._held.pop(id, None)
         if held is None:
             return False
-        for slot in held.slots:
-            self.stack.arena.release(slot)
+        for segment, offset in held.places:
+            self.stack.arena.release_at(segment, offset)
         for row in held.rows:
             self.stack.residency.unpin(row)
         return True

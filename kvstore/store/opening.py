@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
+import numpy as np
+
+from kvstore.open_rows import FOUND
 from kvstore.store.holds import Hold, Holds
 from kvstore.store.loading import Loading
 from kvstore.store.movement import Movement
 from kvstore.store.promotion import Promotion
 from kvstore.store.stack import Stack
-from kvstore.types import BlockId, Fidelity
+from kvstore.types import BlockId, Fidelity, Tier
 
 
 class Opening:
@@ -34,20 +38,30 @@ class Opening:
     ) -> Hold:
         """(shard digest, key) blocks in the arena, held until `release` or `hold_max_s`; None for each that is not to
         be had. `redis`: look there too. Cancelled: nothing is held."""
-        stack, residency = self.stack, self.stack.residency
-        hold = Hold(self.holds.begin(), [None] * len(wanted))
+        stack, rows = self.stack, self.stack.residency.rows
+        hold = self.holds.begin(len(wanted))
         try:
             away, used = list[int](), list[int]()
-            for index, (shard, key) in enumerate(wanted):
-                row = residency.find(namespace, shard, key)
-                good = row is not None and residency.fidelity(row) >= least
-                if row is not None and good:
-                    used.append(row)
-                if row is not None and good and stack.mapped(row, least) is not None:
-                    if residency.rows.root_of(row) == root:
-                        hold.blocks[index] = self.holds.take(hold.id, row, least)
-                elif good or (redis and self.stack.redis is not None):
-                    away.append(index)
+            here: dict[int, tuple[list[int], list[int]]] = {}  # level -> (which of them, rows)
+            last, index = b"", cast("Mapping[bytes, int]", {})
+            for at, (shard, key) in enumerate(wanted):
+                if shard != last:
+                    last, index = shard, stack.residency.keys(namespace, shard)
+                row = index.get(key)
+                if row is None or rows.fidelity[row] < least:
+                    if redis and stack.redis is not None:
+                        away.append(at)
+                    continue
+                used.append(row)
+                level = stack.mapped(row, least)
+                if level is None:
+                    away.append(at)
+                elif rows.root_of(row) == root:
+                    mine = here.setdefault(level, ([], []))
+                    mine[0].append(at)
+                    mine[1].append(row)
+            for level, mine in here.items():
+                self.holds.take(hold, *mine, level)
             used.reverse()  # the deepest first, so that no parent is older than its child
             stack.advice.opened(used, stack.system.clock.monotonic())
             if away:
@@ -76,28 +90,25 @@ class Opening:
         found = await self.loading.load(BlockId(namespace, *wanted), root, least, redis=redis)
         if found is None:
             return
-        mapped, same = self.stack.mapped(found.row, least), residency.rows.root_of(found.row) == root
-        if same and mapped is not None and self.holds.alive(hold.id):
-            hold.blocks[index] = self.holds.take(hold.id, found.row, least, found.tier, pinned=True)
+        level, same = self.stack.mapped(found.row, least), residency.rows.root_of(found.row) == root
+        if same and level is not None and self.holds.alive(hold.id):
+            self.holds.take(hold, [index], [found.row], level, found.tier, pinned=True)
         else:
             residency.unpin(found.row)
 
     def _served(self, hold: Hold, wanted: Sequence[tuple[bytes, bytes]], namespace: str, root: bytes) -> None:
         """Count, and promote what lies below."""
-        residency = self.stack.residency
-        missed = raw_bytes = 0
-        for placed in hold.blocks:
-            if placed is None:
-                missed += 1
-                continue
-            self.stack.hits[placed.tier] += 1
-            raw_bytes += placed.header.raw_length
-        self.stack.counters["misses"] += missed
+        residency, found = self.stack.residency, hold.rows[hold.rows["state"] == FOUND]
+        for tier, count in enumerate(np.bincount(found["tier"]).tolist()):
+            if count:
+                self.stack.hits[Tier(tier)] += count
+        raw_bytes = int(found["header"]["raw_length"].sum())
+        self.stack.counters["misses"] += len(hold.rows) - len(found)
         spec = self.stack.catalog.spec(root) if raw_bytes else None
         if spec is not None:  # a rank loads its part of a block: as many tokens as its bytes are of the whole block's
             self.stack.saved_tokens += spec.block_tokens * raw_bytes / sum(map(spec.group_bytes, spec.groups))
-        for (shard, key), placed in zip(wanted, hold.blocks, strict=True):
-            row = residency.find(namespace, shard, key) if placed is not None and not placed.raw else None
+        for at in np.flatnonzero((hold.rows["state"] == FOUND) & (hold.rows["raw"] == 0)).tolist():
+            row = residency.find(namespace, *wanted[at])
             if row is not None:
                 self.promotion.promote(row)
 

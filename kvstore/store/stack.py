@@ -105,8 +105,10 @@ class Stack:
 
     def mapped(self, row: int, least: Fidelity = Fidelity.COMPACT) -> int | None:
         """The fastest level of a block that readers can map, of those whose copy is worth at least so much."""
+        rows = self.residency.rows
+        present = rows.present[row]
         for level in (self.HOT, self.HOST):
-            if self.residency.present(row, level) and self.residency.rows.worth(row, level) >= least:
+            if present >> level & 1 and rows.planes[level][row].bit_length() >= least:
                 return level
         return None
 

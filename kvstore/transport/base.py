@@ -13,12 +13,18 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
 
 from kvstore.seams import Pool, Segment
 from kvstore.types import Buffer
+
+
+@cache
+def _attribute(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class Method:
 
     @property
     def attribute(self) -> str:
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.name).lower()
+        return _attribute(self.name)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ CAPABILITIES = (
     "watch.v1",
     "score.v1",
     "data.v1",
+    "rows.v1",
 )
 
 COORDINATOR = {

@@ -250,30 +250,34 @@ class OpenBlock(_message.Message):
     def __init__(self, state: _Optional[_Union[BlockState, str]] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., segment: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., generation: _Optional[int] = ..., raw: bool = ..., header: _Optional[bytes] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ["blocks", "hold", "segments"]
+    __slots__ = ["blocks", "hold", "rows", "segments"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[OpenBlock]
     hold: int
+    rows: bytes
     segments: _containers.RepeatedCompositeFieldContainer[SegmentInfo]
-    def __init__(self, hold: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[OpenBlock, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[SegmentInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hold: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[OpenBlock, _Mapping]]] = ..., segments: _Optional[_Iterable[_Union[SegmentInfo, _Mapping]]] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ["blocks", "deadline_ms", "least", "redis", "release", "root"]
+    __slots__ = ["blocks", "deadline_ms", "least", "redis", "release", "root", "rows"]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     LEAST_FIELD_NUMBER: _ClassVar[int]
     REDIS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[ShardKeys]
     deadline_ms: int
     least: _common_pb2.Fidelity
     redis: bool
     release: _containers.RepeatedScalarFieldContainer[int]
     root: bytes
-    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ..., release: _Optional[_Iterable[int]] = ...) -> None: ...
+    rows: bool
+    def __init__(self, root: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[ShardKeys, _Mapping]]] = ..., least: _Optional[_Union[_common_pb2.Fidelity, str]] = ..., redis: bool = ..., deadline_ms: _Optional[int] = ..., release: _Optional[_Iterable[int]] = ..., rows: bool = ...) -> None: ...
 
 class PinReply(_message.Message):
     __slots__ = ["epoch", "states", "ttl_ms"]

@@ -1,0 +1,39 @@
+"""The packed headers of many resident blocks, a column at a time: what `Header.pack` of each would be. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.header import HEADER_BYTES, MAGIC, VERSION
+from kvstore.header_columns import HEADERS, Columns
+from kvstore.residency.bulk import RECORDS, column
+from kvstore.residency.rows import Rows
+
+_MAGIC = int.from_bytes(MAGIC, "little")
+
+
+def fill(into: Columns, rows: Rows, at: npt.NDArray[np.int64], level: int, *, raw: bool) -> None:
+    """The headers of rows `at`, `stored` that of the copies at a level; `raw`: as raw bytes in memory. Mutates `into`,
+    (n,) HEADERS of zeros; the short checks are left to the caller."""
+    assert into.dtype == HEADERS
+    records = np.frombuffer(rows.records, RECORDS)[at]
+    into["magic"], into["version"], into["length"] = _MAGIC, VERSION, HEADER_BYTES
+    for name in ("key", "parent", "group", "copy_id", "tokens", "computed_on"):
+        into[name] = records[name]
+    if not raw:
+        for name in ("checksum", "stored_length", "chunk_count"):
+            into[name] = records[name]
+    into["depth"], into["raw_length"] = column(rows.depth)[at], column(rows.raw)[at]
+    into["stored"] = _WORTH[column(rows.planes[level])[at]]
+    spaces, roots = column(rows.space)[at].tolist(), column(rows.root)[at].tolist()
+    into["namespace"] = _digests([rows.digests_of(space)[0] for space in spaces])
+    into["shard"] = _digests([rows.digests_of(space)[1] for space in spaces])
+    into["root"] = _digests([rows.root_named(root) for root in roots])
+
+
+def _digests(digests: list[bytes]) -> Columns:
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+
+
+_WORTH = np.array([planes.bit_length() for planes in range(256)], np.uint8)
