@@ -28,7 +28,7 @@ HEADERS = np.dtype(
 assert HEADERS.itemsize == HEADER_BYTES
 
 _MAGIC = int.from_bytes(MAGIC, "little")
-_FIDELITIES = [int(fidelity) for fidelity in Fidelity]
+_FIDELITY = np.array([number in set(Fidelity) for number in range(256)])
 
 
 def hold(headers: Columns) -> Mask:
@@ -36,7 +36,7 @@ def hold(headers: Columns) -> Mask:
     raw, stored, chunks = headers["raw_length"], headers["stored_length"], headers["chunk_count"]
     known = (headers["magic"] == _MAGIC) & (headers["version"] == VERSION) & (headers["length"] == HEADER_BYTES)
     known &= (headers["flags"] == 0) & (headers["validity_length"] == 0)
-    known &= np.isin(headers["computed_on"], _FIDELITIES) & np.isin(headers["stored"], _FIDELITIES)
+    known &= _FIDELITY[headers["computed_on"]] & _FIDELITY[headers["stored"]]
     sane = (raw > 0) & (raw <= MAX_BLOCK_BYTES) & (chunks <= MAX_CHUNKS)
     start = HEADER_BYTES + ENTRY_BYTES * np.minimum(chunks, MAX_CHUNKS).astype(np.uint64)
     encoded = (start < stored) & (stored <= start + np.minimum(raw, MAX_BLOCK_BYTES))

@@ -48,8 +48,8 @@ STATES = {
 OPEN_SHARE = 8
 """One call opens at most this part of the arena: what it asks beyond it comes later, when the rest is released."""
 
-TOGETHER = 8
-"""Blocks of one put that byte movers copy at a time."""
+TOGETHER = 64
+"""Blocks of one put that are stored side by side; byte movers take as many at a time as their own bounds say."""
 
 
 class Receiving:

@@ -140,12 +140,12 @@ class Raws:
         from kvstore.kernels.moves import move  # compiled, or read from its cache, at the first use
 
         targets, sources, lengths = [], [], []
-        bases = self._sources.tolist()
+        bases, pieces, shift = self._sources.tolist(), self.opened.pieces, source - target
         for index in np.flatnonzero(~self.refused).tolist():
-            begin = bases[index] + source
-            for start, length, address in self.opened.pieces[index].target.places(target, nbytes):
+            begin = bases[index] + shift
+            for start, length, address in pieces[index].target.places(target, nbytes):
                 targets.append(address)
-                sources.append(begin + start - target)
+                sources.append(begin + start)
                 lengths.append(length)
         move(np.array(targets, np.uint64), np.array(sources, np.uint64), np.array(lengths, np.uint64))
 

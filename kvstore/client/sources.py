@@ -29,7 +29,7 @@ BATCH_BYTES = 32 << 20
 INLINE_BYTES = 256 << 10
 """Raw bytes that are copied on the spot: handing them over takes longer."""
 
-_TIERS = [int(tier) for tier in Tier]
+_KNOWN = np.array([number in set(Tier) for number in range(256)])
 
 
 async def read_local(
@@ -68,7 +68,7 @@ def _located(link: HostLink, pieces: Sequence[Piece], rows: Columns) -> Opened:
     there = rows["state"] == FOUND
     for index in np.flatnonzero(~there).tolist():
         pieces[index].problem = LATER if rows["state"][index] == BLOCK_LATER else "missing"
-    known, mapped = np.isin(rows["tier"], _TIERS), dict[int, Mapped]()
+    known, mapped = _KNOWN[rows["tier"]], dict[int, Mapped]()
     for segment in dict.fromkeys(rows["segment"][there].tolist()):
         mine, found = rows["segment"] == segment, link.mapped(segment)
         if found is not None:
@@ -103,7 +103,7 @@ async def _deliver(pool: Pool, asked: Asked, opened: Opened, arrived: Callable[[
 
 
 def _batches(opened: Opened) -> Iterator[Opened]:
-    ends = np.cumsum([piece.target.nbytes for piece in opened.pieces]) // BATCH_BYTES
+    ends = (np.cumsum([piece.target.nbytes for piece in opened.pieces]) - 1) // BATCH_BYTES
     if ends[-1] == 0 or ends[0] == ends[-1]:
         yield opened
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from ctypes import addressof, c_char
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,18 @@ class Target:
     """Writable memory for `nbytes` of one raw block, in canonical order. Keeps it alive while it is in use."""
 
     __slots__ = ("_addresses", "nbytes", "parts", "starts", "whole")
+    whole: memoryview | None
+    starts: list[int]
 
     def __init__(self, parts: Sequence[memoryview]) -> None:
         self.parts = parts
-        self.whole = parts[0] if len(parts) == 1 else None
-        self.starts: list[int] = []
-        self.nbytes = 0
         self._addresses: list[int] = []  # found out at the first use, by whoever copies
+        if len(parts) == 1:
+            self.whole, self.starts, self.nbytes = parts[0], [0], len(parts[0])
+            return
+        self.whole = None
+        self.starts = []
+        self.nbytes = 0
         for part in parts:
             self.starts.append(self.nbytes)
             self.nbytes += len(part)
@@ -44,7 +50,7 @@ class Target:
     def places(self, offset: int, nbytes: int) -> list[tuple[int, int, int]]:
         """`spans` as (start, bytes, address). Remembers where its memory lies."""
         if not self._addresses:
-            self._addresses = [address_of(part) for part in self.parts]
+            self._addresses = [addressof(c_char.from_buffer(part)) for part in self.parts]
         if self.whole is not None:
             return [(offset, nbytes, self._addresses[0] + offset)]
         end = offset + nbytes

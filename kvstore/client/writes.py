@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.client.host_link import HostLink, Space, Staging
+from kvstore.client.targets import address_of
 from kvstore.errors import Overloaded, ServiceError, Unavailable
 from kvstore.seams import Pool
 from kvstore.spec import ModelSpec, Shard
@@ -121,11 +122,13 @@ async def put_local(
 
 def _copy(part: Sequence[Item], view: memoryview) -> None:
     """Runs in a byte mover."""
-    target = np.frombuffer(view, np.uint8)
-    at = 0
-    for item in part:
-        target[at : at + len(item.raw)] = np.frombuffer(item.raw, np.uint8)
-        at += len(item.raw)
+    from kvstore.kernels.moves import move  # compiled, or read from its cache, at the first use
+
+    sources = np.array([address_of(item.raw) for item in part], np.uint64)
+    lengths = np.array([len(item.raw) for item in part], np.uint64)
+    starts = np.cumsum(lengths, dtype=np.uint64) - lengths
+    assert int(lengths.sum()) <= len(view), "a part that is larger than its space"
+    move(starts + np.uint64(address_of(view)), sources, lengths)
 
 
 def _commit(stored: Stored, part: Sequence[Item], staging: Staging, space: Space) -> worker_pb2.CommitRequest:
