@@ -194,6 +194,10 @@ class Rows:
     def root_of(self, row: int) -> bytes:
         return self._roots[self.root[row]]
 
+    def known_root(self, root: bytes) -> int | None:
+        """What stands for a root in its column, None where no row ever had it. Pure."""
+        return self._root_at.get(root)
+
     def root_number(self, root: bytes) -> int:
         """What stands for a root in its column, made on first use. Mutates."""
         number = self._root_at.setdefault(root, len(self._roots))

@@ -43,6 +43,7 @@ class Opening:
         try:
             away, used = list[int](), list[int]()
             here: dict[int, tuple[list[int], list[int]]] = {}  # level -> (which of them, rows)
+            same_root = rows.known_root(root)
             last, index = b"", cast("Mapping[bytes, int]", {})
             for at, (shard, key) in enumerate(wanted):
                 if shard != last:
@@ -56,7 +57,7 @@ class Opening:
                 level = stack.mapped(row, least)
                 if level is None:
                     away.append(at)
-                elif rows.root_of(row) == root:
+                elif rows.root[row] == same_root:
                     mine = here.setdefault(level, ([], []))
                     mine[0].append(at)
                     mine[1].append(row)
