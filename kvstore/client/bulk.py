@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,9 @@ from kvstore.client.host_link import Mapped
 from kvstore.client.pieces import Asked, Piece, Span, bound, intact, layers_before, span_of
 from kvstore.client.targets import address_of
 from kvstore.errors import DataError
-from kvstore.header_columns import Columns, equal, hold
-from kvstore.open_rows import short_checks
+from kvstore.header import HEADER_BYTES, MAGIC, VERSION
+from kvstore.header_columns import Columns
+from kvstore.open_rows import OPEN_ROWS, ROW_BYTES, short_checks
 from kvstore.spec import Shard
 from kvstore.store.arena import UNIT_BYTES
 from kvstore.types import Fidelity, Tier, pack_keys
@@ -82,15 +84,14 @@ class Raws:
 
     def _good_headers(self) -> NDArray[np.bool_]:
         asked, pieces, rows = self.asked, self.opened.pieces, self.opened.rows
-        headers = rows["header"]
-        root, namespace, shard, tokens, nbytes = asked.names(pieces[0].shard)
+        headers, (wanted, fixed) = rows["header"], _raw_row(*asked.names(pieces[0].shard))
         keys = np.frombuffer(pack_keys([piece.key for piece in pieces]), "<u8").reshape(-1, 2)
         fidelity = np.minimum(headers["computed_on"], headers["stored"])
+        best = np.maximum(headers["computed_on"], headers["stored"])
         good: NDArray[np.bool_] = (
-            hold(headers) & (headers["key"] == keys).all(axis=1) & equal(headers["root"], root)
-            & equal(headers["namespace"], namespace) & equal(headers["shard"], shard) & (headers["tokens"] == tokens)
-            & (headers["raw_length"] == nbytes) & (rows["length"] == nbytes) & (headers["chunk_count"] == 0)
-            & (fidelity >= int(asked.least)) & (headers["check"] == short_checks(rows))
+            ((rows.view("<u8").reshape(-1, ROW_BYTES // 8) ^ wanted) & fixed == 0).all(axis=1)
+            & (headers["key"] == keys).all(axis=1) & (fidelity >= int(asked.least)) & (best <= max(_FIDELITIES))
+            & (headers["check"] == short_checks(rows))
         )  # fmt: skip
         for index, (copy_id, worth) in enumerate(zip(headers["copy_id"].tolist(), fidelity.tolist(), strict=True)):
             if good[index] and not pieces[index].begin(copy_id):
@@ -155,6 +156,25 @@ class Raws:
         for index in np.flatnonzero(~self.refused).tolist():
             piece = self.opened.pieces[index]
             piece.problem, piece.tier = "", _TIERS[tiers[index]]
+
+
+@lru_cache(maxsize=64)
+def _raw_row(
+    root: bytes, namespace: bytes, shard: bytes, tokens: int, nbytes: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """What the row of any raw block of a shard says alike, and where, as words: OPEN_ROWS with other fields 0. Pure."""
+    made, fixed = np.zeros(1, OPEN_ROWS), np.zeros(1, OPEN_ROWS)
+    same = {
+        "magic": int.from_bytes(MAGIC, "little"), "version": VERSION, "length": HEADER_BYTES, "flags": 0,
+        "root": np.frombuffer(root, "<u8"), "namespace": np.frombuffer(namespace, "<u8"),
+        "shard": np.frombuffer(shard, "<u8"), "tokens": tokens, "chunk_count": 0, "raw_length": nbytes,
+        "stored_length": 0, "validity_length": 0,
+    }  # fmt: skip
+    for name, value in same.items():
+        made["header"][name] = value
+        fixed["header"][name] = np.iinfo(fixed["header"][name].dtype).max
+    made["length"], fixed["length"] = nbytes, np.iinfo(np.uint64).max
+    return made.view("<u8"), fixed.view("<u8")
 
 
 def ready() -> None:

@@ -26,14 +26,13 @@ def fill(into: Columns, rows: Rows, at: npt.NDArray[np.int64], level: int, *, ra
             into[name] = records[name]
     into["depth"], into["raw_length"] = column(rows.depth)[at], column(rows.raw)[at]
     into["stored"] = _WORTH[column(rows.planes[level])[at]]
-    spaces, roots = column(rows.space)[at].tolist(), column(rows.root)[at].tolist()
-    into["namespace"] = _digests([rows.digests_of(space)[0] for space in spaces])
-    into["shard"] = _digests([rows.digests_of(space)[1] for space in spaces])
-    into["root"] = _digests([rows.root_named(root) for root in roots])
-
-
-def _digests(digests: list[bytes]) -> Columns:
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+    spaces, roots = column(rows.space)[at], column(rows.root)[at]
+    for space in dict.fromkeys(spaces.tolist()):  # mostly one
+        namespace, shard = rows.digests_of(space)
+        into["namespace"][spaces == space] = np.frombuffer(namespace, "<u8")
+        into["shard"][spaces == space] = np.frombuffer(shard, "<u8")
+    for root in dict.fromkeys(roots.tolist()):
+        into["root"][roots == root] = np.frombuffer(rows.root_named(root), "<u8")
 
 
 _WORTH = np.array([planes.bit_length() for planes in range(256)], np.uint8)
