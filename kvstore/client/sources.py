@@ -87,11 +87,11 @@ async def _deliver(pool: Pool, asked: Asked, opened: Opened, arrived: Callable[[
     if int(opened.rows["length"].sum()) <= INLINE_BYTES:
         _whole(asked, opened)
     elif not asked.layerwise:
-        first, *others = _batches(opened)
-        if others:
-            await asyncio.gather(*(pool.run(_whole, asked, batch) for batch in (first, *others)))
+        batches = list(_batches(opened))
+        if len(batches) == 1:
+            await pool.run(_whole, asked, batches[0])
         else:
-            await pool.run(_whole, asked, first)
+            await asyncio.gather(*(pool.run(_whole, asked, batch) for batch in batches))
     else:
         raws, rest = raws_of(asked, opened)
         await pool.run(_prepare, asked, raws, rest)
