@@ -7,7 +7,8 @@ import os
 import threading
 import time  # noqa: TID251 - the real clock
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from random import SystemRandom  # noqa: TID251 - the real random source
 from typing import TypeVar
 
@@ -49,22 +50,37 @@ class ThreadPool:
 
     async def run_abortable(self, abort: Callable[[], None] | None, function: Callable[..., T], *args: object) -> T:
         """As `run`; work that has begun when the caller is cancelled is asked to end early by `abort`."""
+        loop = asyncio.get_running_loop()
         work = self._executor.submit(function, *args)
-        future = asyncio.wrap_future(work)
+        waiter = loop.create_future()
+
+        def settle() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        def ended(work: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle)
+
+        work.add_done_callback(ended)
         try:
-            return await asyncio.shield(future)
+            await waiter
         except asyncio.CancelledError:
             if not work.cancel():
                 if abort is not None:
                     abort()
-                while not future.done():
+                while not work.done():  # so `settle` is still to come, and finds the newest waiter
+                    waiter = loop.create_future()
                     try:
-                        await asyncio.wait([future])
+                        await waiter
                     except asyncio.CancelledError:
                         continue  # cancelled again: the buffers are still in use
-                if not future.cancelled():
-                    future.exception()  # seen: the caller is told of its cancellation instead
+                if not work.cancelled():
+                    work.exception()  # seen: the caller is told of its cancellation instead
             raise
+        if work.cancelled():  # the pool was closed
+            raise asyncio.CancelledError
+        return work.result()
 
     def close(self) -> None:
         """Waits for running work; what has not begun is dropped."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 
 from kvstore.checksum import copy_and_checksum_all, prepare
 from kvstore.seams import Pool, System
@@ -53,15 +54,13 @@ class Copier:
             task = loop.create_task(self._work())
             self._tasks[task] = None
             task.add_done_callback(self._tasks.pop)
-        cancelled = False
-        while not done.done():
-            try:
-                await asyncio.wait([done])
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
-        return done.result()
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            while not done.done():
+                with suppress(asyncio.CancelledError):  # cancelled again: the buffers are still in use
+                    await asyncio.wait([done])
+            raise
 
     async def _work(self) -> None:
         try:
