@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from kvstore.client.host_link import HostLink
@@ -123,14 +124,11 @@ class Fetch:
 
     def _begin(self, need: Need) -> list[Piece]:
         """Pieces that together make the need; none, and the need is a miss, where nothing covers it."""
-        depth, target, lost = need.depth, need.target, need.lost
-
-        def have(shard: Shard) -> bool:
-            return not (lost and shard in lost) and self._next(shard, depth, ()) is not None
-
-        if self._runs_of(need.shard) and have(need.shard):
+        depth, target = need.depth, need.target
+        if self._runs_of(need.shard) and self._have(need, need.shard):
             chosen = [need.shard]  # then nothing is better
         else:
+            have = partial(self._have, need)
             chosen = ways(need.shard, self._stored, self._covers[need.shard], have)
         need.failed, need.tier, need.fidelity = not chosen, None, Fidelity.EXACT
         key, spec = self._plan.keys[depth], self._plan.spec
@@ -145,6 +143,10 @@ class Fetch:
             self._owners[id(piece)] = need
         return pieces
 
+    def _have(self, need: Need, shard: Shard) -> bool:
+        """Whether somebody may still give a stored shard for a need."""
+        return not (need.lost and shard in need.lost) and self._next(shard, need.depth, ()) is not None
+
     def _runs_of(self, shard: Shard) -> list[PlanRun]:
         """Who has a stored shard, the nearest first. Neighbours mostly share one object: its hash is taken once."""
         if shard is not self._last:
@@ -153,12 +155,13 @@ class Fetch:
 
     def _next(self, shard: Shard, depth: int, tried: Sequence[str] | dict[str, None]) -> str | None:
         """The nearest holder of a stored block that was not tried and did not fail lately."""
-        key, failed, holders = self._plan.keys[depth], self._failed, self._plan.holders
+        failed, holders = self._failed, self._plan.holders
+        any_failed = len(failed) > 0
         for run in self._runs_of(shard):
             holder = run.holder
             if not run.first_depth <= depth < run.first_depth + run.count or holder in tried:
                 continue
-            if holder in holders and not (len(failed) and (holder, shard.digest, key) in failed):
+            if holder in holders and not (any_failed and (holder, shard.digest, self._plan.keys[depth]) in failed):
                 return holder
         return None
 

@@ -70,11 +70,14 @@ class Target:
 
 def target_of(given: Any, nbytes: int) -> Target:
     """A buffer, or a list or tuple of buffers. BadRequest unless writable, contiguous and `nbytes` together."""
-    parts = given if isinstance(given, (list, tuple)) else (given,)
-    if len(parts) > TARGET_PARTS_MAX:
-        raise BadRequest(f"a block in {len(parts)} buffers: at most {TARGET_PARTS_MAX}")
-    views = [_writable(part) for part in parts]
-    found = sum(map(len, views))
+    if not isinstance(given, (list, tuple)):
+        views: Sequence[memoryview] = (_writable(given),)
+        found = len(views[0])
+    else:
+        if len(given) > TARGET_PARTS_MAX:
+            raise BadRequest(f"a block in {len(given)} buffers: at most {TARGET_PARTS_MAX}")
+        views = [_writable(part) for part in given]
+        found = sum(map(len, views))
     if found != nbytes:
         raise BadRequest(f"buffers of {found} bytes were given: a block needs {nbytes} here")
     return Target(views)
