@@ -247,10 +247,12 @@ async def test_the_endurance_budget_bounds_what_is_written() -> None:
         with pytest.raises(TierDown, match="endurance"):
             await put(tier, sample(10))
     assert tier.stats().state == "ok" and tier.stats().extra["endurance_refusals"] == 3
+    assert "endurance budget" in tier.stats().detail
     for found, location in kept:
         assert await get(tier, found, location) == found.record
     advance(tier, 3600 / 10 + 1)
     await put(tier, sample(11))
+    assert "endurance" not in tier.stats().detail
     with pytest.raises(TierDown):
         await put(tier, sample(12))
     assert tier.stats().extra["written_bytes"] == 11 * size

@@ -1,4 +1,5 @@
-"""A store over a disk that hangs, fills up or fails in the middle of spilling: the rest goes on, nothing is lost."""
+"""A store over a disk that hangs, fills up, fails in the middle of spilling, or is to be spared: the rest goes on,
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kvstore.catalog import Catalog
+from kvstore.config import StoreConfig
 from kvstore.machine.system import real_system
 from kvstore.seams import System
 from kvstore.store.tiered import TieredStore
@@ -48,10 +50,10 @@ class HangingDisk(MemoryDisk):
         super()._check(operation)
 
 
-def rig_over(disk: MemoryDisk, system: System) -> Rig:
+def rig_over(disk: MemoryDisk, system: System, config: StoreConfig = CONFIG) -> Rig:
     system, catalog = replace(system, disk=lambda folder: disk), Catalog()
-    rig = Rig.make(config=CONFIG, system=system, catalog=catalog)
-    rig.store = TieredStore(system, CONFIG, catalog, ssd=SsdTier(system, CONFIG, catalog), redis=None)
+    rig = Rig.make(config=config, system=system, catalog=catalog)
+    rig.store = TieredStore(system, config, catalog, ssd=SsdTier(system, config, catalog), redis=None)
     return rig
 
 
@@ -173,6 +175,25 @@ async def test_a_disk_that_refuses_in_the_middle_of_spilling(fault: str, no_leak
     await rig.store.idle()
     assert ssd_stats(rig).blocks > stats.blocks + 10 and len(kept[2]) == 60, "it does not take blocks again"
     await check(rig, kept)
+    await emptied(rig.store)
+    await rig.store.close()
+    system.pool.close()
+
+
+async def test_a_disk_that_must_be_spared_gets_its_budget_and_no_more(no_leaks: None) -> None:
+    """What may not be written stays in memory; puts are dropped then, nothing is evicted, and `status` says why."""
+    budget = 24 * 20 * 12 * KIB  # about 30 records an hour
+    disk, system = MemoryDisk(), real_system(2)
+    rig = rig_over(disk, system, replace(CONFIG, ssd_write_bytes_day=budget))
+    await rig.store.start()
+    kept = {0: await put_some(rig, 120, 0)}
+    await rig.store.idle()
+    stats = ssd_stats(rig)
+    assert stats.state == "ok" and "endurance budget" in stats.detail and stats.blocks > 0
+    tier = rig.store.stack.tiers[-1]
+    assert tier.stats().extra["endurance_refusals"] > 0 and tier.stats().extra["written_bytes"] <= budget // 24
+    assert len(kept[0]) < 120 and not rig.store.counters.get("evicted")
+    await check(rig, kept, memory_only=True)
     await emptied(rig.store)
     await rig.store.close()
     system.pool.close()

@@ -219,7 +219,10 @@ class SsdTier:
             raise TierDown(self._stats.detail)
         self._charge()
         if not self._endurance.admits(self._pending_bytes + padded(nbytes), self.system.clock.monotonic()):
-            raise TierDown(f"the endurance budget of {self._endurance.bytes_day} bytes a day is spent for now")
+            self._stats.detail = f"the endurance budget of {self._endurance.bytes_day} bytes a day is spent for now"
+            raise TierDown(self._stats.detail)
+        if self._stats.state == "ok":
+            self._stats.detail = self._way()
         self._pending_bytes += padded(nbytes)
         try:
             location = await log.append(namespace, header, parts, nbytes)
