@@ -130,6 +130,45 @@ def test_a_thousand_holders_of_one_block_are_all_known_and_the_fastest_named() -
     assert len(directory.holders(WHOLE.digest, keys[2])) == 1000
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_lookup_in_one_pass_says_what_several_steps_say(seed: int) -> None:
+    """Up to five holders a block, hidden ones among them, in longer and shorter stretches."""
+    rng = Random(seed)
+    table, keys = BlockTable(50_000), key_array(Keys(b"".join(made_up(3000, seed))))
+    table.status[1:7] = 1
+    table.status[rng.randint(1, 6)] = 2  # hidden
+    at = 0
+    while at < len(keys):
+        count = min(rng.choice((1, 3, 40) if seed < 4 else (1,)), len(keys) - at)
+        for owner in rng.sample(range(1, 7), rng.randint(1, 5)):
+            tier, fidelity = rng.choice(list(Tier)), rng.choice((Fidelity.EXACT, Fidelity.EXACT, Fidelity.NEAR))
+            copy = pack(owner, tier, fidelity, rng.randint(1, 1 << 20))
+            table.apply(keys, np.array([[at, count, 1, copy]]), owner, 1 << 30)
+        at += count
+    table.validate(7, 2)
+    only = table.only((1, 3, 5))
+    most = 0
+    for least in (Fidelity.EXACT, Fidelity.NEAR):
+        for seen in (None, only):
+            for start in (0, 1, 64, 1000, 2999, *(rng.randrange(3000) for _ in range(30))):
+                slots, flags = table.held(keys[start:], 1, least, seen)
+                blocks = int(np.argmin(np.append(flags, 0)))
+                spans = table.spans(slots[:blocks], 0, least, 4, seen)
+                assert table.lookup(keys[start:], 1, least, 4, seen) == (blocks, spans)
+                most = max(most, blocks)
+    assert most > 20, "prefixes are long enough to say something"
+
+
+def test_more_ranges_than_there_was_room_for() -> None:
+    table, keys = BlockTable(50_000), key_array(Keys(b"".join(made_up(3000, 9))))
+    table.status[1:3] = 1
+    for at in range(3000):
+        owner = 1 + at % 2
+        table.apply(keys, np.array([[at, 1, 1, pack(owner, Tier.HOT, Fidelity.EXACT, 64)]]), owner, 1 << 30)
+    blocks, spans = table.lookup(keys, 1, Fidelity.EXACT, 4)
+    assert blocks == 3000 and [span[1:] for span in spans] == [[at, 1, 64] for at in range(3000)]
+
+
 def test_many_tables_and_short_runs_in_one_go() -> None:
     """The changes of one message, in order, over several shards; the same block twice."""
     directory, keys = directory_for(FULL), chain(FULL, 8)
