@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kvstore.convert import spec_to_wire
 from kvstore.directory.placement import rank
 from kvstore.keys import Chain
+from kvstore.layout import block_bytes
 from kvstore.spec import Shard
 from kvstore.types import Tier
 from kvstore.wire import common_pb2, coordinator_pb2
@@ -18,6 +20,7 @@ from kvstore.wireform import member_to_wire, shard_to_wire
 from tests.service_cluster import COORDINATOR, MiniCluster, blocks_of, check, found
 from tests.service_helpers import LARGE, prompt
 from tests.service_helpers import until as within
+from workers.puller import Job
 from workers.runtime import WorkerRuntime
 
 
@@ -225,3 +228,22 @@ async def test_a_group_that_grows_while_it_waits_is_pulled_whole(cluster: MiniCl
         )
     await until(lambda: held(second, prefix) == 8, "both parts have come")
     assert second.node.counters["pulls"] == 1
+
+
+async def test_copies_come_no_faster_than_the_rate_whoever_asks_for_them(cluster: MiniCluster) -> None:
+    first, second = await cluster.worker("one"), await cluster.worker("two")
+    client = await cluster.client(alone=True, workers=(second.socket,))
+    prompts = [prompt(number, 8) for number in range(1, 4)]
+    for prefix in prompts:
+        assert (await client.put(prefix.spec, prefix, blocks_of(prefix))).states == ["committed"] * 8
+    shard = Shard.whole(prompts[0].spec)
+    nbytes = sum(len(prefix) for prefix in prompts) * block_bytes(prompts[0].spec, shard)
+    allowed_s = 0.5
+    config = first.node.config
+    first.node.config = replace(config, worker=replace(config.worker, pull_rate_bytes=int(nbytes / allowed_s)))
+    where = ((second.identity.worker, second.address),)
+    jobs = [Job("default", prefix.spec, shard, prefix.group(0), tuple(prefix.keys), where) for prefix in prompts]
+    begin = cluster.system.clock.monotonic()
+    done = await asyncio.gather(*(first.puller.pull(job) for job in jobs))
+    assert [tally.committed for tally in done] == [8, 8, 8]
+    assert cluster.system.clock.monotonic() - begin > 0.99 * allowed_s
