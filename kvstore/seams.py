@@ -125,6 +125,13 @@ class System:
     host: str  # boot id of the machine: equal on two processes means they share a kernel
     disk: Callable[[str], Disk]  # folder -> Disk; made when missing; SetupError when unusable
     own_pool: Callable[[int], Pool] | None = None  # so many threads for one purpose; None: `pool` serves all
+    inline_bytes: int = 0  # work on so few bytes is done at once: changing threads would take longer
+
+    async def work(self, nbytes: int, function: Callable[..., T], *args: object) -> T:
+        """Byte work on `nbytes`: by a thread of `pool`, as `Pool.run`, or here and now where it is little."""
+        if nbytes <= self.inline_bytes:
+            return function(*args)
+        return await self.pool.run(function, *args)
 
     def token_hex(self, nbytes: int) -> str:
         """A name nobody else draws: `nbytes` of randomness as hexadecimal digits."""

@@ -141,6 +141,17 @@ TIGHT = replace(SMALL, hot_bytes=64 * KIB, host_bytes=320 * KIB)
 """Most blocks of the prompt lie on SSD."""
 
 
+OTHER = replace(SPEC, model="other")
+
+
+async def crowded(writer: KVClient, worker: WorkerRuntime, raws: list[np.ndarray]) -> None:
+    """Another model's prompt comes, so that the first one moves on, its beginning too."""
+    later = chain(OTHER, TOKENS)
+    for depth in range(BLOCKS):
+        assert (await writer.put(OTHER, later, raws[depth : depth + 1], depth)).states == ["committed"]
+        await worker.store.idle()
+
+
 async def test_a_lost_disk_leaves_the_planes_that_host_has(cluster: MiniCluster, tmp_path: Path) -> None:
     """To a reader on another host: no exact block any more, and every one of them still worth `compact`."""
     worker, prefix, raws = await filled(cluster, tmp_path, store=TIGHT)
@@ -152,12 +163,8 @@ async def test_a_lost_disk_leaves_the_planes_that_host_has(cluster: MiniCluster,
     rows = [row for key in start.keys if (row := residency.find("default", shard.digest, key)) is not None]
     assert len(rows) == 8
     writer = await cluster.client(token_file=str(tmp_path / "token"))
-    other = replace(SPEC, model="other")
-    later = chain(other, TOKENS)
-    for depth in range(BLOCKS):  # the first prompt moves on
-        assert (await writer.put(other, later, raws[depth : depth + 1], depth)).states == ["committed"]
-        await worker.store.idle()
-    assert await writer.purge(other) == BLOCKS
+    await crowded(writer, worker, raws)
+    assert await writer.purge(OTHER) == BLOCKS
     assert {residency.rows.present[row] for row in rows} == {1 << stack.SSD}
     plan = await looked_up(client, start, Fidelity.COMPACT, 8)
     assert {run.fidelity for run in plan.runs} == {Fidelity.EXACT}
@@ -185,6 +192,7 @@ async def test_a_lost_worker_leaves_the_plane_that_redis_has(
     store = replace(TIGHT, redis_url=server.url, redis_timeout_s=0.5)
     worker, prefix, raws = await filled(cluster, tmp_path, RULES + "planes = { redis = 1 }\n", store)
     files = {"namespaces_file": str(tmp_path / "namespaces.toml"), "token_file": str(tmp_path / "token")}
+    await crowded(await cluster.client(token_file=str(tmp_path / "token")), worker, raws)
     await worker.stop()
     cluster.workers.clear()
     await cluster.worker("b", store=store, **files)

@@ -75,6 +75,7 @@ async def test_redis_outlives_the_workers_and_its_end_is_a_miss(cluster: MiniClu
         writer = await cluster.client(alone=True, workers=(first.socket,))
         prefix = prompt(2, BLOCKS)
         await put_slowly(writer, cluster.workers[0], prefix)
+        await put_slowly(writer, cluster.workers[0], prompt(99, BLOCKS))  # so that all of the first one leaves
         await first.stop()
         cluster.workers.clear()
         await cluster.worker("b", store=store)

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
+from kvstore.bench.eviction import main
+from kvstore.bench.eviction_cost import measure_cost
+from kvstore.bench.report import Report
+from kvstore.errors import UsageError
 from kvstore.kernels.belady import hits
 from kvstore.operations.eviction_replay import BlockTrace, Knows, Replay, block_trace
 from kvstore.operations.trace import Request
 from kvstore.policies.base import POLICIES, make_policies, make_policy
 from kvstore.policies.usage import Hint, Use
+from tests.test_replay import write_trace
 
 
 def tree(seed: int, requests: int, roots: int = 2, length: int = 5) -> list[Request]:
@@ -110,6 +116,22 @@ def test_no_policy_beats_the_optimum_and_all_count_the_same(name: str) -> None:
         assert outcome.accesses == len(trace.blocks)
         assert 0 <= outcome.written <= outcome.accesses
     assert outcome.written == trace.distinct  # everything fits: each block comes once
+
+
+def test_the_bench_names_its_cells(tmp_path: Path) -> None:
+    path, plot = write_trace(tmp_path / "one.jsonl", tree(3, 200)), tmp_path / "plot.svg"
+    report = main([str(path), "--capacity", "10%,50%", "--policy", "lru,default", "--plot", str(plot)])
+    cells = {f"one/{capacity}/{name}" for capacity in ("10%", "50%") for name in ("opt", "lru", "default")}
+    assert cells <= set(report.results) and plot.read_text().startswith("<svg")
+    assert report.results["one/10%/lru"]["value"] <= report.results["one/10%/opt"]["value"]
+    with pytest.raises(UsageError, match="TRACE"):
+        main(["--policy", "lru"])
+
+
+def test_the_cost_of_a_decision_is_measured_where_everything_is_full() -> None:
+    report = Report("eviction")
+    measure_cost(report, 2000, 2000)
+    assert report.results["decision_us/default"]["value"] > 0 and report.results["decision_us/lru"]["value"] > 0
 
 
 def test_default_learns_who_comes_back() -> None:

@@ -81,6 +81,19 @@ def test_what_is_stored_follows_its_parent() -> None:
     assert told.record(late) != told.record(rows[0])
 
 
+def test_a_prompt_stored_at_once_is_one_request_told_of_once() -> None:
+    """Copies may be complete in another order than they were sent; few of them cost the policy an event."""
+    told = Told()
+    first = told.store(0, 10.0)
+    before = told.learning.requests
+    rows = [first, *(told.store(depth, 10.0 + depth / 100) for depth in (1, 2, 4, 3, 5))]
+    assert told.learning.requests <= before + 2
+    assert len({told.record(row) for row in rows}) == 1
+    told.advice.opened([first], 20.0)
+    rows.append(told.store(6, 20.1))
+    assert told.record(rows[-1]) == told.record(rows[1]) != told.record(first)  # it hangs on what was not used since
+
+
 def test_a_request_that_is_told_of_and_opens_is_one() -> None:
     told = Told()
     rows = [told.store(depth, 0.0) for depth in range(3)][::-1]

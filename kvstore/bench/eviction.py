@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kvstore.bench.eviction_cost import measure_cost
 from kvstore.bench.eviction_plot import plot
 from kvstore.bench.report import Report
 from kvstore.bench.tiers_residency import cpu_s
@@ -27,23 +28,28 @@ from kvstore.policies.base import POLICIES, make_policy
 
 QUICK_REQUESTS = 1500
 QUICK_CAPACITIES = "5%"
+COST, QUICK_COST = (1_000_000, 1_000_000), (50_000, 50_000)
+"""Resident blocks, and accesses that are timed."""
 
 
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvstore bench eviction", description=__doc__)
-    parser.add_argument("traces", nargs="+", metavar="TRACE", help="JSON lines in the Mooncake format, plain or .zst")
+    parser.add_argument("traces", nargs="*", metavar="TRACE", help="JSON lines in the Mooncake format, plain or .zst")
     parser.add_argument("--capacity", default="", metavar="C,...", help="shares of the distinct blocks, or blocks")
     parser.add_argument("--policy", default="lru,s3fifo,arc,default", metavar="P,...", help=f"of {', '.join(POLICIES)}")
     parser.add_argument("--hints", choices=("none", "session-end"), default="none", help="what callers tell besides")
     parser.add_argument("--no-output", action="store_true", help="keep output length and finish reason from policies")
     parser.add_argument("--requests", type=int, metavar="N", help="only the first N of each trace")
     parser.add_argument("--plot", metavar="FILE.svg", help="hits over capacity, a panel a trace")
+    parser.add_argument("--cost", action="store_true", help="time decisions with a million resident blocks, too")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_REQUESTS} requests at {QUICK_CAPACITIES}")
     return parser
 
 
 def main(arguments: Sequence[str]) -> Report:
     asked = flags().parse_args(arguments)
+    if not asked.traces and not asked.cost:
+        raise UsageError("name at least one TRACE, or ask for --cost")
     capacities = (asked.capacity or (QUICK_CAPACITIES if asked.quick else "1%,2%,5%,10%,20%,50%")).split(",")
     policies = asked.policy.split(",")
     for name in policies:
@@ -65,7 +71,9 @@ def main(arguments: Sequence[str]) -> Report:
             for capacity in capacities:
                 cell = f"{Path(path).name.split('.')[0]}/{capacity}"
                 measure(report, trace, cell, blocks_of(capacity, trace), policies, knows, progress)
-    if "lru" in policies:
+    if asked.cost:
+        measure_cost(report, *(QUICK_COST if asked.quick else COST))
+    if "lru" in policies and asked.traces:
         gaps(report, policies)
     if asked.plot:
         Path(asked.plot).write_text(plot(report.results))
@@ -103,7 +111,7 @@ def measure(
         progress.remove_task(task)
         report.result(f"{cell}/{name}", [outcome.percent], "%")
         report.result(f"{cell}/{name}/written", [float(outcome.written)], "blocks")
-        report.result(f"{cell}/{name}/decisions", [outcome.accesses / seconds], "1/s")
+        report.result(f"{cell}/{name}/decisions", [outcome.accesses / max(seconds, 1e-6)], "1/s")
 
 
 def _told(progress: Progress, task: int) -> Callable[[int], None]:

@@ -21,6 +21,9 @@ __all__ = ["LocalProcess", "LocalSpawner", "RealClock", "ThreadPool", "host_id",
 
 T = TypeVar("T")
 
+INLINE_BYTES = 32 << 10
+"""Copied and summed in less time than a thread takes to hear of it."""
+
 
 class RealClock:
     def monotonic(self) -> float:
@@ -114,4 +117,5 @@ def real_system(threads: int = 4) -> System:
         host=host_id(),
         disk=FolderDisk,
         own_pool=ThreadPool,
+        inline_bytes=INLINE_BYTES,
     )

@@ -119,8 +119,13 @@ class Replay:
 
     def run(self, progress: Callable[[int], None] = lambda requests: None) -> Outcome:
         """`progress` is told of every few requests. Mutates the policy."""
+        self.play(0, len(self.trace.times), progress)
+        return self.outcome
+
+    def play(self, first: int, end: int, progress: Callable[[int], None] = lambda requests: None) -> None:
+        """These requests, after those before them. Mutates."""
         trace, policy, present = self.trace, self.policy, self._present
-        for request in range(len(trace.times)):
+        for request in range(first, end):
             blocks = trace.of(request)
             leading = self._leading(blocks)
             if request >= trace.first_counted:
@@ -136,7 +141,6 @@ class Replay:
                     policy.hint(deepest, Hint(ended=True))
             if request % REPORT_REQUESTS == REPORT_REQUESTS - 1:
                 progress(REPORT_REQUESTS)
-        return self.outcome
 
     def _use(self, request: int, blocks: int) -> Use:
         if not self.knows.outputs:

@@ -24,6 +24,7 @@ class Advice:
         self._residency = residency
         self._caller_time = caller_time
         self._latest_s = 0.0  # of the callers' times
+        self._stored = ("", b"", -JOIN_S)  # namespace, shard and time of what was stored last
 
     def now(self, now_s: float) -> float:
         """What ages go by. Pure."""
@@ -50,7 +51,12 @@ class Advice:
         names = self._residency.names
         space = next((number for number in spaces if names[number][1] == header.shard), None)
         above = Rows.ident_of(space, header.parent) if header.depth and space is not None else 0
-        self._residency.policies[0].follow(None, above, self.now(now_s), FOLLOW_S)
+        coming = Rows.ident_of(space, header.key) if space is not None else 0
+        lost = above and self._residency.find(namespace, header.shard, header.parent) is None
+        stored, self._stored = self._stored, (namespace, header.shard, now_s)
+        if lost and stored[:2] == self._stored[:2] and now_s - stored[2] <= JOIN_S:
+            return  # complete before its parent is, or that was dropped: most likely the request that stored just now
+        self._residency.policies[0].follow(None, above, self.now(now_s), FOLLOW_S, coming)
 
     def hint(self, row: int, hint: Hint) -> None:
         """About the request that used a block last; once is enough for all blocks of a request. Mutates."""

@@ -7,7 +7,7 @@ of `kvstore.policies.s3fifo`.
 
 from __future__ import annotations
 
-from kvstore.policies.s3fifo import ABSENT, FIRST_TICK, GHOSTS_MIN, MAIN, SMALL, S3Fifo
+from kvstore.policies.s3fifo import ABSENT, FIRST_TICK, GHOSTS_MIN, MAIN, ROW_BITS, SMALL, S3Fifo
 
 ONCE, AGAIN = SMALL, MAIN
 
@@ -53,6 +53,9 @@ class Arc(S3Fifo):
             del once[next(iter(once))]
         while again and len(again) > max(0, 2 * room - self._rows - len(once)):
             del again[next(iter(again))]
+
+    def _return(self, row: int) -> None:
+        self._push(self._back[self._queue[row]], self._tick[row] << ROW_BITS | row)
 
     def _by_queue(self) -> int | None:
         queue = ONCE if self._listed[ONCE] > self._target else AGAIN

@@ -28,9 +28,9 @@ class Policy(Protocol):
         """A request begins: what comes and is used from now on belongs to it. `now_s` rises; `rows`: its blocks that
         are here, deepest first, each touched on its own besides. Mutates."""
 
-    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float, coming: int = 0) -> None:
         """What comes belongs to the request that used `row`, or the block with ident `above`, at most so many seconds
-        ago; else a new one begins. Mutates."""
+        ago; else a new one begins. `coming`: the ident of the block that comes, if one does. Mutates."""
 
     def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
         """A block came to this level. `ident`: 64 bits of its key and shard; `nbytes`: what it takes here; `above`: its
@@ -59,6 +59,10 @@ class Policy(Protocol):
 
     def order(self, row: int) -> int:
         """Lesser leaves earlier; of a row it holds. Pure."""
+
+    def worth(self, row: int) -> int | None:
+        """Expected uses a second, in some unit that all levels share, of a row that any of them holds; None from who
+        knows no more than an order."""
 
 
 ABSENT = -1
@@ -93,7 +97,7 @@ class Lru:
     def begin(self, use: Use, now_s: float, rows: Sequence[int] = ()) -> None:
         """Recency alone counts."""
 
-    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float, coming: int = 0) -> None:
         """Recency alone counts."""
 
     def hint(self, row: int, hint: Hint) -> None:
@@ -172,6 +176,9 @@ class Lru:
     def order(self, row: int) -> int:
         return self._tick[row]
 
+    def worth(self, row: int) -> None:
+        """Recency alone counts, and each level has its own."""
+
     def _push(self, entry: int) -> None:
         heappush(self._heap, entry)
         if len(self._heap) > 2 * self._rows + 1024:  # more void entries than valid ones
@@ -198,6 +205,19 @@ POLICIES = ("default", "lru", "s3fifo", "arc")
 GHOST_BYTES = 64 << 20
 
 
+_prepared: dict[str, None] = {name: None for name in POLICIES if name != "default"}
+
+
+def prepared(name: str) -> bool:
+    """Whether `make_policies` takes no time. Pure."""
+    return name not in POLICIES or name in _prepared
+
+
+def prepare(name: str) -> None:
+    """Thread: have at hand what a policy needs; compiled, for some twenty seconds, the first time on a machine."""
+    make_policies(name)
+
+
 def make_policies(name: str, levels: int = 1, ghost_bytes: int = GHOST_BYTES) -> tuple[Policy, ...]:
     """Fresh policies by their configured name, one for each level of a worker; those of `default` learn together.
 
@@ -208,6 +228,7 @@ def make_policies(name: str, levels: int = 1, ghost_bytes: int = GHOST_BYTES) ->
         from kvstore.policies.learning import Learning
 
         learning = Learning(ghost_bytes)
+        _prepared[name] = None
         return tuple(Learned(learning) for _ in range(levels))
     makers: dict[str, Callable[[], Policy]] = {"lru": Lru, "s3fifo": S3Fifo, "arc": Arc}
     if name not in makers:

@@ -47,7 +47,7 @@ class Learned:
         self._offer: dict[int, int] = {}  # row -> its key there; a guess, if it came since the last look
         self._came = (ABSENT, 0)  # the last new block, and the number of the request that brought it
         self._like = (0, 0)  # the key of a new block, without its depth, and the request whose blocks are so
-        self._ordered = 0  # requests begun at the last run
+        self._ordered = 0  # requests at the last run
         self._paid = 0  # uses since then
         self._set_aside = 0
         self._fresh = array("i")  # came or were used since the last run or the last look; maybe gone, maybe twice
@@ -62,9 +62,9 @@ class Learned:
         for row in rows:
             self.touch(row)
 
-    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float, coming: int = 0) -> None:
         """Mutates the shared learning: once for all levels."""
-        self.learning.follow(row, above, now_s, within_s)
+        self.learning.follow(row, above, now_s, within_s, coming)
 
     def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
         place = self._place
@@ -150,7 +150,7 @@ class Learned:
                     if eligible(row):
                         return row
                     self._put_aside(row)
-        if self._ordered != self.learning.begun and self._pays():
+        if self._ordered != self.learning.requests and self._pays():
             self._sort()
         elif self._run and (len(self._fresh) > FRESH_ROWS_MAX or self._seen != self.learning.requests):
             self._look()
@@ -173,6 +173,10 @@ class Learned:
             return hinted
         self.learning.settle()
         return self.learning.key(row) << ROW_BITS | row
+
+    def worth(self, row: int) -> int:
+        self.learning.settle()
+        return self.learning.key(row) >> DEPTH_BITS
 
     def _put_aside(self, row: int) -> None:
         self._aside[row] = 1
@@ -243,5 +247,5 @@ class Learned:
         in_run[rows[waits & (keys <= self._reach)]] = 1  # whose turn comes when `ready` is said of them
         self._back.clear()
         self._offer.clear()
-        self._ordered, self._paid = self.learning.begun, 0
+        self._ordered, self._paid = self.learning.requests, 0
         self._looked()

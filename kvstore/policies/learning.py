@@ -53,6 +53,8 @@ from kvstore.policies.usage import PRIORITY_MAX, Hint, Use
 
 PENDING_WORDS = 8192
 FIRST_ITEMS = 256
+GOES_ON_S = 1.0  # a request goes on unasked for so long, then its time is looked at again
+LINE_MAX = 1 << 14  # blocks stored that are known to be of one request
 SWEEP_USES_MIN = 1024
 SWEEP_SHARE = 4  # of the entries: so many uses between two sweeps
 REUSES_MIN = 1024  # before anything but age counts
@@ -98,10 +100,13 @@ class Learning:
         self._chain(known.requests["after"], FREE_RECORD, 0)
         self._rows = FIRST_ITEMS
         self._copies = bytearray(FIRST_ITEMS)  # by row: at how many levels it lies
+        self._touched = array("q", bytes(8 * FIRST_ITEMS))  # by row: the number of the request that used it last
+        self._told_s = -1.0  # when a request was told of last
+        self._line = set[int]()  # idents of blocks that the current request stores
+        self._awaited = set[int]()  # and of their parents: copies may be ready in another order
         self._events = array("Q")
         self._admits = self._begins = 0  # among them
-        self.requests = 0  # begun, or blocks that one stored after it began
-        self.begun = 0  # of these, not such blocks
+        self.requests = 0  # told of: begun, or gone on with
         self._swept = 0  # uses at the last sweep
         self._judged, self._rounds, self._lru_rounds = 0, 0, 1
         self._cold = True  # nothing was measured yet: everything goes by age
@@ -117,20 +122,41 @@ class Learning:
         self._make_way()
         self._begins += 1
         self.requests += 1
-        self.begun += 1
         now = now_s if use.time_s is None else use.time_s
+        self._told(now)
         session = int.from_bytes(blake2b(use.session, digest_size=8).digest(), "little") if use.session else 0
         output = 0 if use.output_tokens is None else min(use.output_tokens, 1 << 40) + 1
         self._events.extend((BEGIN << 56, _bits(now), session, output << 8 | use.finish, max(0, use.blocks)))
 
-    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float, coming: int = 0) -> None:
         """What comes belongs to the request that used `row`, or the block with ident `above`, at most so many seconds
-        ago; else to one that begins now. Mutates."""
+        ago; else to one that begins now. `coming`: the ident of the block that comes, if one does. Mutates."""
+        if now_s - self._told_s <= min(within_s, GOES_ON_S) and self._goes_on(row, above, coming):
+            return  # nothing to learn: most blocks of a prompt are stored right after their parents
+        self._told(now_s)
+        if coming:
+            self._line.add(coming)
+            self._awaited.add(above)
         self._make_way()
         self._begins += 1
         self.requests += 1
-        self.begun += row is not None
         self._events.extend((FOLLOW << 56 | (NO_ROW if row is None else row), above, _bits(now_s), _bits(within_s)))
+
+    def _goes_on(self, row: int | None, above: int, coming: int) -> bool:
+        """Whether this belongs to the request that is the current one already. Mutates what is known of it."""
+        if row is not None:
+            return row < self._rows and self._touched[row] == self.requests
+        if not coming or len(self._line) >= LINE_MAX or not (above in self._line or coming in self._awaited):
+            return False
+        self._line.add(coming)
+        self._awaited.add(above)
+        return True
+
+    def _told(self, now_s: float) -> None:
+        """Another request is the current one, maybe, from now on. Mutates."""
+        self._told_s = now_s
+        self._line.clear()
+        self._awaited.clear()
 
     def admit(self, row: int, ident: int, above: int, depth: int) -> bool:
         """A copy of a block came to a level; whether it is the only one. `above`: its parent's ident, 0 for none.
@@ -145,6 +171,7 @@ class Learning:
 
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
+        self._touched[row] = self.requests
         self._events.append(TOUCH << 56 | row)
 
     def leave(self, row: int) -> None:
@@ -255,6 +282,7 @@ class Learning:
             key=np.concatenate((known.key, np.zeros(more, np.int64))),
         )
         self._copies.extend(bytes(more))
+        self._touched.frombytes(bytes(8 * more))
         self._rows += more
 
 

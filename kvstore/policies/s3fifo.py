@@ -47,7 +47,7 @@ class S3Fifo:
     def begin(self, use: Use, now_s: float, rows: Sequence[int] = ()) -> None:
         """Uses alone count."""
 
-    def follow(self, row: int | None, above: int, now_s: float, within_s: float) -> None:
+    def follow(self, row: int | None, above: int, now_s: float, within_s: float, coming: int = 0) -> None:
         """Uses alone count."""
 
     def hint(self, row: int, hint: Hint) -> None:
@@ -75,6 +75,11 @@ class S3Fifo:
             self._leave_queue(row)
             self._enter(row, MAIN)  # wanted after all
         self._uses[row] = min(USES_MAX, self._uses[row] + 1)
+        if self._aside[row] and self._queue[row] == SMALL and self._uses[row] >= 2:
+            self._leave_queue(row)
+            self._uses[row] = 0
+            self._enter(row, MAIN)
+            self._aside[row] = 1  # still
 
     def remove(self, row: int, *, evicted: bool) -> None:
         assert self._tick[row] != ABSENT, f"row {row} is removed but absent"
@@ -90,9 +95,17 @@ class S3Fifo:
     def ready(self, row: int) -> None:
         if row < len(self._aside) and self._aside[row]:
             self._aside[row] = 0
-            tick = self._tick[row]
-            heap = self._doomed if tick <= FIRST_TICK else self._back[self._queue[row]]
-            self._push(heap, tick << ROW_BITS | row)
+            if self._tick[row] <= FIRST_TICK:
+                self._push(self._doomed, self._tick[row] << ROW_BITS | row)
+            else:
+                self._return(row)
+
+    def _return(self, row: int) -> None:
+        """Its turn came while others hung on it. It gets another round of its queue, or a prompt would go from its end
+        to its beginning before others lose anything; and no more than one: its uses were theirs. Mutates."""
+        self._uses[row] = 0
+        self._leave_queue(row)
+        self._enter(row, self._queue[row])
 
     def next(self, row: int) -> None:
         assert self._tick[row] != ABSENT, f"row {row} is hinted but absent"
@@ -150,6 +163,9 @@ class S3Fifo:
     def order(self, row: int) -> int:
         hinted = self._tick[row] <= FIRST_TICK
         return self._tick[row] if hinted else self._tick[row] + (self._queue[row] << 60)
+
+    def worth(self, row: int) -> None:
+        """Uses alone count."""
 
     def _enter(self, row: int, queue: int) -> None:
         self._clock += 1

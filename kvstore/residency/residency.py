@@ -45,10 +45,9 @@ class Residency:
         assert 0 < len(levels) <= 8
         self.levels = tuple(levels)
         self.rows = Rows(len(levels))
-        self.policies = tuple(policy() for _ in levels)
         self.secondaries = tuple(Lru() for _ in levels)
-        self._ranks: tuple[tuple[Policy, ...], ...] = (self.policies, self.secondaries)  # by the rows' `secondary`
-        self.family = Family(self.rows, self._ranks)
+        self.family = Family(self.rows, ())
+        self.decide_by([policy() for _ in levels])
         self.used = [0] * len(levels)  # footprints of the present copies, by level
         self.leaving_bytes = [0] * len(levels)  # of these, on their way down
         self.raw_bytes = [0] * len(levels)  # what they decode to
@@ -63,14 +62,17 @@ class Residency:
         self._expected = 0  # blocks that the next space is made for
         self._index: list[KeyTable] = []  # by space: key -> row, every live block
         self._granules = [level.granule for level in levels]
-        self._at = [
-            [
-                tuple(policy for level, policy in enumerate(policies) if bitmap >> level & 1)
-                for bitmap in range(1 << len(levels))
-            ]
-            for policies in self._ranks
-        ]  # by rank and bitmap of presence: the policies of the levels in it
         self._eligible = [self._eligibility(level) for level in range(len(levels))]
+
+    def decide_by(self, policies: Sequence[Policy]) -> None:
+        """`policies`, one a level, that know what is here; `hand_over` tells them. Mutates."""
+        self.policies = tuple(policies)
+        self._ranks: tuple[tuple[Policy, ...], ...] = (self.policies, self.secondaries)  # by the rows' `secondary`
+        self.family.ranks = self._ranks
+        self._at = [
+            [tuple(p for level, p in enumerate(rank) if bitmap >> level & 1) for bitmap in range(1 << len(self.levels))]
+            for rank in self._ranks
+        ]  # by rank and bitmap of presence: the policies of the levels in it
 
     # ---- questions
     def find(self, namespace: str, shard: bytes, key: bytes) -> int | None:
@@ -195,11 +197,6 @@ class Residency:
                         row = line.pop()
                         yield row
                         line += children(row)
-
-    def at(self, level: int, segment: int) -> list[int]:
-        """Rows whose copy at a level lies in a segment. O(rows)."""
-        present, segments, bit = self.rows.present, self.rows.segment[level], 1 << level
-        return [row for row, here in enumerate(segments) if here == segment and present[row] & bit]
 
     def index(self, space: int) -> KeyTable:
         return self._index[space]

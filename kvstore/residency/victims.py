@@ -38,6 +38,16 @@ def instead(residency: Residency, row: int, level: int) -> int:
     return first
 
 
+def margin(residency: Residency, row: int, level: int) -> int | None:
+    """What a block is worth more than the next to leave a level, if it came there; None where no policy can tell, or
+    that one leaves whatever comes. Pure."""
+    rival, secondary = residency.victim(level), residency.rows.secondary
+    if rival is None or secondary[rival] or secondary[row]:
+        return None
+    mine, other = (residency.policies[level].worth(each) for each in (row, rival))
+    return None if mine is None or other is None else mine - other
+
+
 def namesakes(residency: Residency, row: int, *, leaf_first: bool) -> Iterator[int]:
     """Blocks of other shards with the same key, of full-attention groups or of the others. Pure."""
     rows, own, key = residency.rows, residency.rows.space[row], residency.rows.key(row)

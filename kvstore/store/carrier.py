@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvstore.codecs import RAW
 from kvstore.errors import TierDown, TierFull
 from kvstore.format import ENTRY_DTYPE, HEADER_BYTES, Record, encode_record, expect, trim_record
 from kvstore.header import Header
@@ -144,7 +145,7 @@ class Carrier:
     async def _source(self, row: int, level: int, destination: int) -> Moving:
         """The block's bytes as a destination wants them. Corrupt when they no longer are what was committed."""
         stack, residency = self.stack, self.stack.residency
-        pool = stack.system.pool
+        work = stack.system.work
         header, namespace = residency.header(row), residency.namespace(row)
         location = residency.location(row, level)
         tier = stack.arena_tier(level)
@@ -159,14 +160,15 @@ class Carrier:
         planes = stack.codec_rules(namespace).planes_in(stack.tier_of(destination))
         if not residency.levels[level].raw:
             if tier is None:
-                await pool.run(verified, view, header)
-            return Moving(namespace, *await pool.run(lowered, view, planes))
+                await work(len(view), verified, view, header)
+            return Moving(namespace, *await work(len(view), lowered, view, planes))
         if destination != stack.REDIS and residency.levels[destination].raw:
             return Moving(namespace, header, [view])
         model = stack.model(header)
         assert model is not None, "a raw block of a model that no put has taught"
         codecs = stack.codecs(namespace, *model)
-        made, parts, took = await pool.run(self._encode, header.unencoded(), view, *model, codecs, planes)
+        little = len(view) if set(codecs) == {RAW} else len(view) + stack.system.inline_bytes  # kernels load in threads
+        made, parts, took = await work(little, self._encode, header.unencoded(), view, *model, codecs, planes)
         return Moving(namespace, made, parts, took)
 
     def _encode(

@@ -31,7 +31,7 @@ class CodecUse:
     def written(self, tier: Tier, table: NDArray[np.void], encode_s: float = 0.0) -> None:
         """A record with this chunk table came to a tier. Mutates."""
         whole = int(table["raw"].sum(dtype=np.int64))
-        for codec in np.unique(table["codec"]).tolist():
+        for codec in sorted(set(table["codec"].tolist())):
             rows = table[table["codec"] == codec]
             use = self._of(tier, codec)
             raw = int(rows["raw"].sum(dtype=np.int64))
@@ -43,7 +43,7 @@ class CodecUse:
     def decoded(self, tier: Tier, table: NDArray[np.void], decode_s: float) -> None:
         """A record of a tier was decoded on its way up. Mutates."""
         whole = int(table["raw"].sum(dtype=np.int64))
-        for codec in np.unique(table["codec"]).tolist():
+        for codec in sorted(set(table["codec"].tolist())):
             raw = int(table["raw"][table["codec"] == codec].sum(dtype=np.int64))
             self._of(tier, codec).decode_s += decode_s * raw / whole
 

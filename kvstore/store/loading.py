@@ -183,7 +183,7 @@ class Loading:
                 view = into.view(place)
                 await tier.read(namespace, header, location, view)
                 check = same_copy if target == stack.HOT else verified
-                await stack.system.pool.run(check, view, header)
+                await stack.system.work(len(view), check, view, header)
             except BaseException:
                 into.free(namespace, header, place)
                 raise

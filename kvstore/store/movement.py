@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from kvstore.errors import Corrupt, TierDown, TierFull, UnknownFormat
+from kvstore.residency.victims import margin
 from kvstore.store.carrier import Carrier, NoPlace, NoRoom, SourceDown, Ticket
 from kvstore.store.growth import Growth
 from kvstore.store.room import Outlets, Room
@@ -119,6 +120,8 @@ class Movement:
         namespace, nbytes = residency.namespace(row), stack.length(row, level)
         below = self.outlets.open(level)
         destinations = [destination for destination in below if stack.takes(destination, namespace, nbytes)]
+        while len(destinations) > 1 and self._passes_by(row, destinations[0], nbytes):
+            del destinations[0]
         if below and not destinations:
             return self._over_quota(row)
         if not destinations or (self._tasks and self.moving_bytes + nbytes > stack.config.spill_queue_bytes):
@@ -139,6 +142,17 @@ class Movement:
         self._tasks[task] = None
         task.add_done_callback(lambda task: self._ended(task, ticket))
         return True
+
+    def _passes_by(self, row: int, level: int, nbytes: int) -> bool:
+        """Whether a block would be the next to leave a level it came to, so that it had better go further down at once:
+        the level's room is for what is expected to be used more. Pure."""
+        residency = self.stack.residency
+        if level >= self.stack.REDIS:
+            return False
+        if self._staying(level) + nbytes <= self.stack.config.high_watermark * residency.levels[level].capacity:
+            return False
+        more = margin(residency, row, level)
+        return more is not None and more < 0
 
     def _move_on(self, row: int, level: int) -> bool:
         """Begin to move a block down for its namespace's quota; whether that, or the end of a block, has begun."""

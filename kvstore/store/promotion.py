@@ -11,6 +11,7 @@ from kvstore.budget import Budget
 from kvstore.errors import Corrupt, UnknownFormat
 from kvstore.format import Record, decode_record, expect
 from kvstore.header import Header
+from kvstore.residency.victims import margin
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store.movement import Movement
 from kvstore.store.stack import Stack
@@ -48,6 +49,11 @@ class Promotion:
         if residency.present(row, stack.HOST) and residency.rows.worth(row, stack.HOST) < Fidelity.EXACT:
             return  # its stored chunks are all there is to know: raw bytes in hot would have to be encoded again
         header, namespace = residency.header(row), residency.namespace(row)
+        if self.movement.room.short(stack.HOT, header.raw_length) > 0:
+            more = margin(residency, row, stack.HOT)
+            if more is not None and more <= 0:
+                stack.counters["promotions_skipped"] += 1
+                return  # what would give way is expected to be used as soon
         model, slot = stack.model(header), stack.slot(row, stack.HOST) if residency.present(row, stack.HOST) else None
         place = None
         if model is not None and slot is not None and self.budget.fits(header.raw_length):

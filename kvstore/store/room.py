@@ -187,18 +187,27 @@ class Room:
         return None
 
     def _clear_segments(self, namespace: str) -> None:
-        """Empty the lightest segments of what may be shed at once, of those without a block that is moving or read. For
-        a namespace without any segment, one that nobody reads: what may not be shed begins to move down."""
+        """Empty the lightest segment without a block that is moving or read, of which all may be shed at once. For a
+        namespace without any segment, one that nobody reads: what may not be shed begins to move down."""
         stack = self.stack
         waits = all(segment.namespace != namespace for segment in stack.arena.segments())
         residency = stack.residency
         for segment in sorted(stack.arena.segments(), key=lambda s: (s.live, s.id))[:SEGMENTS_TRIED]:
-            found = [(row, level) for level in (stack.HOT, stack.HOST) for row in residency.at(level, segment.id)]
-            free = [(row, level) for row, level in found if not residency.pinned(row) and residency.staying(row, level)]
-            if not found or (len(free) < len(found) and not waits) or any(residency.pinned(row) for row, _ in found):
+            found = [(row, level) for level in (stack.HOT, stack.HOST) for row in residency.rows.at(level, segment.id)]
+            if not found or any(residency.pinned(row) for row, _ in found):
                 continue
+            if not waits and not all(self._sheds(row, level) for row, level in found):
+                continue  # what may be shed of it would be lost in vain
+            free = [(row, level) for row, level in found if residency.staying(row, level)]
             if all(self._clear(row, level, waits) for row, level in free):
                 return
+
+    def _sheds(self, row: int, level: int) -> bool:
+        """What `shed` would say. Pure."""
+        residency = self.stack.residency
+        if not residency.staying(row, level):
+            return False
+        return residency.elsewhere(row, level) or self.outlets.evicts(level)
 
     def _clear(self, row: int, level: int, waits: bool) -> bool:
         """Whether a copy is gone, or on its way down."""

@@ -22,9 +22,10 @@ from kvstore.header import Header
 from kvstore.header_columns import kinds
 from kvstore.histogram import Histogram
 from kvstore.policies.advice import Advice
-from kvstore.policies.base import make_policies
+from kvstore.policies.base import make_policies, prepared
 from kvstore.quotas import Quotas
 from kvstore.residency.bulk import take_in
+from kvstore.residency.handover import hand_over
 from kvstore.residency.residency import Level, Residency
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
@@ -76,7 +77,7 @@ class Stack:
         hot_bytes = config.hot_bytes or config.host_bytes // 4
         self.arena = Arena(system.memory, config.host_bytes, config.segment_bytes)
         self.hot = HotTier(self.arena, system.pool, hot_bytes)
-        self.host = HostTier(self.arena, system.pool, config.host_bytes - hot_bytes)
+        self.host = HostTier(self.arena, system.pool, config.host_bytes - hot_bytes, system.inline_bytes)
         pools = [DevicePool(device, system.pool, config.device_bytes) for device in config.devices]
         self.tiers: tuple[TierStore, ...] = (self.hot, *pools, self.host, *([ssd] if ssd is not None else ()))
         self.HOT, self.HOST = 0, 1 + len(pools)
@@ -87,7 +88,8 @@ class Stack:
         levels += [Level(Tier.HOST, self.host.capacity, PAGE_BYTES)]
         if ssd is not None:
             levels.append(Level(Tier.SSD, ssd.capacity, PAGE_BYTES))
-        policies = iter(make_policies(config.policy, len(levels), config.ghost_bytes))
+        self.policy = config.policy if prepared(config.policy) else "lru"  # until `take_policy`
+        policies = iter(make_policies(self.policy, len(levels), config.ghost_bytes))
         self.residency = Residency(levels, policies.__next__, self._window)
         self.advice = Advice(self.residency, caller_time=config.caller_time)
         self.codec_use = CodecUse()
@@ -95,6 +97,12 @@ class Stack:
         self._codecs: dict[tuple[str, bytes, bytes], tuple[int, ...]] = {}
         self.quota = QuotaGate(self.residency, system.clock, quotas or {})
         self.purges = Purges(system.clock, config.purge_fence_s)
+
+    def take_policy(self) -> None:
+        """Decide by the configured policy, which is prepared now. Mutates."""
+        self.policy = self.config.policy
+        policies = make_policies(self.policy, len(self.tiers), self.config.ghost_bytes)
+        hand_over(self.residency, policies, self.advice.now(self.system.clock.monotonic()))
 
     # ---- questions
 

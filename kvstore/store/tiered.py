@@ -23,6 +23,7 @@ from kvstore.directory.runs import Added, Run
 from kvstore.errors import TierError
 from kvstore.header import Header
 from kvstore.operations.probe import Probe, ProbeOutcome
+from kvstore.policies.base import prepare
 from kvstore.policies.usage import Hint
 from kvstore.policies.usage import Use as RequestUse
 from kvstore.quotas import Quotas
@@ -51,6 +52,9 @@ from kvstore.types import Fidelity, Tier
 __all__ = ["Hold", "Placed", "ProbeOutcome", "PutOutcome", "TieredStore"]
 
 ANNOUNCE_QUEUE = 1 << 16
+
+HAND_OVER_MAX = 100_000
+"""Blocks of which a new policy is told in one go, in half a second; with more to take in the start waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +114,21 @@ class TieredStore:
         self.pins = Pins(self.stack)
         self._copies = Copies(self.stack, budget)
         self._started: list[TierStore] = []
+        self._learning: asyncio.Task[None] | None = None
 
     # ---- life
 
     async def start(self) -> None:
         """Open the tiers and take in what the SSD kept. SetupError; nothing stays open then."""
         redis = self.stack.redis
+        if self.stack.policy != self.config.policy:
+            self._learning = asyncio.get_running_loop().create_task(self._prepare_policy())
         try:
             for tier in (*self.stack.tiers, *([redis] if redis is not None else ())):
                 recovered = await tier.start()
                 self._started.append(tier)
+                if self._learning is not None and len(recovered) > HAND_OVER_MAX:
+                    await asyncio.shield(self._learning)
                 self._take_in(recovered)
         except BaseException:
             await self.close()
@@ -127,6 +136,16 @@ class TieredStore:
         self.movement.growth.poke()
         self.movement.pump()
         self.putting.start()
+
+    async def _prepare_policy(self) -> None:
+        """The configured policy decides once what it needs is loaded; a worker that starts does not wait for it."""
+        pool = self.system.pool if self.system.own_pool is None else self.system.own_pool(1)
+        try:
+            await pool.run(prepare, self.config.policy)
+        finally:
+            if pool is not self.system.pool:
+                pool.close()
+        self.stack.take_policy()
 
     def _take_in(self, recovered: Sequence[Recovered]) -> None:
         """What the SSD tier kept from an earlier process. Others learn of it by snapshot."""
@@ -142,6 +161,9 @@ class TieredStore:
 
     async def close(self) -> None:
         """Stop all movement, flush the tiers, let go of all memory. What a slower tier has is found again."""
+        learning, self._learning = self._learning, None
+        if learning is not None:
+            await learning
         await self.movement.close()
         await self.putting.close()
         await self.loading.close()

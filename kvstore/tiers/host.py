@@ -30,11 +30,13 @@ class ArenaTier:
 
     prefixes = False  # who wants less reads it where it lies
 
-    def __init__(self, tier: Tier, arena: Arena, pool: Pool, capacity: int) -> None:
+    def __init__(self, tier: Tier, arena: Arena, pool: Pool, capacity: int, inline_bytes: int = 0) -> None:
+        """`inline_bytes`: blobs up to there are copied at once instead of by a thread."""
         self.tier = tier
         self.arena = arena
         self.capacity = capacity
         self._pool = pool
+        self._inline_bytes = inline_bytes
         self._used = 0
         self._blocks = 0
         self._writes = 0
@@ -103,7 +105,10 @@ class ArenaTier:
     async def fill(self, namespace: str, header: Header, location: Location, parts: Sequence[Buffer]) -> Location:
         """Copy parts into a reserved space; on failure it is free again."""
         try:
-            await self._pool.run(copy_parts, parts, self.view(location))
+            if location.length <= self._inline_bytes:
+                copy_parts(parts, self.view(location))
+            else:
+                await self._pool.run(copy_parts, parts, self.view(location))
         except BaseException:
             self.free(namespace, header, location)
             raise
@@ -132,5 +137,5 @@ class ArenaTier:
 class HostTier(ArenaTier):
     """Encoded records."""
 
-    def __init__(self, arena: Arena, pool: Pool, capacity: int) -> None:
-        super().__init__(Tier.HOST, arena, pool, capacity)
+    def __init__(self, arena: Arena, pool: Pool, capacity: int, inline_bytes: int = 0) -> None:
+        super().__init__(Tier.HOST, arena, pool, capacity, inline_bytes)

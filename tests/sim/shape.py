@@ -62,6 +62,7 @@ class Shape:
         """Of every worker."""
         return Config(
             store=StoreConfig(
+                policy="lru",  # seeds stay what they are; who leaves first is none of the invariants
                 host_bytes=self.host_bytes,
                 hot_bytes=self.hot_bytes,
                 ssd_folder=FOLDER if self.ssd_bytes else "",
