@@ -64,10 +64,17 @@ def frames_of(*blocks: tuple[Header, bytes] | None) -> list[bytes]:
 
 
 def land(sent: list[bytes]) -> list[Pulled | None]:
-    landing = Landing("default", FULL, SHARD, PREFIX.keys)
+    """The same by gRPC and by a raw connection."""
+    by_grpc, by_raw = (Landing("default", FULL, SHARD, PREFIX.keys) for _ in range(2))
     for frame in sent:
-        landing.take(frame)
-    return landing.finish()
+        by_grpc.take(frame)
+        packed, data = frames.decode(frame)
+        [place] = by_raw.places(packed or b"", len(data))
+        place[:] = data
+        by_raw.landed()
+    found, same = by_grpc.finish(), by_raw.finish()
+    assert found == same and (by_grpc.bad, by_grpc.later) == (by_raw.bad, by_raw.later)
+    return found
 
 
 def test_records_arrive_byte_for_byte_and_raw_blocks_raw() -> None:

@@ -65,6 +65,8 @@ async def test_a_second_copy_comes_and_is_made_anew_after_a_loss(cluster: MiniCl
     await until(lambda: held(first, prefix) == held(third, prefix) == 70, "the third has a copy of what was lost")
     pulled = [worker.node.counters["pulled_blocks"] for worker in (first, second, third)]
     assert sorted(pulled) == [0, 70, 70], "each block came once for each copy that was missing"
+    raw = [worker.node.counters["raw_gets"] for worker in (first, second, third)]
+    assert [gets > 0 for gets in raw] == [blocks > 0 for blocks in pulled], "by raw connections, as clients read"
     plan = await found(client, prefix, 70, holders=2)
     check(plan, await client.get(plan), 70)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from kvstore.auth import node_credentials
 from kvstore.budget import Budget
+from kvstore.client.data_links import DataLinks
 from kvstore.client.links import Pooled
 from kvstore.client.pulling import Landing, Pulled, pull_blocks
 from kvstore.convert import entry_from_wire
@@ -75,7 +76,7 @@ class Puller:
         config = node.config.worker
         self._budget = Budget(config.pull_bytes_max)
         self._free_at = 0.0  # when the bytes pulled so far are paid for, at the configured rate
-        self._links: dict[str, Pooled[Channel]] = {}
+        self._links: dict[str, tuple[Pooled[Channel], DataLinks]] = {}
         self._waiting: dict[tuple[str, bytes, bytes], Job] = {}
         self._line: FairLine[tuple[str, bytes, bytes]] = FairLine()  # of them; namespaces take turns
         self._flights: dict[tuple[str, bytes, bytes], asyncio.Task[Tally]] = {}
@@ -98,7 +99,8 @@ class Puller:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         links, self._links = list(self._links.values()), {}
-        for pooled in links:
+        for pooled, data in links:
+            await data.close()
             await pooled.close()
 
     # ---- hints
@@ -260,9 +262,17 @@ class Puller:
         node = self._node
         timeout_s = node.config.worker.pull_timeout_s
         try:
-            async with self._linked(job.namespace).use(address, timeout_s=timeout_s) as channel:
+            channels, data = self._linked(job.namespace)
+            async with channels.use(address, timeout_s=timeout_s) as channel:
                 found, landing = await pull_blocks(
-                    channel, node.system.pool, job.namespace, job.spec, job.shard, keys, timeout_s=timeout_s
+                    channel,
+                    node.system.pool,
+                    job.namespace,
+                    job.spec,
+                    job.shard,
+                    keys,
+                    timeout_s=timeout_s,
+                    raw=data.getter(address, channel),
                 )
         except KVStoreError as error:
             self.counters[f"pull_errors_{type(error).__name__}"] += 1
@@ -292,15 +302,17 @@ class Puller:
             tally.dropped += 1
             tally.left.append(key)
 
-    def _linked(self, namespace: str) -> Pooled[Channel]:
+    def _linked(self, namespace: str) -> tuple[Pooled[Channel], DataLinks]:
+        """Connections as a node, and raw ones that it opens with tickets from there."""
         found = self._links.get(namespace)
         if found is None:
-            credentials = node_credentials(self._node.config.server, namespace)
+            node, credentials = self._node, node_credentials(self._node.config.server, namespace)
 
             async def connect(address: str) -> Channel:
                 return await self._transport.connect(address, credentials)
 
-            found = self._links[namespace] = Pooled(self._node.system, connect, CONNECTIONS_MAX)
+            data = DataLinks(node.config.client, node.system, self._transport, self.counters)
+            found = self._links[namespace] = Pooled(node.system, connect, CONNECTIONS_MAX), data
         return found
 
 

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from kvstore.checksum import xxh3
+from kvstore.client.stream_source import RawGet
 from kvstore.errors import Corrupt, DataError, KVStoreError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Header, Record
 from kvstore.header import check_header, expect
@@ -45,21 +46,38 @@ class _Arriving:
 
 
 class Landing:
-    """The frames of one stream over blocks of one shard. `take` runs in byte movers, one frame at a time."""
+    """The frames of one stream over blocks of one shard, by gRPC (`take`) or a raw connection (`places`, `landed`:
+    `kvstore.transport.base.Landing`). Runs in byte movers, one frame at a time."""
 
     def __init__(self, namespace: str, spec: ModelSpec, shard: Shard, keys: Sequence[bytes]) -> None:
         self._namespace, self._spec, self._shard, self._keys = namespace, spec, shard, keys
         self._pieces: Sequence[Chunk] = chunks(spec, shard)
         self._blocks: list[_Arriving | None] | None = None
         self.purges: tuple[bytes, ...] = ()  # that the source had done before it opened the blocks
+        self._header, self._aside = b"", memoryview(bytearray())  # of the frame that comes by a raw connection
+        self._room = self._aside
         self.later = 0  # blocks the source would give when asked again
         self.bad = 0  # blocks that did not hold
 
     def take(self, frame: bytes) -> None:
         """Mutates. Corrupt where the stream is none."""
         packed, data = frames.decode(frame)
+        self._take(packed or b"", data)
+
+    def places(self, header: bytes, nbytes: int) -> Sequence[memoryview]:
+        """Memory of its own: what a chunk's bytes are worth is known when they are there. Mutates."""
+        if nbytes > len(self._room):  # once, or twice: frames are of much the same size
+            self._room = memoryview(np.empty(nbytes, np.uint8).data)
+        self._header, self._aside = header, self._room[:nbytes]
+        return [self._aside]
+
+    def landed(self) -> None:
+        """Mutates."""
+        self._take(self._header, self._aside)
+
+    def _take(self, packed: bytes, data: memoryview) -> None:
         try:
-            header = worker_pb2.GetHeader.FromString(packed or b"")
+            header = worker_pb2.GetHeader.FromString(packed)
         except DecodeError as error:
             raise Corrupt(f"a frame of the Get stream can't be read: {error}") from None
         if self._blocks is None:
@@ -157,10 +175,12 @@ async def pull_blocks(
     keys: Sequence[bytes],
     *,
     timeout_s: float,
+    raw: RawGet | None = None,
 ) -> tuple[list[Pulled | None], Landing]:
-    """One Get stream; per key what came, None for what the source does not have or did not give whole.
+    """One Get, by a raw connection where `raw` makes one, else as a gRPC stream.
 
-    What was whole before the stream broke counts. KVStoreError where nothing did.
+    Per key what came, None for what the source does not have or did not give whole. What was whole before it
+    broke counts. KVStoreError where nothing did.
     """
     request = worker_pb2.GetRequest(
         root=spec.root,
@@ -171,9 +191,11 @@ async def pull_blocks(
     landing = Landing(namespace, spec, shard, keys)
     failure: KVStoreError | None = None
     try:
-        async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=timeout_s)) as stream:
-            async for frame in stream:
-                await pool.run(landing.take, frame)
+        left_s = timeout_s if raw is None else await raw(request, landing, timeout_s)
+        if left_s > 0:
+            async with aclosing(channel.stream(WORKER["Get"], _once(request), timeout_s=left_s)) as stream:
+                async for frame in stream:
+                    await pool.run(landing.take, frame)
     except KVStoreError as error:
         failure = error
     found = await pool.run(landing.finish)
