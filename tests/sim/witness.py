@@ -5,7 +5,7 @@ It looks at the store's own books, because no caller could ever see most of what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstore.checksum import xxh3
@@ -13,7 +13,7 @@ from kvstore.directory.runs import Change, Removed
 from kvstore.errors import DataError
 from kvstore.format import Record, expect
 from kvstore.store.arena import generation_at
-from kvstore.store.holds import Placed
+from kvstore.store.holds import Hold, Placed
 from kvstore.store.tiered import TieredStore
 from tests.sim.oracle import Oracle, Violation
 from tests.sim.shape import NAMESPACES
@@ -32,13 +32,13 @@ class Witness:
         store.subscribe(self._changed)
 
     def _watch(self, holds: Any) -> None:
-        take: Callable[..., Placed] = holds.take
+        take: Callable[..., None] = holds.take
         end: Callable[[int], bool] = holds.end
 
-        def taken(id: int, *args: Any, **options: Any) -> Placed:
-            placed = take(id, *args, **options)
-            self._held.setdefault(id, []).append((placed, xxh3(placed.view)))
-            return placed
+        def taken(hold: Hold, at: Sequence[int], *args: Any, **options: Any) -> None:
+            take(hold, at, *args, **options)
+            taken = [hold.placed(index) for index in at]
+            self._held.setdefault(hold.id, []).extend((placed, xxh3(placed.view)) for placed in taken)
 
         def ended(id: int) -> bool:
             for placed, checksum in self._held.pop(id, ()):
