@@ -156,7 +156,7 @@ class ClientConfig:
     members_refresh_s: float = 1.0
     probe_s: float = 5.0  # least time between two measurements of coordinators' round trips
     connections_max: int = 64
-    data_connections_max: int = 8  # raw data connections to workers, a thread each; 0: gRPC only
+    data_connections_max: int = 8  # raw data connections to workers, a thread each; 0: gRPC only. A worker's pulls too
     watch: bool = False  # keep a view of the directory here: for the one process of a host that looks up
     watch_entries_max: int = 1 << 20
     watch_stale_s: float = 2.0  # without a sign of life the view is not asked

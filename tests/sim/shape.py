@@ -87,6 +87,7 @@ class Shape:
                 announce_batch=self.announce_batch,
                 redis_lease_s=2.0,
             ),
+            client=ClientConfig(data_connections_max=2 if self.raw else 0),  # of its pulls
         )
 
     def coordinator(self, coordinators: tuple[str, ...]) -> Config:
