@@ -37,7 +37,7 @@ STATES = {
 PARTS = 4
 """A staging segment takes about so many commits at a time: one is written while another is copied out."""
 
-PART_BYTES = 8 << 20
+PART_BYTES = 16 << 20
 """Of one commit, at most, unless a block is larger: small enough that most of the writer's copy hides behind the
 worker's, large enough that handing over costs little beside copying."""
 
