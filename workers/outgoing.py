@@ -40,6 +40,10 @@ class Part:
     count: int
     nbytes: int  # stored
 
+    def of(self, block: int) -> Part:
+        """The same of a block like it. Pure."""
+        return self if block == self.block else Part(block, self.first, self.count, self.nbytes)
+
 
 class Outgoing:
     """Reads held blocks. `lost` are those whose space was reused under us: nothing more of them is sent."""
@@ -75,12 +79,13 @@ class Outgoing:
     def begin(self) -> tuple[bytes, list[list[Part]]]:
         """Runs in a byte mover. The first message, which says what will come, and the parts of all others."""
         header, messages = self._plan()
-        return frames.encode(header, ()), messages
+        return frames.encode(header, ()), list(messages)
 
-    def _plan(self, *, first_alone: bool = False) -> tuple[bytes, list[list[Part]]]:
-        """`first_alone`: no message has parts of the first layer and of others."""
+    def _plan(self, *, first_alone: bool = False) -> tuple[bytes, Iterator[list[Part]]]:
+        """The header of the first message, and the parts of the others. `first_alone`: none has parts of the first
+        layer and of others, and whoever waits for that layer does not wait for the others to be planned."""
         header = worker_pb2.GetHeader(purges=self._purges)
-        by_layer: dict[int, list[Part]] = {}
+        cuts: list[tuple[int, list[tuple[int, Part]]]] = []  # (block, its parts, or those of one like it)
         for block, placed in enumerate(self._placed):
             parts = self._parts(block, placed) if placed is not None else None
             if placed is None or parts is None:
@@ -92,15 +97,10 @@ class Outgoing:
                 tier=int(placed.tier),  # type: ignore[arg-type]
             )
             header.blocks.append(info)
-            for layer, part in parts:
-                by_layer.setdefault(layer, []).append(part)
+            if parts:
+                cuts.append((block, parts))
         header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
-        first, *others = sorted(by_layer) or [0]
-        if not first_alone:
-            first, others = -1, sorted(by_layer)
-        messages = list(_messages(by_layer.get(first, [])))
-        messages += _messages([part for layer in others for part in by_layer[layer]], whole=bool(messages))
-        return header.SerializeToString(), messages
+        return header.SerializeToString(), _by_layer(cuts, first_alone=first_alone)
 
     def start(self) -> tuple[bytes, list[list[Part]], bytes | None]:
         """Runs in a byte mover. `begin`, and the first of the other messages: somebody waits for both."""
@@ -163,7 +163,8 @@ class Outgoing:
         return generation_at(placed.segment.view, placed.data_offset, placed.offset) == placed.generation
 
     def _parts(self, block: int, placed: Placed) -> list[tuple[int, Part]] | None:
-        """(layer of the model, part) of the layers asked for; None where the block can't be served."""
+        """(layer of the model, part) of the layers asked for, layers ascending, or those of a block like it; None where
+        the block can't be served."""
         assert self._spec is not None, "nothing can be placed of an unknown model"
         shard = self._shards[block]
         pieces = chunks(self._spec, shard)
@@ -185,10 +186,9 @@ class Outgoing:
         if placed.raw and block not in self._resume:
             if shard not in self._alike:  # the same for all of them
                 self._alike[shard] = self._cut(block, shard, pieces, sizes, 0)
-            return [
-                (block if self._by_block else layer, Part(block, part.first, part.count, part.nbytes))
-                for layer, part in self._alike[shard]
-            ]
+            if not self._by_block:
+                return self._alike[shard]
+            return [(block, part.of(block)) for _, part in self._alike[shard]]
         copy_id, start = self._resume.get(block, (0, 0))
         if copy_id != placed.header.copy_id:
             start = 0
@@ -250,6 +250,24 @@ def _raw_entries(spec: ModelSpec, shard: Shard) -> NDArray[np.void]:
             RAW, 0, 0, data_start + piece.offset, piece.nbytes, piece.nbytes, 0,
         )  # fmt: skip
     return table
+
+
+def _by_layer(cuts: Sequence[tuple[int, list[tuple[int, Part]]]], *, first_alone: bool) -> Iterator[list[Part]]:
+    """Messages, layer by layer across all blocks. `cuts`: (block, (layer, part) of it or of one like it), layers
+    ascending, none of them empty. What comes later is made when it is asked for."""
+    first, sent = -1, False
+    if first_alone and cuts:
+        first = min(parts[0][0] for _, parts in cuts)
+        mine = [part.of(block) for block, parts in cuts for layer, part in parts if layer == first]
+        for message in _messages(mine):
+            yield message
+            sent = True
+    others: dict[int, list[Part]] = {}
+    for block, parts in cuts:
+        for layer, part in parts:
+            if layer != first:
+                others.setdefault(layer, []).append(part.of(block))
+    yield from _messages([part for layer in sorted(others) for part in others[layer]], whole=sent)
 
 
 def _messages(parts: Sequence[Part], *, whole: bool = False) -> Iterator[list[Part]]:
