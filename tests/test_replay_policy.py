@@ -18,8 +18,8 @@ from tests.test_replay import write_trace
 BLOCK = 16 * KIB
 RECORD = 20 * KIB  # such a block below hot, in whole pages
 TURN_BLOCKS = 8
-HOT, HOST, SSD = 60, 40, 110
-"""Blocks that each tier holds; Redis: none to speak of."""
+HOT, HOST, SSD = 60, 60, 200
+"""Blocks that each tier holds: host the longest prompt, which is loaded as a whole; Redis: none to speak of."""
 
 
 def agents(sessions: int, seed: int = 5) -> list[Request]:
@@ -66,7 +66,7 @@ def offline(requests: list[Request], policy: str, blocks: int) -> float:
 def test_live_and_offline_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tiers are 80 to 100 % full, and what lies in host may lie on SSD besides: between the two bounds, within two
     points. A policy that is told nothing, or of other times, would not be: recency alone stays far below."""
-    requests = agents(150)
+    requests = agents(250)
     least, most = (HOT + SSD) * 8 // 10, HOT + HOST + SSD
     found = live(requests, tmp_path, "default", capsys)
     assert offline(requests, "default", least) - 2 <= found <= offline(requests, "default", most) + 2
