@@ -18,19 +18,29 @@ from tests.contracts.records import NAMESPACE
 from tests.store_writer import CHAIN, rig_on
 from tests.test_ssd_crash import wait_for
 
+LOOKS = 50  # at a process that spills, before it is killed all the same
+
 
 def killed_mid_spill(folder: Path, log: Path, first: int, rng: Random) -> tuple[int, int, int]:
     """(last number heard of, bytes on their way down then, blocks durable at the last heartbeat heard of)."""
     child = LocalSpawner().spawn([sys.executable, "-m", "tests.store_writer", str(folder), str(first)], log=str(log))
     try:
         text = wait_for(log, "durable")  # the log is in use
-        for _ in range(rng.randrange(12)):
+        for _ in range(rng.randrange(1, 13)):
+            text = wait_for(log, "moving", after=len(text))
+        for _ in range(LOOKS):  # until something is on its way down
+            if told(text)[1] > 0:
+                break
             text = wait_for(log, "moving", after=len(text))
     finally:
         assert child.alive(), log.read_text()
         child.kill()
-    whole = log.read_text().rpartition("\n")[0]  # the last line may have been cut off, too
-    lines = [line.split() for line in whole.splitlines() if line.count(" ") == 4]
+    return told(log.read_text())
+
+
+def told(text: str) -> tuple[int, int, int]:
+    """(last number, bytes on their way down, durable blocks) of the last whole line: the one after may be cut off."""
+    lines = [line.split() for line in text.rpartition("\n")[0].splitlines() if line.count(" ") == 4]
     return int(lines[-1][0]), int(lines[-1][2]), int(lines[-1][4])
 
 
