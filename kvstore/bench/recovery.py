@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> Report:
         if part == "up":
             measure_up(report, 1 if quick else 3)
         elif part == "faults":
-            wrong += asyncio.run(measure_faults(report, 1 if quick else 7))
+            wrong += asyncio.run(measure_faults(report, 1 if quick else 7, quick))
         elif part == "repair":
             wrong += asyncio.run(measure_repair(report, 1 if quick else 7, quick))
         elif part == "ssd":

@@ -12,11 +12,12 @@ from kvstore.client.kv_client import KVClient
 from kvstore.config import MIB, Config, override
 
 BLOCK_BYTES, BLOCKS, PROMPTS = 64 << 10, 16, 24
-WINDOW_S = 2.0  # of hits after a fault: longer than one get that meets it
+WINDOW_S, WINDOW_QUICK_S = 2.0, 1.2  # of hits after a fault: longer than one get that meets it
 
 
-async def measure_faults(report: Report, rounds: int) -> int:
+async def measure_faults(report: Report, rounds: int, quick: bool) -> int:
     """Mutates the report; blocks that were wrong."""
+    window_s = WINDOW_QUICK_S if quick else WINDOW_S
     store = {"host_bytes": 192 * MIB, "hot_bytes": 128 * MIB, "ssd_bytes": 256 * MIB, "ssd_segment_bytes": 16 * MIB}
     killed: list[float] = []
     stopped: list[float] = []
@@ -30,11 +31,11 @@ async def measure_faults(report: Report, rounds: int) -> int:
         async with rig.load(work, 2) as load:
             for _ in range(rounds):
                 for seconds, number in ((killed, signal.SIGKILL), (stopped, signal.SIGSTOP)):
-                    took, share = await _worker(rig, work, by, number, load.hits)
+                    took, share = await _worker(rig, work, by, number, window_s, load.hits)
                     seconds.append(took)
                     hits.append(share)
                 begin = now()
-                gap.append(await _coordinator(rig, work, by))
+                gap.append(await _coordinator(rig, work, by, window_s))
                 hits.append(load.hits(begin, now()))
                 await rig.held(work, by)
         wrong = load.wrong
@@ -51,7 +52,12 @@ async def measure_faults(report: Report, rounds: int) -> int:
 
 
 async def _worker(
-    rig: RecoveryRig, work: Work, by: KVClient, number: int, hits: Callable[[float, float], float]
+    rig: RecoveryRig,
+    work: Work,
+    by: KVClient,
+    number: int,
+    window_s: float,
+    hits: Callable[[float, float], float],
 ) -> tuple[float, float]:
     """Seconds until no answer names the worker any more, and the hits meanwhile; it is back when this returns."""
     prompt = work.prompts[0]
@@ -65,7 +71,7 @@ async def _worker(
     begin = now()
     rig.signal(pid, number)
     took = await until(gone, "the worker is out of the answers")
-    await asyncio.sleep(max(0.0, begin + WINDOW_S - now()))
+    await asyncio.sleep(max(0.0, begin + window_s - now()))
     share = hits(begin, now())
     if number == signal.SIGSTOP:
         rig.signal(pid, signal.SIGCONT)
@@ -75,7 +81,7 @@ async def _worker(
     return took, share
 
 
-async def _coordinator(rig: RecoveryRig, work: Work, by: KVClient) -> float:
+async def _coordinator(rig: RecoveryRig, work: Work, by: KVClient, window_s: float) -> float:
     """The longest time between two lookups that were answered, around the death of the coordinator that is asked."""
     asked = rig.cluster.coordinators.index(
         next(server for server in rig.cluster.coordinators if server.address == by.coordinators.preferred)
@@ -83,7 +89,7 @@ async def _coordinator(rig: RecoveryRig, work: Work, by: KVClient) -> float:
     last, longest = now(), 0.0
     killed = False
     begin = now()
-    while now() - begin < WINDOW_S:
+    while now() - begin < window_s:
         plan = await by.match(work.spec, work.prompts[0])
         if plan.blocks == len(work.prompts[0]) and plan.complete:
             longest, last = max(longest, now() - last), now()

@@ -21,6 +21,8 @@ from kvstore.transport.base import Channel
 BLOCK_BYTES, BLOCKS = 2 << 20, 32
 PROMPTS, PROMPTS_QUICK = 12, 5
 GETS = 7
+BEAT_S = 0.05
+"""Hints come with the answers to heartbeats: of as little data as here, waiting for them would take half the time."""
 
 
 async def measure_repair(report: Report, rounds: int, quick: bool) -> int:
@@ -29,15 +31,16 @@ async def measure_repair(report: Report, rounds: int, quick: bool) -> int:
     room = work.nbytes * len(work.prompts)
     store = {"hot_bytes": room * 5 // 4 + 64 * MIB, "host_bytes": room * 3 // 2 + 128 * MIB, "ssd_bytes": 4 * room}
     own = {"store": store, "worker": {"pull_rate_bytes": 64 << 30, "pull_bytes_max": 128 * MIB}}
-    rates: dict[str, list[float]] = {"tcp_get": [], "repair": [], "repair_under_replay": []}
-    async with RecoveryRig(override(Config(), own), workers=3) as rig:
+    repairs = ("repair",) if quick else ("repair", "repair_under_replay")
+    rates: dict[str, list[float]] = {name: [] for name in ("tcp_get", *repairs)}
+    async with RecoveryRig(override(Config(), own), workers=3, heartbeat_s=BEAT_S) as rig:
         by = await rig.client()
         await work.put(by)
         await rig.held(work, by)
         wrong = await _gets(by, work, len(work.prompts), [])  # warm
         for _ in range(rounds):
             wrong += await _gets(by, work, max(2, GETS // rounds), rates["tcp_get"])
-            for name in ("repair", "repair_under_replay"):
+            for name in repairs:
                 async with rig.load(work, 1) if name == "repair_under_replay" else nullcontext() as load:
                     rates[name].append(await _repair(rig, work, by))
                     await rig.held(work, by)
@@ -46,7 +49,8 @@ async def measure_repair(report: Report, rounds: int, quick: bool) -> int:
     for name, values in rates.items():
         report.result(name, values, "GB/s")
     report.ratio("repair_vs_tcp_get", "repair", "tcp_get", at_least=0.5)
-    report.ratio("repair_under_replay_vs_tcp_get", "repair_under_replay", "tcp_get")
+    if not quick:
+        report.ratio("repair_under_replay_vs_tcp_get", "repair_under_replay", "tcp_get")
     return wrong
 
 

@@ -112,13 +112,15 @@ class Load:
 class RecoveryRig:
     """`async with RecoveryRig(...) as rig`: workers and coordinators, two copies of everything."""
 
-    def __init__(self, config: Config, *, workers: int, coordinators: int = 1, copies: int = 2) -> None:
+    def __init__(
+        self, config: Config, *, workers: int, coordinators: int = 1, copies: int = 2, heartbeat_s: float = HEARTBEAT_S
+    ) -> None:
         self._folder = TemporaryDirectory(prefix="kvstore-bench-")
         namespaces = Path(self._folder.name) / "namespaces.toml"
         namespaces.write_text(f"[namespaces.default]\ncopies = {copies}\n")
         own: dict[str, dict[str, object]] = {
             "server": {"namespaces_file": str(namespaces), "stop_grace_s": 0.5},
-            "coordinator": {"lease_s": LEASE_S, "heartbeat_s": HEARTBEAT_S, "hint_again_s": 2.0},
+            "coordinator": {"lease_s": LEASE_S, "heartbeat_s": heartbeat_s, "hint_again_s": 2.0},
         }
         self.cluster = LocalCluster(override(config, own), workers=workers, coordinators=coordinators, redis=False)
         self._system = real_system()
