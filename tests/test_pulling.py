@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from kvstore import codecs
 from kvstore.client.pulling import Landing, Pulled
-from kvstore.errors import DataError
+from kvstore.errors import Corrupt, DataError
 from kvstore.format import ENTRY_BYTES, HEADER_BYTES, Header, Record, decode_record, encode_raw_parts, encode_record
 from kvstore.keys import Chain
+from kvstore.layout import chunks
 from kvstore.spec import Shard
 from kvstore.transport import frames
 from kvstore.wire import worker_pb2
+from tests.contracts.records import NAMESPACE, sample, small_spec
 from tests.service_helpers import FULL, payload, prompt
 
 SHARD = Shard.whole(FULL)
@@ -69,8 +71,8 @@ def land(sent: list[bytes]) -> list[Pulled | None]:
     for frame in sent:
         by_grpc.take(frame)
         packed, data = frames.decode(frame)
-        [place] = by_raw.places(packed or b"", len(data))
-        place[:] = data
+        for place in by_raw.places(packed or b"", len(data)):
+            place[:], data = data[: len(place)], data[len(place) :]
         by_raw.landed()
     found, same = by_grpc.finish(), by_raw.finish()
     assert found == same and (by_grpc.bad, by_grpc.later) == (by_raw.bad, by_raw.later)
@@ -88,9 +90,54 @@ def test_records_arrive_byte_for_byte_and_raw_blocks_raw() -> None:
     assert third is None
 
 
+def test_a_nested_record_arrives_layer_by_layer() -> None:
+    """Several entries a chunk: a part's first chunk is not the number of its first entry."""
+    found = sample(0, spec=small_spec(block_tokens=64), codec=codecs.NESTED)
+    made, record, pieces = found.header, found.record, len(chunks(found.spec, found.shard))
+    each = made.chunk_count // pieces
+    assert each > 1
+    landing = Landing(NAMESPACE, found.spec, found.shard, [made.key])
+    first = worker_pb2.GetHeader(blocks=[worker_pb2.BlockInfo(state=worker_pb2.BLOCK_FOUND, header=made.pack())])
+    landing.take(frames.encode(first.SerializeToString(), ()))
+    rows = Record.parse(record).table.tolist()
+    for chunk in range(pieces):
+        part, at = worker_pb2.GetHeader(), HEADER_BYTES + chunk * each * ENTRY_BYTES
+        part.parts.add(block=0, first_chunk=chunk, table=record[at : at + each * ENTRY_BYTES])
+        mine = rows[chunk * each : (chunk + 1) * each]
+        landing.take(frames.encode(part.SerializeToString(), [record[row[8] : row[8] + row[9]] for row in mine]))
+    [pulled] = landing.finish()
+    assert pulled is not None and (pulled.header, bytes(pulled.data)) == (made, record)
+
+
 def test_a_stream_that_ends_early_gives_what_was_whole() -> None:
     sent = frames_of(stored(0, raw=False), stored(1, raw=False), None)
     assert [pulled is not None for pulled in land(sent[:-1])] == [True, False, False]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_what_was_announced_and_did_not_come_whole_is_not_taken(raw: bool) -> None:
+    """A connection that breaks between the header of a frame and its data."""
+    sent = frames_of(stored(0, raw=raw), None, None)
+    landing = Landing("default", FULL, SHARD, PREFIX.keys)
+    for frame in sent[:-1]:
+        landing.take(frame)
+    packed, data = frames.decode(sent[-1])
+    places = landing.places(packed or b"", len(data))
+    assert sum(map(len, places)) == len(data) > 0
+    assert landing.finish() == [None, None, None]
+    for place, at in zip(places, range(0, len(data), len(data)), strict=True):
+        place[:] = data[at : at + len(place)]
+    landing.landed()
+    assert [pulled is not None for pulled in landing.finish()] == [True, False, False]
+
+
+def test_a_frame_with_more_or_less_than_its_parts_is_refused() -> None:
+    packed, data = frames.decode(frames_of(stored(0, raw=True), None, None)[1])
+    for nbytes in (len(data) - 1, len(data) + 1, 0):
+        landing = Landing("default", FULL, SHARD, PREFIX.keys)
+        landing.take(frames_of(stored(0, raw=True), None, None)[0])
+        with pytest.raises(Corrupt):
+            landing.places(packed or b"", nbytes)
 
 
 @pytest.mark.parametrize("wrong", ["namespace", "order"])

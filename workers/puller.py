@@ -24,7 +24,7 @@ from kvstore.spec import ModelSpec, Shard
 from kvstore.transport.base import Channel, Transport
 from kvstore.types import KEY_BYTES, unpack_keys
 from kvstore.wire import common_pb2, coordinator_pb2
-from workers.node import Node
+from workers.node import TOGETHER, Node
 
 CONNECTIONS_MAX = 64
 """To other workers, per namespace."""
@@ -242,11 +242,11 @@ class Puller:
             try:
                 found, landing = await self._read(address, job, batch)
                 later, purges = (0, ()) if landing is None else (landing.later, landing.purges)
-                for key, pulled in zip(batch, found, strict=True):
-                    if pulled is None:
-                        missing.append(key)
-                    else:
-                        await self._adopt(job, key, pulled, purges, tally)
+                missing += [key for key, pulled in zip(batch, found, strict=True) if pulled is None]
+                came = [(key, pulled) for key, pulled in zip(batch, found, strict=True) if pulled is not None]
+                for at in range(0, len(came), TOGETHER):
+                    some = came[at : at + TOGETHER]
+                    await asyncio.gather(*(self._adopt(job, key, pulled, purges, tally) for key, pulled in some))
             finally:
                 self._budget.give(len(batch) * size)
             if later and any(pulled is not None for pulled in found):

@@ -40,59 +40,67 @@ class Pulled:
 
 @dataclass(slots=True)
 class _Arriving:
+    """A block on its way in. Entries of its table come in order: so many have come so far, and are there by now."""
+
     header: Header
     data: memoryview
-    missing: dict[int, None]  # chunks
+    entries: int
+    come: int = 0
+    there: int = 0
+    sound: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Of a frame: entries, how they are written, and where their stored bytes go."""
+
+    block: _Arriving | None
+    first: int  # of the entries, in the block's table
+    table: NDArray[np.void]
+    packed: bytes
+    into: memoryview
 
 
 class Landing:
-    """The frames of one stream over blocks of one shard, by gRPC (`take`) or a raw connection (`places`, `landed`:
-    `kvstore.transport.base.Landing`). Runs in byte movers, one frame at a time."""
+    """The frames of one stream over blocks of one shard, each received where it lay in its block. In byte movers, one
+    frame at a time: `places`, then `landed`; or `take`, where the frame has come already."""
 
     def __init__(self, namespace: str, spec: ModelSpec, shard: Shard, keys: Sequence[bytes]) -> None:
         self._namespace, self._spec, self._shard, self._keys = namespace, spec, shard, keys
         self._pieces: Sequence[Chunk] = chunks(spec, shard)
         self._blocks: list[_Arriving | None] | None = None
+        self._parts: list[_Part] = []
         self.purges: tuple[bytes, ...] = ()  # that the source had done before it opened the blocks
-        self._header, self._aside = b"", memoryview(bytearray())  # of the frame that comes by a raw connection
-        self._room = self._aside
         self.later = 0  # blocks the source would give when asked again
         self.bad = 0  # blocks that did not hold
 
     def take(self, frame: bytes) -> None:
         """Mutates. Corrupt where the stream is none."""
         packed, data = frames.decode(frame)
-        self._take(packed or b"", data)
+        at = 0
+        for place in self.places(packed or b"", len(data)):
+            np.copyto(np.frombuffer(place, np.uint8), np.frombuffer(data[at : at + len(place)], np.uint8))
+            at += len(place)
+        self.landed()
 
     def places(self, header: bytes, nbytes: int) -> Sequence[memoryview]:
-        """Memory of its own: what a chunk's bytes are worth is known when they are there. Mutates."""
-        if nbytes > len(self._room):  # once, or twice: frames are of much the same size
-            self._room = memoryview(np.empty(nbytes, np.uint8).data)
-        self._header, self._aside = header, self._room[:nbytes]
-        return [self._aside]
-
-    def landed(self) -> None:
-        """Mutates."""
-        self._take(self._header, self._aside)
-
-    def _take(self, packed: bytes, data: memoryview) -> None:
+        """Mutates. Corrupt where the stream is none."""
         try:
-            header = worker_pb2.GetHeader.FromString(packed)
+            said = worker_pb2.GetHeader.FromString(header)
         except DecodeError as error:
             raise Corrupt(f"a frame of the Get stream can't be read: {error}") from None
         if self._blocks is None:
-            if len(header.blocks) != len(self._keys):
-                raise Corrupt(f"{len(self._keys)} blocks were asked for and {len(header.blocks)} answered")
-            self.purges = tuple(header.purges)
-            self._blocks = [self._begin(*pair) for pair in zip(self._keys, header.blocks, strict=True)]
-        at = 0
-        for part in header.parts:
-            if part.block >= len(self._blocks) or len(part.table) % ENTRY_BYTES:
-                raise Corrupt("a part of the Get stream names no block that was asked for")
-            table = np.frombuffer(part.table, ENTRY_DTYPE)
-            nbytes = int(table["stored"].sum(dtype=np.uint64))
-            self._land(part.block, part.first_chunk, table, part.table, data[at : at + nbytes])
-            at += nbytes
+            if len(said.blocks) != len(self._keys):
+                raise Corrupt(f"{len(self._keys)} blocks were asked for and {len(said.blocks)} answered")
+            self.purges = tuple(said.purges)
+            self._blocks = [self._begin(*pair) for pair in zip(self._keys, said.blocks, strict=True)]
+        self._parts = []
+        for part in said.parts:
+            self._parts.append(self._part(self._blocks, part, nbytes))
+            nbytes -= len(self._parts[-1].into)
+        if nbytes:
+            raise Corrupt(f"{nbytes} bytes of a frame are of none of its parts")
+        return [part.into for part in self._parts]
 
     def _begin(self, key: bytes, info: worker_pb2.BlockInfo) -> _Arriving | None:
         if info.state != worker_pb2.BLOCK_FOUND:
@@ -107,63 +115,88 @@ class Landing:
         except DataError:
             self.bad += 1
             return None
-        size = header.stored_length or header.raw_length
-        count = header.chunk_count or len(self._pieces)
-        return _Arriving(header, memoryview(bytearray(size)), dict.fromkeys(range(count)))
+        if header.chunk_count:  # cleared: what no chunk covers is kept, too
+            return _Arriving(header, memoryview(bytearray(header.stored_length)), header.chunk_count)
+        return _Arriving(header, memoryview(np.empty(header.raw_length, np.uint8).data), len(self._pieces))
 
-    def _land(self, block: int, first: int, table: NDArray[np.void], packed: bytes, data: memoryview) -> None:
-        assert self._blocks is not None
-        arriving = self._blocks[block]
-        if arriving is None:
-            return
-        at = 0
-        for index, row in enumerate(table, first):
-            stored = data[at : at + int(row["stored"])]
-            at += int(row["stored"])
-            if index not in arriving.missing or len(stored) != int(row["stored"]) or xxh3(stored) != int(row["xxh3"]):
-                self._blocks[block] = None
-                self.bad += 1
-                return
-            if arriving.header.chunk_count:
-                start = int(row["offset"])
-                entry = (index - first) * ENTRY_BYTES
-                place = HEADER_BYTES + index * ENTRY_BYTES
-                arriving.data[place : place + ENTRY_BYTES] = packed[entry : entry + ENTRY_BYTES]
-                sound = arriving.header.data_start <= start <= len(arriving.data) - len(stored)
-            else:
-                start = self._pieces[index].offset
-                sound = len(stored) == self._pieces[index].nbytes
-            if not sound:
-                self._blocks[block] = None
-                self.bad += 1
-                return
-            into = np.frombuffer(arriving.data[start : start + len(stored)], np.uint8)
-            np.copyto(into, np.frombuffer(stored, np.uint8))
-            del arriving.missing[index]
+    def _part(self, blocks: Sequence[_Arriving | None], said: worker_pb2.ChunkPart, left: int) -> _Part:
+        """Where a part goes, of at most `left` bytes; aside, where its block is none, or it lies nowhere in it."""
+        if said.block >= len(blocks) or len(said.table) % ENTRY_BYTES:
+            raise Corrupt("a part of the Get stream names no block that was asked for")
+        block, table = blocks[said.block], np.frombuffer(said.table, ENTRY_DTYPE)
+        nbytes = int(table["stored"].sum(dtype=np.uint64))
+        if nbytes > left:
+            raise Corrupt(f"a part of {nbytes} bytes, and only {left} of its frame are left")
+        first = 0 if block is None else block.come
+        start = None if block is None else self._start(block, said.first_chunk, table, nbytes)
+        if block is not None:
+            block.come += len(table)
+            block.sound &= start is not None
+        if block is None or start is None:
+            return _Part(block, first, table, said.table, memoryview(bytearray(nbytes)))
+        return _Part(block, first, table, said.table, block.data[start : start + nbytes])
+
+    def _start(self, block: _Arriving, chunk: int, table: NDArray[np.void], nbytes: int) -> int | None:
+        """Where in a block's bytes the next entries lie, one behind the other; None where they do not. Pure."""
+        header, first = block.header, block.come
+        if not len(table) or first + len(table) > block.entries:
+            return None
+        if not header.chunk_count:
+            mine = self._pieces[first : first + len(table)]
+            fits = chunk == first and [piece.nbytes for piece in mine] == table["stored"].tolist()
+            return mine[0].offset if fits else None
+        start = int(table["offset"][0])
+        behind = start + np.cumsum(table["stored"], dtype=np.uint64)
+        inside = header.data_start <= start <= len(block.data) - nbytes
+        return start if inside and (table["offset"][1:] == behind[:-1]).all() else None
+
+    def landed(self) -> None:
+        """Mutates."""
+        parts, self._parts = self._parts, []
+        for part in parts:
+            block = part.block
+            if block is None or not block.sound:
+                continue
+            block.there += len(part.table)
+            if block.header.chunk_count:
+                block.sound = _sums_hold(part.table, part.into)
+                at = HEADER_BYTES + part.first * ENTRY_BYTES
+                block.data[at : at + len(part.packed)] = part.packed
+            elif block.there == block.entries:  # now, while it lies in the cache
+                block.sound = xxh3(block.data) == block.header.copy_id
 
     def finish(self) -> list[Pulled | None]:
         """Runs in a byte mover. What is whole and holds, block by block."""
         found: list[Pulled | None] = []
-        for arriving in self._blocks or [None] * len(self._keys):
-            if arriving is None or arriving.missing:
-                found.append(None)
-                continue
-            try:
-                found.append(_whole(arriving))
-            except DataError:
-                self.bad += 1
-                found.append(None)
+        for block in self._blocks or [None] * len(self._keys):
+            pulled = None
+            if block is not None:
+                self.bad += not block.sound
+                if block.sound and block.there == block.entries:
+                    pulled = self._whole(block)
+            found.append(pulled)
         return found
 
+    def _whole(self, block: _Arriving) -> Pulled | None:
+        header = block.header
+        if not header.chunk_count:
+            return Pulled(header.unencoded(), block.data)
+        block.data[:HEADER_BYTES] = header.pack()
+        try:
+            expect(Record.parse(block.data).header, header)
+        except DataError:
+            self.bad += 1
+            return None
+        return Pulled(header, block.data)
 
-def _whole(arriving: _Arriving) -> Pulled:
-    header = arriving.header
-    if header.chunk_count:
-        arriving.data[:HEADER_BYTES] = header.pack()
-        expect(Record.parse(arriving.data).header, header)
-    elif xxh3(arriving.data) != header.copy_id:
-        raise Corrupt("raw bytes from another worker do not have the checksum of their copy")
-    return Pulled(header if header.chunk_count else header.unencoded(), arriving.data)
+
+def _sums_hold(table: NDArray[np.void], stored: memoryview) -> bool:
+    at = 0
+    for nbytes, xxh3_said in zip(table["stored"].tolist(), table["xxh3"].tolist(), strict=True):
+        if xxh3(stored[at : at + nbytes]) != xxh3_said:
+            return False
+        at += nbytes
+    return True
 
 
 async def pull_blocks(
@@ -177,16 +210,17 @@ async def pull_blocks(
     timeout_s: float,
     raw: RawGet | None = None,
 ) -> tuple[list[Pulled | None], Landing]:
-    """One Get, by a raw connection where `raw` makes one, else as a gRPC stream.
+    """One Get, by a raw connection where `raw` makes one, else as a gRPC stream; per key what came, None for what the
+    source does not have or did not give whole.
 
-    Per key what came, None for what the source does not have or did not give whole. What was whole before it
-    broke counts. KVStoreError where nothing did.
+    What was whole before the stream broke counts. KVStoreError where nothing did.
     """
     request = worker_pb2.GetRequest(
         root=spec.root,
         blocks=[worker_pb2.ShardKeys(shard=shard_to_wire(shard), keys=pack_keys(keys))],
         least=int(Fidelity.COMPACT),  # type: ignore[arg-type]
         purges=True,
+        by_block=True,
     )
     landing = Landing(namespace, spec, shard, keys)
     failure: KVStoreError | None = None
