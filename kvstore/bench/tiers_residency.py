@@ -57,7 +57,7 @@ class Resident:
         place = Location(self.next // 1024, self.next % 1024 * BLOCK_BYTES, BLOCK_BYTES)
         self.next += 1
         if self.advice is not None:  # as a store does; recency alone heeds none of it
-            self.advice.storing(NAMESPACE, found, float(self.next))
+            self.advice.storing(NAMESPACE, found, self.next / 1000)
         return self.residency.admit(NAMESPACE, found, SSD, place, leaf_first=True)
 
     def cycles(self, headers: Sequence[Header], rows: Sequence[int]) -> None:
