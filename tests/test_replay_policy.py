@@ -66,6 +66,7 @@ def offline(requests: list[Request], policy: str, blocks: int) -> float:
 def test_live_and_offline_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tiers are 80 to 100 % full, and what lies in host may lie on SSD besides: between the two bounds, within two
     points. A policy that is told nothing, or of other times, would not be: recency alone stays far below."""
+    make_policy("default")  # its loops are compiled before the worker needs them: until then LRU decides
     requests = agents(250)
     least, most = (HOT + SSD) * 8 // 10, HOT + HOST + SSD
     found = live(requests, tmp_path, "default", capsys)
