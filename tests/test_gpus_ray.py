@@ -31,7 +31,10 @@ def test_a_dedicated_gpu_is_taken_and_a_worker_moves_with_it(tmp_path: Path) -> 
         cluster.remove(first)
         until(lambda: where() == [other], "the worker has moved")
         log = read_status(state)["log"]
-        assert any(f"worker-0 moves from {first[:8]} to {other[:8]}" in line for line in log), log  # type: ignore[attr-defined]
+        moved = any(f"worker-0 moves from {first[:8]} to {other[:8]}" in line for line in log)  # type: ignore[attr-defined]
+        # A reconciler that was on that node itself does not know where the worker was before.
+        assert moved or "restarted" in log[0], log  # type: ignore[index]
+        assert any(f"up on {other[:8]}" in line and "starts empty" in line for line in log), log  # type: ignore[attr-defined]
         assert not cluster.engine(2, other)
         done = kvstore(tmp_path, "down", timeout_s=90)
         assert done.returncode == 0, done.stdout + done.stderr
