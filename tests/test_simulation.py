@@ -51,7 +51,7 @@ def test_the_histories_held_what_they_should() -> None:
     assert len(missing) <= 2, f"{missing}: {SEEN}"  # of few seeds, one or the other kind may have had no turn
     for tier in ("hot", "host", "ssd", "redis"):
         assert SEEN[f"blocks_{tier}"] >= 1, f"{tier}: {SEEN}"
-    for work in ("assembled", "pinned", "lonely_hits", "pulled", "marked", "over_quota"):
+    for work in ("assembled", "pinned", "lonely_hits", "pulled", "marked", "over_quota", "purged_slowly"):
         assert SEEN[work] >= 10, f"{work}: {SEEN}"
     assert SEEN["raw_connections"] >= 5, SEEN
 

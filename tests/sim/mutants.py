@@ -21,6 +21,7 @@ from kvstore.directory.answers import Match
 from kvstore.directory.directory import Directory
 from kvstore.directory.membership import Membership
 from kvstore.store.carrier import Carrier, Ticket
+from kvstore.store.purges import Purges
 from kvstore.store.staging import Staging
 from kvstore.tiers.redis_index import RedisIndex
 from workers.announcer import Stream
@@ -171,6 +172,8 @@ def _match_anywhere(self: Directory, root: bytes, keys: Any, shards: Any, least:
 
 
 MUTANTS = (
+    Mutant("purge-fence", "copies are taken from workers that have yet to do a purge",
+           ((Purges, "fences", lambda *_, **__: False),), seed=6),
     Mutant("reader-generation", "a reader on the same host does not look at generations",
            ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly)), seed=4, rare=True),
     Mutant("epoch-fence", "a message of an older life is taken",

@@ -13,10 +13,14 @@ from kvstore.client import bulk, sources
 from kvstore.client.kv_client import KVClient
 from kvstore.client.pinning import Pin
 from kvstore.client.plan import HitPlan
+from kvstore.client.purging import purge_all, purge_id
+from kvstore.directory.membership import Member
 from kvstore.keys import Chain
 from kvstore.spec import Shard
 from kvstore.store import arena
+from kvstore.transport.methods import WORKER
 from kvstore.types import Fidelity
+from kvstore.wire import worker_pb2
 from tests.sim.checks import Checks
 from tests.sim.fleet import Fleet, Node
 from tests.sim.load import WHOLE, WINDOW, Need, alone, draw, payload
@@ -28,6 +32,8 @@ from workers import data, outgoing
 
 LATE_S = 0.5  # what a call may take beyond its deadline: virtual time, so only its own delays
 PEACE_S = 60.0
+COPIED = "default"  # the namespace that wants two copies
+PURGED_S = 3.0  # after a purge: what a repair was to bring back would be there
 CHECK_S = 0.5
 TURNS = 6  # requests a client
 RAW_SEEDS = 1000  # from this seed on clients get and put by raw data connections, where gRPC serves before it
@@ -83,6 +89,7 @@ class Scenario:
             for task in (*clients, watch, trouble):
                 task.cancel()
         await self._peace()
+        await self._purge()
         await self._lonely()
         await self._leave()
 
@@ -180,6 +187,22 @@ class Scenario:
             self.seen["over_quota"] += worker.store.use("other").evicted
         self.seen["blocks_at_the_end"] += sum(w.store.blocks("default") for w in fleet.live_workers())
 
+    async def _purge(self) -> None:
+        """A purge that one worker does long after the other, while copies are made: nothing of it comes back."""
+        self.fleet.rng.shuffle(late := [worker.identity.worker for worker in self.fleet.live_workers()])
+        node = next((client for client in self.fleet.clients if client.namespace == COPIED), self.fleet.clients[0])
+        if not node.up:
+            self.fleet.boot_client(node)
+        assert node.process is not None
+        await asyncio.wait_for(node.process.spawn(purge_slowly(self.fleet, node, late)), 30.0)
+        await asyncio.sleep(PURGED_S)
+        for worker in self.fleet.live_workers():
+            residency = worker.store.stack.residency
+            rows = [row for row in residency.of(node.namespace) if residency.header(row).root == WHOLE.spec.root]
+            if rows:
+                raise Violation(f"I4: {len(rows)} blocks of a purged model are on {worker.identity.worker} again")
+        self.seen["purged_slowly"] += len(late)
+
     async def _idle(self) -> None:
         for node in self.fleet.workers:
             assert node.process is not None
@@ -253,6 +276,27 @@ class Timer:
         slow = self._slow or self._process.slowed > self._slowed
         if took > limit_s + LATE_S + (8 * SLOW_S if slow else 0.0):
             raise Violation(f"I8: {call} took {took:.3f} s of at most {limit_s:g} s")
+
+
+async def purge_slowly(fleet: Fleet, node: Node, late: list[str]) -> None:
+    """What `KVClient.purge` does, but that each worker is asked a second after the one before it in `late`."""
+    client = await fleet.connect(node)
+    request = worker_pb2.PurgeRequest(root=WHOLE.spec.root, purge=purge_id(client.system))
+    turn = {worker.address: late.index(worker.identity.worker) for worker in fleet.live_workers()}
+
+    async def look() -> list[Member]:
+        await client.members.fresh(timeout_s=1.0)
+        return client.members.all()
+
+    async def ask(address: str) -> int:
+        await asyncio.sleep(turn[address])
+        async with client._links.remote.use(address) as channel:
+            reply: worker_pb2.PurgeReply = await channel.unary(WORKER["Purge"], request, timeout_s=5.0)
+            return reply.blocks
+
+    purged = await purge_all(look, ask)
+    if purged.failed or purged.workers != len(late):
+        raise Violation(f"I8: in peace a purge was not done by all: {purged}")
 
 
 def play(scenario: Scenario) -> None:
