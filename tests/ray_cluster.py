@@ -92,6 +92,15 @@ class RayCluster:
         found: dict[str, list[str]] = self.ask("actors")["actors"]
         return found
 
+    def bystand(self, name: str) -> None:
+        """An actor of somebody else, of that name, on the head node until the cluster ends."""
+        self.ask("bystand", name=name)
+
+    @property
+    def folder(self) -> str:
+        """Where Ray keeps its logs."""
+        return self._folder
+
     def engine(self, gpus: int, node: str = "") -> bool:
         """Whether an actor that wants so many GPUs finds its place; it ends again."""
         return bool(self.ask("engine", gpus=gpus, node=node)["placed"])
@@ -126,6 +135,19 @@ class _Nodes:
         for actor in list_named_actors(all_namespaces=True):
             found.setdefault(actor["namespace"], []).append(actor["name"])
         return {"actors": found}
+
+    def bystand(self, name: str) -> dict[str, Any]:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        class Bystander:
+            def here(self) -> bool:
+                return True
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = ray.remote(Bystander).options(name=name, num_cpus=0, scheduling_strategy=here)
+        self.bystander = options.remote()
+        return {"here": ray.get(self.bystander.here.remote())}
 
     def engine(self, gpus: int, node: str) -> dict[str, Any]:
         import ray
