@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILE_LINES_MAX = 400
+PARSE_TRIES = 5
 FUNCTION_LINES_MAX = 80
 PACKAGES = ("kvstore", "workers", "coordinator")
 EXCUSED = (
@@ -36,12 +37,25 @@ def sources(*folders: str) -> Iterator[tuple[Path, str]]:
                 yield path, path.read_text()
 
 
+def parsed(text: str) -> ast.Module:
+    """CPython 3.11 counts the depth of this in one place for all threads (gh-106905 mends it for one): a thread that a
+    test before left compiling, and so parsing, upsets it now and then."""
+    for _ in range(PARSE_TRIES):
+        try:
+            return ast.parse(text)
+        except SystemError as error:
+            if "recursion depth mismatch" not in str(error):
+                raise
+            upset = error
+    raise upset
+
+
 def test_files_and_functions_stay_readable() -> None:
     long = []
     for path, text in sources("kvstore", "workers", "coordinator", "tests", "examples"):
         if text.count("\n") > FILE_LINES_MAX:
             long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 if lines > FUNCTION_LINES_MAX:
@@ -52,7 +66,7 @@ def test_files_and_functions_stay_readable() -> None:
 def test_nothing_is_swallowed_and_no_test_sleeps() -> None:
     found = []
     for path, text in sources("kvstore", "workers", "coordinator", "tests", "examples"):
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             if isinstance(node, ast.ExceptHandler):
                 silent = all(isinstance(b, ast.Pass) for b in node.body)
                 if silent and (node.type is None or "Exception" in ast.unparse(node.type)):
@@ -70,7 +84,7 @@ def test_every_module_says_what_it_is() -> None:
     missing = [
         str(path.relative_to(ROOT))
         for path, text in sources("kvstore", "workers", "coordinator")
-        if text.strip() and not ast.get_docstring(ast.parse(text))
+        if text.strip() and not ast.get_docstring(parsed(text))
     ]
     assert missing == []
 
