@@ -85,10 +85,26 @@ def _joined(high: Any, low: Any, first_half: Any, q: Any) -> Any:
 
 
 @jit
-def _rest(row: Any, value: Any, rest: Any) -> Any:
-    for c in range(row.size):
-        far = I16(ordered(row[c]) - ordered(value[c]))
-        rest[c] = U16(U16(U16(far) << U16(1)) ^ U16(far >> I16(15)))
+def _distance(bits: Any, value: Any) -> Any:
+    """Zigzag of what `value` lacks to `bits`, in the order of the values."""
+    far = I16(ordered(bits) - ordered(value))
+    return U16(U16(U16(far) << U16(1)) ^ U16(far >> I16(15)))
+
+
+@jit
+def _rest(row: Any, q: Any, by_row: Any, scale: Any, least: Any, rest: Any) -> Any:
+    """How far each element is from the value that `_values` makes of it."""
+    if not by_row:
+        for c in range(row.size):
+            rest[c] = _distance(row[c], value_of(q[c], scale[c], least[c]))
+        return
+    for tile in range(row.size // 64):
+        step, bottom = scale[tile], least[tile]
+        for c in range(64):
+            rest[tile * 64 + c] = _distance(row[tile * 64 + c], value_of(q[tile * 64 + c], step, bottom))
+    for c in range(row.size // 64 * 64, row.size):
+        tile = row.size // 64
+        rest[c] = _distance(row[c], value_of(q[c], scale[tile], least[tile]))
 
 
 @jit
@@ -114,7 +130,6 @@ def _encode(
     least: Any,
     inv: Any,
     q: Any,
-    value: Any,
 ) -> Any:
     at, under = 0, 0
     tiles = (cols + 63) // 64
@@ -139,8 +154,7 @@ def _encode(
                 q[:cols], high[body + start : body + start + cols], low[under + start : under + start + cols], t < half
             )
             if rest.size:
-                _values(q[:cols], by_row, scale[skip:], least[skip:], value[:cols])
-                _rest(row, value[:cols], rest[i : i + cols])
+                _rest(row, q[:cols], by_row, scale[skip:], least[skip:], rest[i : i + cols])
         at, under = body + half * cols, under + half * cols
     return at
 
@@ -180,7 +194,7 @@ def encode(src: Any, dst: Any, rest: Any, jobs: Any, by_row: Any, results: Any) 
     size = scratch_size(jobs)
     low, high = np.empty(size, np.int16), np.empty(size, np.int16)
     scale, least, inv = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    q, value = np.empty(size, np.uint8), np.empty(size, np.uint16)
+    q = np.empty(size, np.uint8)
     for k in range(jobs.shape[0]):
         start, length, rows, cols, first, room, second, more, place = jobs[k]
         v = by_row[k] != 0
@@ -191,7 +205,7 @@ def encode(src: Any, dst: Any, rest: Any, jobs: Any, by_row: Any, results: Any) 
         wanted = rest[place : place + length if rest.size else place].view(np.uint16)
         done = _encode(
             x, rows, cols, v, dst[first : first + room], dst[second : second + more], wanted,
-            low, high, scale, least, inv, q, value,
+            low, high, scale, least, inv, q,
         )  # fmt: skip
         results[k] = 0 if done == room else -1
 

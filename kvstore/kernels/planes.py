@@ -25,3 +25,13 @@ def join(low: Any, high: Any, pairs: Any) -> Any:
     """Inverse of `split`. Mutates `pairs`."""
     for k in range(pairs.size):
         pairs[k] = U16(U16(low[k]) | U16(U16(high[k]) << U16(8)))
+
+
+@jit
+def commonest(plane: Any, step: Any, pieces: Any, size: Any) -> Any:
+    """How often the commonest byte stands in `pieces` pieces of `size` bytes, one each `step` bytes."""
+    counts = np.zeros(256, np.int64)
+    for piece in range(pieces):
+        for k in range(piece * step, piece * step + size):
+            counts[plane[k]] += 1
+    return counts.max()
