@@ -29,6 +29,10 @@ from workers.node import TOGETHER, Node
 CONNECTIONS_MAX = 64
 """To other workers, per namespace."""
 
+BATCH_BYTES = 16 << 20
+"""Read at a time: a few blocks, which are in the caches still when they are copied to where they stay, while the next
+group is read."""
+
 MARKS_A_TURN = 256
 """Marks taken back before others have their turn."""
 
@@ -231,9 +235,8 @@ class Puller:
     async def _from(self, address: str, job: Job, wanted: Sequence[bytes], tally: Tally) -> list[bytes]:
         """Take what one source gives; the keys it did not give."""
         size = block_bytes(job.spec, job.shard)
-        count = max(
-            1, min(self._node.config.worker.pull_bytes_max, self._node.config.worker.get_bytes_max) // 2 // size
-        )
+        config = self._node.config.worker
+        count = max(1, min(config.pull_bytes_max // 2, config.get_bytes_max // 2, BATCH_BYTES) // size)
         missing: list[bytes] = []
         waiting = list(wanted)
         while waiting:
