@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.client import sources
+from kvstore.client import sources, stream_source
 from kvstore.client.kv_client import KVClient
 from kvstore.client.needs import LayerReady
 from kvstore.client.plan import HitPlan
+from kvstore.client.stream_source import Arrivals
 from kvstore.errors import BadRequest, Unavailable
+from kvstore.format import decode_chunks
 from kvstore.keys import Chain
 from kvstore.layout import block_bytes, chunks
 from kvstore.spec import Group, ModelSpec, Shard
@@ -240,6 +243,31 @@ async def test_a_stream_that_never_gets_further_is_a_miss(
     plan = await found(client, prefix, 4)
     broken = Breaking(monkeypatch, 99, frames=1)
     assert (await client.get(plan)).blocks == 0 and len(broken.sent) == 1
+
+
+async def test_frames_of_a_block_may_land_in_any_order(cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte movers take several frames at a time; the last one's end is not the block's."""
+    prefix, raws = await stored(cluster)
+    client = await cluster.client(far=True, data_connections_max=0)
+    plan = await found(client, prefix, 4)
+    copy, decode, behind, late = decode_chunks, Arrivals._decode, threading.Event(), []
+
+    def copy_late(table: Any, data: Any, spec: Any, shard: Any, into: Any, first: int, *more: Any, **how: Any) -> int:
+        if first == 0:
+            late.append(behind.wait(1.0))  # one mover: nobody sets it meanwhile
+        return copy(table, data, spec, shard, into, first, *more, **how)
+
+    def decode_first(self: Arrivals, item: Any, part: Any, *more: Any) -> int:
+        count = decode(self, item, part, *more)
+        if part.first_chunk:
+            behind.set()
+        return count
+
+    monkeypatch.setattr(stream_source, "decode_chunks", copy_late)
+    monkeypatch.setattr(Arrivals, "_decode", decode_first)
+    result = await client.get(plan)
+    assert any(late) and result.blocks == 4
+    assert all(np.array_equal(have, raw) for have, raw in zip(result.buffers[0], raws, strict=True))
 
 
 async def _two_copies(cluster: MiniCluster, same: bool) -> tuple[KVClient, HitPlan, list[list[np.ndarray]]]:

@@ -202,27 +202,30 @@ class Arrivals:
             return None
         return item.raw[mine[0].offset : mine[0].offset + nbytes]
 
-    def land(self, part: worker_pb2.ChunkPart, data: memoryview, *, there: bool = False) -> tuple[int, int, int]:
-        """Runs in a byte mover. One part of a frame: checked, and decoded to its place unless it is `there`."""
+    def land(
+        self, part: worker_pb2.ChunkPart, data: memoryview, *, there: bool = False, alone: bool = False
+    ) -> tuple[int, int, int]:
+        """Runs in a byte mover. One part of a frame: checked, and decoded to its place unless it is `there`. `alone`:
+        no other frame lands meanwhile."""
         if part.block >= len(self.blocks):
             raise Corrupt("chunks came of a block that was not announced")
         item = self.blocks[part.block]
         count = -1
         if item is not None:
             try:
-                count = self._decode(item, part, data, there)
+                count = self._decode(item, part, data, there, alone)
             except (DataError, BadRequest) as error:
                 item.piece.problem = type(error).__name__
         return part.block, part.first_chunk, count
 
-    def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview, there: bool) -> int:
+    def _decode(self, item: _Arriving, part: worker_pb2.ChunkPart, data: memoryview, there: bool, alone: bool) -> int:
         spec, first, stored = self._asked.spec, part.first_chunk, item.header.stored
         at_last = self._asked.by_block and stored == Fidelity.EXACT  # the sum of the whole block says it all
         item.whole = None
         count = decode_chunks(
             part.table, data, spec, item.piece.shard, item.raw, first, stored, in_place=there, summed=not at_last
         )
-        if at_last and first + count == len(chunks(spec, item.piece.shard)):
+        if at_last and alone and first + count == len(chunks(spec, item.piece.shard)):
             item.whole = xxh3(item.raw) == item.header.copy_id  # now, while it lies in the cache
         if not item.direct and item.span is not None and count:
             span = item.span
@@ -327,7 +330,7 @@ class InPlace:
     def landed(self) -> None:
         """Mutates."""
         parts, self._parts = self._parts, []
-        landed = [self._arrivals.land(part, place, there=there) for part, place, there in parts]
+        landed = [self._arrivals.land(part, place, there=there, alone=True) for part, place, there in parts]
         if self._at_once is None:
             self._later += landed
         else:
