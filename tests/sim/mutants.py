@@ -25,7 +25,6 @@ from kvstore.store.purges import Purges
 from kvstore.store.staging import Staging
 from kvstore.tiers.redis_index import RedisIndex
 from workers.announcer import Stream
-from workers.redis_announcer import RedisAnnouncer
 
 Patch = tuple[type, str, Callable[..., Any]]
 
@@ -189,9 +188,6 @@ MUTANTS = (
            ((Arrivals, "_check", _unchecked), (Piece, "begin", _begin_any)), seed=11),
     Mutant("announcer-fence", "every worker elected to announce Redis does so under one epoch",
            ((RedisIndex, "elect", _elect_again),), seed=90, rare=True),
-    Mutant("announcer-name", "a worker that is elected again within its old lease goes on under its old epoch",
-           ((RedisAnnouncer, "_draw", lambda self: setattr(self, "_name", self._worker())),),
-           seed=178, rare=True),
     Mutant("contiguity", "blocks behind a gap count as held",
            ((Directory, "match", _match_anywhere),), seed=1),
     Mutant("lost-words", "changes whose dictionary was lost on the way are passed over", seed=80, found=True, rare=True,
