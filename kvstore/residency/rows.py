@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -170,11 +169,6 @@ class Rows:
     def worth(self, row: int, level: int) -> Fidelity:
         """Fidelity of the copy at a level, whatever the block was computed on."""
         return _FIDELITIES[self.planes[level][row].bit_length()]
-
-    def header_at(self, row: int, level: int) -> Header:
-        """The header, `stored` that of the copy at a level."""
-        header, stored = self.header(row), self.worth(row, level)
-        return header if header.stored == stored else replace(header, stored=stored)
 
     def best(self, row: int) -> int:
         """The fastest level that has it at its best fidelity: what is announced."""
