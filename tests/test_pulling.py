@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import codecs
-from kvstore.client.pulling import Landing, Pulled
+from kvstore.client.pulling import Landing
 from kvstore.errors import Corrupt, DataError
 from kvstore.format import ENTRY_BYTES, HEADER_BYTES, Header, Record, decode_record, encode_raw_parts, encode_record
 from kvstore.keys import Chain
-from kvstore.layout import chunks
+from kvstore.layout import block_bytes, chunks
 from kvstore.spec import Shard
 from kvstore.transport import frames
 from kvstore.wire import worker_pb2
@@ -21,6 +21,7 @@ from tests.service_helpers import FULL, payload, prompt
 
 SHARD = Shard.whole(FULL)
 PREFIX = prompt(1, 3)
+FULL_BYTES = block_bytes(FULL, SHARD)
 
 
 def header(prefix: Chain, depth: int, namespace: str = "default") -> Header:
@@ -65,16 +66,39 @@ def frames_of(*blocks: tuple[Header, bytes] | None) -> list[bytes]:
     return [frames.encode(first.SerializeToString(), ()), *sent]
 
 
+Pulled = tuple[Header, bytes]
+
+
+def roomy(landing: Landing) -> list[memoryview | None]:
+    """Room for all that is coming, as an arena gives it: with the bytes of other blocks in it."""
+    sizes = [0 if head is None else head.stored_length or head.raw_length for head in landing.coming()]
+    rooms = [memoryview(bytearray(b"\xa5" * size)) if size else None for size in sizes]
+    landing.land_in(rooms)
+    return rooms
+
+
+def finished(landing: Landing, rooms: list[memoryview | None]) -> list[Pulled | None]:
+    """What lies whole in its room."""
+    heads = landing.coming()
+    found: list[Pulled | None] = []
+    for head, room, nbytes in zip(heads, rooms, landing.finish(), strict=True):
+        assert not nbytes or (head is not None and room is not None and nbytes == len(room))
+        found.append((head, bytes(room)) if nbytes and head is not None and room is not None else None)
+    return found
+
+
 def land(sent: list[bytes]) -> list[Pulled | None]:
     """The same by gRPC and by a raw connection."""
     by_grpc, by_raw = (Landing("default", FULL, SHARD, PREFIX.keys) for _ in range(2))
+    rooms: list[list[memoryview | None]] = []
     for frame in sent:
         by_grpc.take(frame)
         packed, data = frames.decode(frame)
         for place in by_raw.places(packed or b"", len(data)):
             place[:], data = data[: len(place)], data[len(place) :]
         by_raw.landed()
-    found, same = by_grpc.finish(), by_raw.finish()
+        rooms = rooms or [roomy(by_grpc), roomy(by_raw)]
+    found, same = finished(by_grpc, rooms[0]), finished(by_raw, rooms[1])
     assert found == same and (by_grpc.bad, by_grpc.later) == (by_raw.bad, by_raw.later)
     return found
 
@@ -82,12 +106,11 @@ def land(sent: list[bytes]) -> list[Pulled | None]:
 def test_records_arrive_byte_for_byte_and_raw_blocks_raw() -> None:
     record, raw = stored(0, raw=False), stored(1, raw=True)
     first, second, third = land(frames_of(record, raw, None))
-    assert first is not None and (first.header, bytes(first.data)) == record
-    out = bytearray(first.header.raw_length)
-    decode_record(Record.parse(first.data), FULL, SHARD, memoryview(out))
+    assert first == record
+    out = bytearray(first[0].raw_length)
+    decode_record(Record.parse(memoryview(first[1])), FULL, SHARD, memoryview(out))
     assert np.array_equal(np.frombuffer(out, np.uint8), payload(FULL, SHARD, PREFIX.keys[0]))
-    assert second is not None and (second.header, bytes(second.data)) == raw
-    assert third is None
+    assert second == raw and third is None
 
 
 def test_a_nested_record_arrives_layer_by_layer() -> None:
@@ -99,14 +122,14 @@ def test_a_nested_record_arrives_layer_by_layer() -> None:
     landing = Landing(NAMESPACE, found.spec, found.shard, [made.key])
     first = worker_pb2.GetHeader(blocks=[worker_pb2.BlockInfo(state=worker_pb2.BLOCK_FOUND, header=made.pack())])
     landing.take(frames.encode(first.SerializeToString(), ()))
+    rooms = roomy(landing)
     rows = Record.parse(record).table.tolist()
     for chunk in range(pieces):
         part, at = worker_pb2.GetHeader(), HEADER_BYTES + chunk * each * ENTRY_BYTES
         part.parts.add(block=0, first_chunk=chunk, table=record[at : at + each * ENTRY_BYTES])
         mine = rows[chunk * each : (chunk + 1) * each]
         landing.take(frames.encode(part.SerializeToString(), [record[row[8] : row[8] + row[9]] for row in mine]))
-    [pulled] = landing.finish()
-    assert pulled is not None and (pulled.header, bytes(pulled.data)) == (made, record)
+    assert finished(landing, rooms) == [(made, record)]
 
 
 def test_a_stream_that_ends_early_gives_what_was_whole() -> None:
@@ -119,16 +142,40 @@ def test_what_was_announced_and_did_not_come_whole_is_not_taken(raw: bool) -> No
     """A connection that breaks between the header of a frame and its data."""
     sent = frames_of(stored(0, raw=raw), None, None)
     landing = Landing("default", FULL, SHARD, PREFIX.keys)
-    for frame in sent[:-1]:
+    landing.take(sent[0])
+    rooms = roomy(landing)
+    for frame in sent[1:-1]:
         landing.take(frame)
     packed, data = frames.decode(sent[-1])
     places = landing.places(packed or b"", len(data))
     assert sum(map(len, places)) == len(data) > 0
-    assert landing.finish() == [None, None, None]
+    assert landing.finish() == [0, 0, 0]
     for place, at in zip(places, range(0, len(data), len(data)), strict=True):
         place[:] = data[at : at + len(place)]
     landing.landed()
-    assert [pulled is not None for pulled in landing.finish()] == [True, False, False]
+    assert [pulled is not None for pulled in finished(landing, rooms)] == [True, False, False]
+
+
+def test_a_block_without_room_lands_nowhere_and_is_no_fault() -> None:
+    """Not wanted, or no room for it: its bytes come all the same, and the others' are right."""
+    sent = frames_of(stored(0, raw=True), stored(1, raw=False), stored(2, raw=True))
+    landing = Landing("default", FULL, SHARD, PREFIX.keys)
+    landing.take(sent[0])
+    rooms = [memoryview(bytearray(FULL_BYTES)), None, None]
+    landing.land_in(rooms)
+    for frame in sent[1:]:
+        landing.take(frame)
+    assert landing.finish() == [FULL_BYTES, 0, 0] and landing.bad == 0
+    assert rooms[0] == stored(0, raw=True)[1]
+
+
+def test_what_comes_before_there_is_room_is_not_taken() -> None:
+    sent = frames_of(stored(0, raw=True), None, None)
+    landing = Landing("default", FULL, SHARD, PREFIX.keys)
+    for frame in sent:
+        landing.take(frame)
+    roomy(landing)
+    assert landing.finish() == [0, 0, 0] and landing.bad == 1
 
 
 def test_a_frame_with_more_or_less_than_its_parts_is_refused() -> None:
@@ -136,6 +183,7 @@ def test_a_frame_with_more_or_less_than_its_parts_is_refused() -> None:
     for nbytes in (len(data) - 1, len(data) + 1, 0):
         landing = Landing("default", FULL, SHARD, PREFIX.keys)
         landing.take(frames_of(stored(0, raw=True), None, None)[0])
+        roomy(landing)
         with pytest.raises(Corrupt):
             landing.places(packed or b"", nbytes)
 
@@ -164,4 +212,4 @@ def test_a_flipped_bit_never_gives_other_bytes(data: st.DataObject, raw: bool) -
     except DataError:
         return
     for pulled in found:
-        assert pulled is None or (pulled.header, bytes(pulled.data)) == block
+        assert pulled is None or pulled == block

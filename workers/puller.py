@@ -10,17 +10,19 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from kvstore.auth import node_credentials
 from kvstore.budget import Budget
 from kvstore.client.data_links import DataLinks
 from kvstore.client.links import Pooled
-from kvstore.client.pulling import Landing, Pulled, pull_blocks
+from kvstore.client.pulling import Landing, pull_blocks
 from kvstore.convert import entry_from_wire
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.fair import FairLine
 from kvstore.layout import block_bytes
 from kvstore.spec import ModelSpec, Shard
+from kvstore.store.adopting import Adoption
 from kvstore.transport.base import Channel, Transport
 from kvstore.types import KEY_BYTES, unpack_keys
 from kvstore.wire import common_pb2, coordinator_pb2
@@ -30,8 +32,7 @@ CONNECTIONS_MAX = 64
 """To other workers, per namespace."""
 
 BATCH_BYTES = 16 << 20
-"""Read at a time: a few blocks, which are in the caches still when they are copied to where they stay, while the next
-group is read."""
+"""Read at a time: their spaces are taken all the while, and nobody sees them before the last has come."""
 
 MARKS_A_TURN = 256
 """Marks taken back before others have their turn."""
@@ -235,57 +236,57 @@ class Puller:
     async def _from(self, address: str, job: Job, wanted: Sequence[bytes], tally: Tally) -> list[bytes]:
         """Take what one source gives; the keys it did not give."""
         size = block_bytes(job.spec, job.shard)
-        config = self._node.config.worker
-        count = max(1, min(config.pull_bytes_max // 2, config.get_bytes_max // 2, BATCH_BYTES) // size)
+        config, store = self._node.config.worker, self._node.store
+        nbytes = min(config.pull_bytes_max // 2, config.get_bytes_max // 2, store.adopting.bytes_max, BATCH_BYTES)
+        count = min(TOGETHER, max(1, nbytes // size))
         missing: list[bytes] = []
         waiting = list(wanted)
         while waiting:
             batch, waiting = waiting[:count], waiting[count:]
             await self._budget.take(len(batch) * size, job.namespace)
             try:
-                found, landing = await self._read(address, job, batch)
-                later, purges = (0, ()) if landing is None else (landing.later, landing.purges)
-                missing += [key for key, pulled in zip(batch, found, strict=True) if pulled is None]
-                came = [(key, pulled) for key, pulled in zip(batch, found, strict=True) if pulled is not None]
-                for at in range(0, len(came), TOGETHER):
-                    some = came[at : at + TOGETHER]
-                    await asyncio.gather(*(self._adopt(job, key, pulled, purges, tally) for key, pulled in some))
+                with store.adoption(job.namespace, job.spec, job.shard) as adoption:
+                    came, landing = await self._read(address, job, batch, adoption)
+                    absent = _settled(adoption, batch, came, () if landing is None else landing.purges, tally)
+                await self._pay(sum(came))
             finally:
                 self._budget.give(len(batch) * size)
-            if later and any(pulled is not None for pulled in found):
-                gone = {key for key, pulled in zip(batch, found, strict=True) if pulled is None}
-                waiting = [key for key in batch if key in gone] + waiting
-                missing = [key for key in missing if key not in gone]
-            elif not any(pulled is not None for pulled in found):
-                return [*missing, *waiting]
+            if len(absent) == len(batch):
+                return [*missing, *absent, *waiting]
+            if landing is not None and landing.later:
+                waiting = absent + waiting
+            else:
+                missing += absent
         return missing
 
-    async def _read(self, address: str, job: Job, keys: Sequence[bytes]) -> tuple[list[Pulled | None], Landing | None]:
-        """Per key what came, and the stream it came by; None where nothing came that may be kept."""
+    async def _read(
+        self, address: str, job: Job, keys: Sequence[bytes], adoption: Adoption
+    ) -> tuple[list[int], Landing | None]:
+        """Per key the bytes that came, and the stream they came by; None where nothing came that may be kept."""
         node = self._node
         timeout_s = node.config.worker.pull_timeout_s
         try:
             channels, data = self._linked(job.namespace)
             async with channels.use(address, timeout_s=timeout_s) as channel:
-                found, landing = await pull_blocks(
+                came, landing = await pull_blocks(
                     channel,
                     node.system.pool,
                     job.namespace,
                     job.spec,
                     job.shard,
                     keys,
+                    adoption.make_room,
                     timeout_s=timeout_s,
-                    raw=data.getter(address, channel),
+                    raw=partial(data.getter, address, channel),
                 )
         except KVStoreError as error:
             self.counters[f"pull_errors_{type(error).__name__}"] += 1
-            return [None] * len(keys), None
+            return [0] * len(keys), None
         self.counters["pulled_bad"] += landing.bad
-        await self._pay(sum(len(pulled.data) for pulled in found if pulled is not None))
         if node.store.stack.purges.fences(job.namespace, job.spec.root, job.spec, landing.purges):
             self.counters["pulls_fenced"] += 1  # nothing of that source, as long as it has not done a purge of ours
-            return [None] * len(keys), None
-        return found, landing
+            return [0] * len(keys), None
+        return came, landing
 
     async def _pay(self, nbytes: int) -> None:
         """Wait until the rate allows what has come."""
@@ -293,17 +294,6 @@ class Puller:
         self._free_at = max(self._free_at, now) + nbytes / self._node.config.worker.pull_rate_bytes
         if self._free_at - now > 0.001:
             await asyncio.sleep(self._free_at - now)
-
-    async def _adopt(self, job: Job, key: bytes, pulled: Pulled, purges: Sequence[bytes], tally: Tally) -> None:
-        store, spec, shard = self._node.store, job.spec, job.shard
-        outcome = await store.adopt(job.namespace, spec, shard, pulled.header, pulled.data, purges)
-        if outcome.state == "committed":
-            tally.committed += 1
-        elif outcome.state == "held":
-            tally.held += 1
-        else:
-            tally.dropped += 1
-            tally.left.append(key)
 
     def _linked(self, namespace: str) -> tuple[Pooled[Channel], DataLinks]:
         """Connections as a node, and raw ones that it opens with tickets from there."""
@@ -317,6 +307,25 @@ class Puller:
             data = DataLinks(node.config.client, node.system, self._transport, self.counters)
             found = self._links[namespace] = Pooled(node.system, connect, CONNECTIONS_MAX), data
         return found
+
+
+def _settled(
+    adoption: Adoption, keys: Sequence[bytes], came: Sequence[int], purges: Sequence[bytes], tally: Tally
+) -> list[bytes]:
+    """Keep what came; the keys of which nothing did. Mutates the tally."""
+    absent = []
+    for block, (key, nbytes) in enumerate(zip(keys, came, strict=True)):
+        outcome = adoption.keep(block, purges) if nbytes else adoption.outcomes.get(block)
+        if outcome is None:
+            absent.append(key)
+        elif outcome.state == "committed":
+            tally.committed += 1
+        elif outcome.state == "held":
+            tally.held += 1
+        else:
+            tally.dropped += 1
+            tally.left.append(key)
+    return absent
 
 
 def members_of(sources: Iterable[common_pb2.Member]) -> tuple[tuple[str, str], ...]:

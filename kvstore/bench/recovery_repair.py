@@ -21,6 +21,7 @@ from kvstore.transport.base import Channel
 BLOCK_BYTES, BLOCKS = 2 << 20, 32
 PROMPTS, PROMPTS_QUICK = 12, 5
 GETS = 7
+LOOK_S = 0.25
 BEAT_S = 0.05
 """Hints come with the answers to heartbeats: of as little data as here, waiting for them would take half the time."""
 
@@ -85,7 +86,8 @@ async def _repair(rig: RecoveryRig, work: Work, by: KVClient) -> float:
 
 
 async def _follow(channels: Sequence[Channel], missing: int) -> float:
-    """GB/s from the last look without a new block to the one with all of them."""
+    """GB/s from the last look without a new block to the one with all of them. Looks cost the workers time: between the
+    two there are few, each half way to when the last block is to be expected."""
     before = sum(await asyncio.gather(*(blocks_on(channel) for channel in channels)))
     started = begin = now()
     while now() - begin < WAIT_S:
@@ -95,5 +97,6 @@ async def _follow(channels: Sequence[Channel], missing: int) -> float:
             started = asked
         if count >= missing:
             return count * BLOCK_BYTES / (now() - started) / 1e9
-        await asyncio.sleep(POLL_S)
+        left_s = 0.0 if count == 0 else (asked - started) * (missing - count) / count
+        await asyncio.sleep(max(POLL_S, min(left_s / 2, LOOK_S)))
     raise SetupError(f"{count} of {missing} blocks were copied within {WAIT_S:g} s")

@@ -14,7 +14,7 @@ from kvstore.config import ClientConfig
 from kvstore.errors import Corrupt, Incompatible, Overloaded, Unavailable
 from kvstore.recent import Recent
 from kvstore.seams import Pool, System
-from kvstore.transport.base import Channel, DataChannel, Landing, Transport
+from kvstore.transport.base import Begun, Channel, DataChannel, Landing, Transport
 from kvstore.transport.methods import WORKER
 from kvstore.wire import worker_pb2
 
@@ -35,9 +35,10 @@ class DataLinks:
         self.off: Recent[str] = Recent(system.clock, OFF_S, 4 * config.connections_max)
 
     def getter(
-        self, address: str, channel: Channel
+        self, address: str, channel: Channel, begun: Begun | None = None
     ) -> Callable[[worker_pb2.GetRequest, Landing, float], Awaitable[float]]:
-        """`kvstore.client.stream_source.RawGet` for one worker, which `channel` reaches by gRPC."""
+        """`kvstore.client.stream_source.RawGet` for one worker, which `channel` reaches by gRPC; `begun` as of
+        `DataChannel.get`."""
 
         async def get(request: worker_pb2.GetRequest, landing: Landing, timeout_s: float) -> float:
             end = self._system.clock.monotonic() + timeout_s
@@ -46,7 +47,7 @@ class DataLinks:
                 return self._left(end)
             watched = _Watched(landing)
             try:
-                await link.get(request, watched, timeout_s=self._left(end))
+                await link.get(request, watched, timeout_s=self._left(end), begun=begun)
             except Unavailable:
                 if watched.began:
                     raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from kvstore.errors import KVStoreError, Overloaded
@@ -50,11 +49,9 @@ class Putting:
         shard: Shard,
         header: Header,
         source: memoryview,
-        purges: Collection[bytes] | None = None,
     ) -> PutOutcome:
         """Keep one block: `source` is copied into hot and checksummed in the same pass, then visible. Never raises for
-        what a caller may have got wrong, nor for a tier; `source` may be reused when this returns. `purges`: what the
-        worker that gave it had done; None: a client gave it."""
+        what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
         why = self._objection(namespace, spec, shard, header, source)
         if why:
             return self._end("refused", why=why)
@@ -65,7 +62,7 @@ class Putting:
             return self._end("held", self.stack.changes.outbox(namespace).head)
         turn = self._puts[id] = asyncio.get_running_loop().create_future()
         try:
-            return await self._put(id, spec, shard, header, source, purges)
+            return await self._put(id, spec, shard, header, source)
         finally:
             del self._puts[id]
             turn.set_result(None)
@@ -112,15 +109,7 @@ class Putting:
         residency.touch(row)
         return True
 
-    async def _put(
-        self,
-        id: BlockId,
-        spec: ModelSpec,
-        shard: Shard,
-        header: Header,
-        source: memoryview,
-        purges: Collection[bytes] | None,
-    ) -> PutOutcome:
+    async def _put(self, id: BlockId, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> PutOutcome:
         stack = self.stack
         try:
             self.stack.catalog.learn_namespace(id.namespace)
@@ -140,8 +129,6 @@ class Putting:
             copy_id = await self.copier.copy(source, stack.hot.view(place))
             if header.copy_id not in (0, copy_id):
                 return self._end("refused", why="the bytes do not have the announced checksum")
-            if purges is not None and stack.purges.fences(id.namespace, spec.root, spec, purges):
-                return self._end("refused", why="purged here since, and not where it came from")
             if self._held(id, header):  # loaded from Redis meanwhile
                 return self._end("held", self.stack.changes.outbox(id.namespace).head)
             row = stack.residency.find(id.namespace, id.shard, id.key)

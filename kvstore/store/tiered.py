@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ from kvstore.residency.local_match import match
 from kvstore.residency.snapshots import runs_held
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
-from kvstore.store.adopting import Adopting
+from kvstore.store.adopting import Adopting, Adoption
 from kvstore.store.changes import Changes, Subscriber
 from kvstore.store.copies import Copies, Inspected
 from kvstore.store.holds import Hold, Placed
@@ -110,7 +111,7 @@ class TieredStore:
         self.promotion = Promotion(self.stack, self.movement, budget)
         self.putting = Putting(self.stack, self.movement)
         self.opening = Opening(self.stack, self.movement, self.loading, self.promotion)
-        self.adopting = Adopting(self.stack, self.movement, self.putting)
+        self.adopting = Adopting(self.stack, self.movement)
         self.pins = Pins(self.stack)
         self._copies = Copies(self.stack, budget)
         self._started: list[TierStore] = []
@@ -193,7 +194,7 @@ class TieredStore:
     async def idle(self) -> None:
         """Return when nothing moves and nothing more would: for tests, drains and `validate`."""
         self.movement.pump()
-        while self.movement.busy or self.loading.busy or self.promotion.busy or self.putting.busy:
+        while any(part.busy for part in (self.movement, self.loading, self.promotion, self.putting, self.adopting)):
             await self.movement.room.progress()
             self.movement.pump()
 
@@ -206,18 +207,10 @@ class TieredStore:
         what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
         return await self.putting.put(namespace, spec, shard, header, source)
 
-    async def adopt(
-        self,
-        namespace: str,
-        spec: ModelSpec,
-        shard: Shard,
-        header: Header,
-        data: memoryview,
-        purges: Collection[bytes] = (),
-    ) -> PutOutcome:
-        """Keep a block as another worker has it, verified already: its record, or raw bytes where the header has no
-        chunks. Outcomes as of `put`. `purges`: those that the other worker had done when it gave the block."""
-        return await self.adopting.adopt(namespace, spec, shard, header, data, purges)
+    def adoption(self, namespace: str, spec: ModelSpec, shard: Shard) -> AbstractContextManager[Adoption]:
+        """Blocks of one shard on their way in, as another worker has them: received where they will lie, visible once
+        they are kept. Nobody may write to what it gave when it ends."""
+        return self.adopting.adoption(namespace, spec, shard)
 
     def holds(self, namespace: str, shard: bytes, key: bytes) -> bool:
         """Whether any copy of a block is here. Pure."""

@@ -10,7 +10,7 @@ themselves whether it has them all.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -134,11 +134,16 @@ class Landing(Protocol):
         """The data of that frame is in its places. Corrupt where the stream is none."""
 
 
+Begun = Callable[[], Awaitable[None]]
+"""Called on the event loop when the first frame of a Get has landed, which says what will come: time to find room."""
+
+
 class DataChannel(Protocol):
     """A raw connection to one worker, opened with a ticket; one call at a time. ServiceError, UsageError, Corrupt."""
 
-    async def get(self, request: Any, landing: Landing, *, timeout_s: float) -> None:
-        """A GetRequest; its frames go to `landing`. Cancelled: nobody touches the landing's memory any more."""
+    async def get(self, request: Any, landing: Landing, *, timeout_s: float, begun: Begun | None = None) -> None:
+        """A GetRequest; its frames go to `landing`, those after the first once `begun` has returned. Cancelled: nobody
+        touches the landing's memory any more."""
 
     async def put(self, header: Any, parts: Sequence[Buffer], *, timeout_s: float) -> Any:
         """A PutHeader, then the raw bytes of its blocks; the PutReply."""

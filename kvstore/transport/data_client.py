@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket  # noqa: TID251 - the real socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from kvstore.errors import Corrupt, DeadlineExceeded, KVStoreError, Unavailable
 from kvstore.seams import Pool
 from kvstore.transport import data_frames as frames
-from kvstore.transport.base import Landing
+from kvstore.transport.base import Begun, Landing
 from kvstore.transport.data_link import DataLink
 from kvstore.types import Buffer
 from kvstore.wire import worker_pb2
@@ -82,33 +82,51 @@ class DataClient:
     def usable(self) -> bool:
         return self._between and self._link.quiet()
 
-    async def get(self, request: worker_pb2.GetRequest, landing: Landing, *, timeout_s: float) -> None:
+    async def get(
+        self, request: worker_pb2.GetRequest, landing: Landing, *, timeout_s: float, begun: Begun | None = None
+    ) -> None:
         """Frames until the worker says it was the last one."""
         asked = worker_pb2.DataGet(timeout_ms=_ms(timeout_s))
         asked.get.CopyFrom(request)
         packed = frames.frame(frames.GET, asked.SerializeToString())
 
-        def run() -> None:
-            link = self._link
-            link.send_all([packed])
-            while True:
-                kind, header, nbytes = link.take_frame()
-                if kind == frames.END:
-                    break
-                if kind == frames.ERROR:
-                    self._between = True
-                    raise frames.error_of(header)
-                if kind != frames.FRAME:
-                    raise Corrupt(f"a frame of kind {kind} in a Get")
-                places = landing.places(header, nbytes)
-                if sum(map(len, places)) != nbytes:
-                    raise Corrupt("a frame's data does not fit its places")
-                for place in places:
-                    link.fill(place)
-                landing.landed()
-            self._between = True
+        def first() -> bool:
+            self._link.send_all([packed])
+            return self._land(landing)
 
-        await self._call("Get", run, timeout_s)
+        def others() -> None:
+            while self._land(landing):
+                pass
+
+        def run() -> None:
+            if first():
+                others()
+
+        async def in_turns(begun: Begun) -> None:
+            if await self._link.bulk(first):
+                await begun()
+                await self._link.bulk(others)
+
+        await self._call("Get", (lambda: self._link.bulk(run)) if begun is None else lambda: in_turns(begun), timeout_s)
+
+    def _land(self, landing: Landing) -> bool:
+        """Thread: one frame of a Get; whether it was not the end."""
+        kind, header, nbytes = self._link.take_frame()
+        if kind == frames.END:
+            self._between = True
+            return False
+        if kind == frames.ERROR:
+            self._between = True
+            raise frames.error_of(header)
+        if kind != frames.FRAME:
+            raise Corrupt(f"a frame of kind {kind} in a Get")
+        places = landing.places(header, nbytes)
+        if sum(map(len, places)) != nbytes:
+            raise Corrupt("a frame's data does not fit its places")
+        for place in places:
+            self._link.fill(place)
+        landing.landed()
+        return True
 
     async def put(
         self, header: worker_pb2.PutHeader, parts: Sequence[Buffer], *, timeout_s: float
@@ -131,7 +149,7 @@ class DataClient:
                 raise Corrupt("the reply to a Put is not a PutReply") from None
             return made
 
-        return await self._call("Put", run, timeout_s)
+        return await self._call("Put", lambda: self._link.bulk(run), timeout_s)
 
     def _expect(self, wanted: int) -> bytes:
         kind, header, _ = self._link.take_frame()
@@ -143,13 +161,13 @@ class DataClient:
         self._between = True
         return header
 
-    async def _call(self, name: str, run: Callable[[], T], timeout_s: float) -> T:
+    async def _call(self, name: str, run: Callable[[], Awaitable[T]], timeout_s: float) -> T:
         if not self._between:
             raise Unavailable(f"{self._address}: the data connection is of no more use")
         self._between = False
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._link.bulk(run)
+                return await run()
         except TimeoutError:
             raise DeadlineExceeded(f"{self._address}: no answer to {name} within {timeout_s} s") from None
 

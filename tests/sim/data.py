@@ -14,7 +14,7 @@ from typing import Any
 from kvstore.errors import BadRequest, Corrupt, KVStoreError, Unavailable
 from kvstore.seams import Pool
 from kvstore.transport import frames
-from kvstore.transport.base import CallContext, Credentials, DataService, Landing, Method
+from kvstore.transport.base import Begun, CallContext, Credentials, DataService, Landing, Method
 from kvstore.types import Buffer
 from kvstore.wire import worker_pb2
 from tests.sim.loop import SimProcess
@@ -113,13 +113,16 @@ class MemoryDataChannel:
     def usable(self) -> bool:
         return self._whole and self._network.listeners.get(self._address) is self._server
 
-    async def get(self, request: Any, landing: Landing, *, timeout_s: float) -> None:
+    async def get(self, request: Any, landing: Landing, *, timeout_s: float, begun: Begun | None = None) -> None:
         asked = worker_pb2.DataGet(timeout_ms=int(timeout_s * 1000))
         asked.get.CopyFrom(request)
         self._whole = False
         async with aclosing(self._channel.stream(GET, _only(asked), timeout_s=timeout_s)) as stream:
             async for frame in stream:
                 await self._pool.run(_land, landing, frame)
+                if begun is not None:
+                    await begun()
+                    begun = None
         self._whole = True
 
     async def put(self, header: Any, parts: Sequence[Buffer], *, timeout_s: float) -> Any:
