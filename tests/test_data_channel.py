@@ -208,6 +208,54 @@ async def test_a_deadline_and_a_cancellation_let_go_of_the_buffers() -> None:
         assert sink.landings == came, "somebody still receives"
 
 
+async def test_room_may_be_found_when_the_first_frame_has_come() -> None:
+    async with Net() as net:
+        client, sink = await net.client(), Sink()
+        seen: list[int] = []
+
+        async def begun() -> None:
+            await asyncio.sleep(0)
+            seen.append(sink.landings)
+
+        for _ in range(2):
+            sink.got.clear()
+            sink.landings = 0
+            await client.get(worker_pb2.GetRequest(), sink, timeout_s=5.0, begun=begun)
+            assert b"".join(bytes(data) for _, data in sink.got) == PAYLOAD and client.usable
+        assert seen == [1, 1]
+        with pytest.raises(Overloaded, match="later"):
+            await client.get(worker_pb2.GetRequest(planes=1), Sink(), timeout_s=5.0, begun=begun)
+        assert client.usable and len(seen) == 2, "an answer without frames wants no room"
+
+
+@pytest.mark.parametrize("end", ["cancelled", "late", "failed", "closed"])
+async def test_whoever_gives_up_while_room_is_found_lets_go(end: str) -> None:
+    async with Net() as net:
+        client, sink, waiting, gate = await net.client(), Sink(), asyncio.Event(), asyncio.Event()
+
+        async def begun() -> None:
+            waiting.set()
+            await gate.wait()
+            raise Overloaded("no room")
+
+        get = client.get(worker_pb2.GetRequest(planes=3), sink, timeout_s=0.2 if end == "late" else 60.0, begun=begun)
+        call = asyncio.create_task(get)
+        await waiting.wait()
+        if end == "cancelled":
+            call.cancel()
+        elif end == "closed":
+            await client.close()
+        if end in ("failed", "closed"):
+            gate.set()
+        expected = {"cancelled": asyncio.CancelledError, "late": DeadlineExceeded}.get(end, Overloaded)
+        with pytest.raises(expected):
+            await call
+        assert not client.usable and sink.landings == 1
+        await client.close()
+        await until(lambda: net.service.open == 0)
+        await net.serves()
+
+
 async def test_closing_wakes_whoever_receives() -> None:
     async with Net() as net:
         client = await net.client()

@@ -14,7 +14,6 @@ from kvstore.directory.membership import Member
 from kvstore.errors import Unavailable
 from kvstore.spec import Shard
 from kvstore.store.purges import PURGES_MAX, Purges, Scope
-from kvstore.store.putting import PutOutcome
 from kvstore.transport.base import Credentials
 from kvstore.transport.methods import WORKER
 from kvstore.types import Tier
@@ -188,14 +187,30 @@ async def test_a_purge_in_the_middle_of_a_copy(cluster: MiniCluster, monkeypatch
     """The blocks were read before either worker's purge; they are to be kept after it."""
     first, second = await cluster.worker("one"), await cluster.worker("two")
     await put(cluster, second)
-    adopt = first.store.adopt
+    adoption = first.store.adoption
 
-    async def late(*arguments: Any) -> PutOutcome:
-        for worker in (first, second):
-            await purge(cluster, worker)
-        return await adopt(*arguments)
+    def late(*arguments: Any) -> Any:
+        made = adoption(*arguments)
 
-    monkeypatch.setattr(first.store, "adopt", late)
+        class Late:
+            def __enter__(self) -> Any:
+                inner = made.__enter__()
+                find = inner.make_room
+
+                async def make_room(headers: Any) -> Any:
+                    for worker in (first, second):
+                        await purge(cluster, worker)
+                    return await find(headers)
+
+                inner.make_room = make_room
+                return inner
+
+            def __exit__(self, *error: Any) -> Any:
+                return made.__exit__(*error)
+
+        return Late()
+
+    monkeypatch.setattr(first.store, "adoption", late)
     assert (await pull(first, second)).committed == 0 and first.store.blocks("default") == 0
     first.store.validate()
 
@@ -211,8 +226,11 @@ async def test_a_copy_is_taken_from_who_has_done_the_purge(raw: bool) -> None:
     header, data = (found.header.unencoded(), found.raw) if raw else (found.header, found.record)
     rig.store.stack.purges.add(NAMESPACE, Scope(), ONE)
     for purges, state in (((), "refused"), ((TWO,), "refused"), ((TWO, ONE), "committed")):
-        outcome = await rig.store.adopt(NAMESPACE, rig.spec, rig.whole, header, memoryview(data), purges)
-        assert outcome.state == state, purges
+        with rig.store.adoption(NAMESPACE, rig.spec, rig.whole) as adoption:
+            [room] = await adoption.make_room([header])
+            assert room is not None
+            room[:] = data
+            assert adoption.keep(0, purges).state == state, purges
         await rig.settle()
     await rig.close()
 
