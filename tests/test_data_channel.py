@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
@@ -17,145 +13,12 @@ from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, Overloaded, Un
 from kvstore.machine.system import ThreadPool, real_system
 from kvstore.transport import data_frames as frames
 from kvstore.transport import data_server
-from kvstore.transport.base import CallContext, Incoming
-from kvstore.transport.data_client import DataClient, connect
-from kvstore.transport.data_server import DataServer
+from kvstore.transport.base import CallContext
+from kvstore.transport.data_client import connect
 from kvstore.wire import worker_pb2
+from tests.data_net import MIB, PAYLOAD, WHO, Net, Sink, until
 from tests.net_service import Clock
 from workers.tickets import TICKET_S, Tickets, host_of
-
-MIB = 1 << 20
-PAYLOAD = os.urandom(3 * MIB)
-WHO = CallContext("me", "client", "default", "ipv4:127.0.0.1:4000")
-
-
-class Service:
-    """`DataService`: its frames are PAYLOAD in pieces; a put is kept in `taken`."""
-
-    def __init__(self) -> None:
-        self.tickets = Tickets(real_system(1), 16)
-        self.open = 0
-        self.taken = b""
-        self.gate = asyncio.Event()
-        self.cancelled = asyncio.Event()
-        self.contexts: list[CallContext] = []
-
-    def admit(self, ticket: bytes, host: str) -> CallContext:
-        return self.tickets.take(ticket, host)
-
-    @asynccontextmanager
-    async def get(self, request: Any, context: CallContext) -> AsyncIterator[Iterator[tuple[bytes, Sequence[bytes]]]]:
-        self.contexts.append(context)
-        if request.planes == 1:
-            raise Overloaded("later")
-        if request.planes == 2:
-            try:
-                await self.gate.wait()
-            except asyncio.CancelledError:
-                self.cancelled.set()
-                raise
-        self.open += 1
-        try:
-            yield self._frames(times=1000 if request.planes == 3 else 1)
-        finally:
-            self.open -= 1
-
-    def _frames(self, times: int) -> Iterator[tuple[bytes, Sequence[bytes]]]:
-        yield b"first", ()
-        for number in range(3 * times):
-            piece = memoryview(PAYLOAD)[number % 3 * MIB : (number % 3 + 1) * MIB]
-            yield b"%d" % number, [piece[:7], piece[7:]]
-
-    async def put(self, header: Any, context: CallContext, incoming: Incoming) -> worker_pb2.PutReply:
-        if not header.blocks:
-            raise BadRequest("no blocks")
-        await incoming.begin()
-        if header.spec_json == "full":
-            raise Overloaded("enough")
-        for block in header.blocks:
-            room = memoryview(bytearray(block.raw_bytes))
-            await incoming.fill(room)
-            self.taken += bytes(room)
-        return worker_pb2.PutReply(states=[worker_pb2.BLOCK_COMMITTED] * len(header.blocks))
-
-
-class Sink:
-    """`Landing`."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[bytes, bytearray]] = []
-        self.landings = 0
-
-    def places(self, header: bytes, nbytes: int) -> list[memoryview]:
-        self.got.append((header, bytearray(nbytes)))
-        whole = memoryview(self.got[-1][1])
-        return [whole[:5], whole[5:]] if nbytes else []
-
-    def landed(self) -> None:
-        self.landings += 1
-
-
-class Net:
-    """A server and clients of it, in one process."""
-
-    def __init__(self, *, connections_max: int = 4, idle_s: float = 30.0) -> None:
-        self.service, self.pool, self.clients_pool = Service(), ThreadPool(4), ThreadPool(4)
-        self.server = DataServer(
-            self.service,
-            self.pool,
-            Clock(),
-            tls=None,
-            connections_max=connections_max,
-            idle_s=idle_s,
-            call_max_s=60.0,
-            message_bytes_max=8 * MIB,
-        )
-        self.clients: list[DataClient] = []
-
-    async def __aenter__(self) -> Net:
-        self.server.start("127.0.0.1:0")
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        for client in self.clients:
-            await client.close()
-        async with asyncio.timeout(10):
-            await self.server.close(5.0)
-        assert self.service.open == 0, "blocks are still held"
-        self.pool.close()
-        self.clients_pool.close()
-
-    async def client(self, ticket: bytes | None = None) -> DataClient:
-        ticket = self.service.tickets.give(WHO) if ticket is None else ticket
-        made = await connect(
-            self.server.address, ticket, self.clients_pool, None, timeout_s=5.0, message_bytes_max=8 * MIB
-        )
-        self.clients.append(made)
-        return made
-
-    async def stranger(self, said: bytes) -> bytes:
-        """What somebody who connects and says that hears until the connection ends."""
-        reader, writer = await asyncio.open_connection(*self.server.address.split(":"))
-        writer.write(said)
-        heard = b""
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(5):
-                heard = await reader.read()
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-        return heard
-
-    async def serves(self) -> None:
-        sink = Sink()
-        await (await self.client()).get(worker_pb2.GetRequest(), sink, timeout_s=5.0)
-        assert b"".join(bytes(data) for _, data in sink.got) == PAYLOAD
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_gets_and_puts_follow_each_other_on_one_connection() -> None:
@@ -206,54 +69,6 @@ async def test_a_deadline_and_a_cancellation_let_go_of_the_buffers() -> None:
         came = sink.landings
         await until(lambda: net.service.open == 0)
         assert sink.landings == came, "somebody still receives"
-
-
-async def test_room_may_be_found_when_the_first_frame_has_come() -> None:
-    async with Net() as net:
-        client, sink = await net.client(), Sink()
-        seen: list[int] = []
-
-        async def begun() -> None:
-            await asyncio.sleep(0)
-            seen.append(sink.landings)
-
-        for _ in range(2):
-            sink.got.clear()
-            sink.landings = 0
-            await client.get(worker_pb2.GetRequest(), sink, timeout_s=5.0, begun=begun)
-            assert b"".join(bytes(data) for _, data in sink.got) == PAYLOAD and client.usable
-        assert seen == [1, 1]
-        with pytest.raises(Overloaded, match="later"):
-            await client.get(worker_pb2.GetRequest(planes=1), Sink(), timeout_s=5.0, begun=begun)
-        assert client.usable and len(seen) == 2, "an answer without frames wants no room"
-
-
-@pytest.mark.parametrize("end", ["cancelled", "late", "failed", "closed"])
-async def test_whoever_gives_up_while_room_is_found_lets_go(end: str) -> None:
-    async with Net() as net:
-        client, sink, waiting, gate = await net.client(), Sink(), asyncio.Event(), asyncio.Event()
-
-        async def begun() -> None:
-            waiting.set()
-            await gate.wait()
-            raise Overloaded("no room")
-
-        get = client.get(worker_pb2.GetRequest(planes=3), sink, timeout_s=0.2 if end == "late" else 60.0, begun=begun)
-        call = asyncio.create_task(get)
-        await waiting.wait()
-        if end == "cancelled":
-            call.cancel()
-        elif end == "closed":
-            await client.close()
-        if end in ("failed", "closed"):
-            gate.set()
-        expected = {"cancelled": asyncio.CancelledError, "late": DeadlineExceeded}.get(end, Overloaded)
-        with pytest.raises(expected):
-            await call
-        assert not client.usable and sink.landings == 1
-        await client.close()
-        await until(lambda: net.service.open == 0)
-        await net.serves()
 
 
 async def test_closing_wakes_whoever_receives() -> None:

@@ -1,7 +1,9 @@
 """`bench recovery`, repair: a worker dies, and the others copy what it had a copy of; beside a client's own gets.
 
-The rate is that of all workers together, from the first block that is copied to the last one; the lease that has to run
-out before is not in it.
+The rate is that of both others together, from the first block that is copied to the last one; the lease that has to run
+out before is not in it. Each round has blocks of its own, those of the round before are purged: so the others copy into
+memory that was faulted in before, as a client's buffers are, and workers that serve for long have no other. What the
+first round gives, into fresh memory, is told beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from kvstore.bench.recovery_rig import POLL_S, WAIT_S, RecoveryRig, Work, blocks_on, now
+from kvstore.bench.recovery_rig import POLL_S, WAIT_S, RecoveryRig, Work, blocks_on, now, until
 from kvstore.bench.report import Report
 from kvstore.client.kv_client import KVClient
 from kvstore.config import MIB, Config, override
@@ -21,6 +23,9 @@ from kvstore.transport.base import Channel
 BLOCK_BYTES, BLOCKS = 2 << 20, 32
 PROMPTS, PROMPTS_QUICK = 12, 5
 GETS = 7
+REPLAYED = 3  # rounds in which a client is at work
+WORKERS, VICTIM = 3, 2
+COPIES = 2  # of three workers: then each of the other two has everything
 LOOK_S = 0.25
 BEAT_S = 0.05
 """Hints come with the answers to heartbeats: of as little data as here, waiting for them would take half the time."""
@@ -28,25 +33,26 @@ BEAT_S = 0.05
 
 async def measure_repair(report: Report, rounds: int, quick: bool) -> int:
     """Mutates the report; blocks that were wrong."""
-    work = Work.of(BLOCK_BYTES, BLOCKS, PROMPTS_QUICK if quick else PROMPTS)
-    room = work.nbytes * len(work.prompts)
+    room = BLOCK_BYTES * BLOCKS * (PROMPTS_QUICK if quick else PROMPTS)
     store = {"hot_bytes": room * 5 // 4 + 64 * MIB, "host_bytes": room * 3 // 2 + 128 * MIB, "ssd_bytes": 4 * room}
     own = {"store": store, "worker": {"pull_rate_bytes": 64 << 30, "pull_bytes_max": 128 * MIB}}
-    repairs = ("repair",) if quick else ("repair", "repair_under_replay")
-    rates: dict[str, list[float]] = {name: [] for name in ("tcp_get", *repairs)}
-    async with RecoveryRig(override(Config(), own), workers=3, heartbeat_s=BEAT_S) as rig:
+    kinds = ["repair_into_fresh_memory"] + ["repair"] * rounds + ["repair_under_replay"] * (0 if quick else REPLAYED)
+    rates: dict[str, list[float]] = {"tcp_get": [], **{kind: [] for kind in kinds}}
+    wrong = 0
+    async with RecoveryRig(override(Config(), own), workers=WORKERS, heartbeat_s=BEAT_S, slow_start_s=0.001) as rig:
         by = await rig.client()
-        await work.put(by)
-        await rig.held(work, by)
-        wrong = await _gets(by, work, len(work.prompts), [])  # warm
-        for _ in range(rounds):
+        for number, kind in enumerate(kinds):
+            work = Work.of(BLOCK_BYTES, BLOCKS, PROMPTS_QUICK if quick else PROMPTS, revision=str(number))
+            await work.put(by)
+            await rig.held(work, by, COPIES)
+            wrong += await _gets(by, work, len(work.prompts), [])  # warm
             wrong += await _gets(by, work, max(2, GETS // rounds), rates["tcp_get"])
-            for name in repairs:
-                async with rig.load(work, 1) if name == "repair_under_replay" else nullcontext() as load:
-                    rates[name].append(await _repair(rig, work, by))
-                    await rig.held(work, by)
-                wrong += load.wrong if load is not None else 0
-        wrong += await _gets(by, work, len(work.prompts), [])  # what was copied is what was put
+            async with rig.load(work, 1) if kind == "repair_under_replay" else nullcontext() as load:
+                rates[kind].append(await _repair(rig, work))
+                await rig.held(work, by, COPIES)
+            wrong += load.wrong if load is not None else 0
+            wrong += await _gets(by, work, len(work.prompts), [])  # what was copied is what was put
+            await _renew(rig, work, by)
     for name, values in rates.items():
         report.result(name, values, "GB/s")
     report.ratio("repair_vs_tcp_get", "repair", "tcp_get", at_least=0.5)
@@ -69,27 +75,35 @@ async def _gets(by: KVClient, work: Work, count: int, rates: list[float]) -> int
     return wrong
 
 
-async def _repair(rig: RecoveryRig, work: Work, by: KVClient) -> float:
-    """Kill the worker that has most of it, and follow the others; GB/s of raw bytes. It is back when this returns."""
-    held: dict[str, int] = {}
-    for prompt in work.prompts:
-        for worker, count in (await work.holders(by, prompt)).items():
-            held[worker] = held.get(worker, 0) + count
-    victim = max(held, key=lambda worker: held[worker])
-    index = rig.index(victim)
-    others = [other for other in range(len(rig.cluster.workers)) if other != index]
+async def _repair(rig: RecoveryRig, work: Work) -> float:
+    """Kill a worker, and follow the others until each has everything; GB/s of raw bytes."""
+    others = [other for other in range(WORKERS) if other != VICTIM]
     async with rig.channels(others) as channels:
-        rig.signal(rig.cluster.workers[index].process.pid, signal.SIGKILL)
-        rate = await _follow(channels, held[victim])
-    await rig.cluster.restart_worker(index)
-    return rate
+        rig.signal(rig.cluster.workers[VICTIM].process.pid, signal.SIGKILL)
+        return await _follow(channels, COPIES * sum(map(len, work.prompts)))
 
 
-async def _follow(channels: Sequence[Channel], missing: int) -> float:
-    """GB/s from the last look without a new block to the one with all of them. Looks cost the workers time: between the
-    two there are few, each half way to when the last block is to be expected."""
+async def _renew(rig: RecoveryRig, work: Work, by: KVClient) -> None:
+    """The killed worker is back, and all are empty."""
+    await rig.cluster.restart_worker(VICTIM)
+
+    async def whole() -> bool:
+        workers = (await by.cluster_status())["workers"]
+        return [worker["state"] for worker in workers].count("alive") == WORKERS
+
+    await until(whole, f"{WORKERS} workers are members")
+    await by.purge(work.spec)  # which looks at the members anew
+
+
+async def _follow(channels: Sequence[Channel], whole: int) -> float:
+    """GB/s from the last look without a new block to the one with all of them, `whole` together. Looks cost the workers
+    time: between those two there are few, each half way to when the last block is to be expected."""
     before = sum(await asyncio.gather(*(blocks_on(channel) for channel in channels)))
+    missing = whole - before
+    if missing <= 0:
+        raise SetupError("the worker that was killed had nothing to lose")
     started = begin = now()
+    count = 0
     while now() - begin < WAIT_S:
         asked = now()
         count = sum(await asyncio.gather(*(blocks_on(channel) for channel in channels))) - before

@@ -43,8 +43,9 @@ class Work:
     prompts: list[Chain]
 
     @classmethod
-    def of(cls, block_bytes: int, blocks: int, count: int, first: int = 0) -> Work:
-        spec = replay_spec(block_bytes)
+    def of(cls, block_bytes: int, blocks: int, count: int, first: int = 0, revision: str = "") -> Work:
+        """`revision` of the model: the same tokens have other blocks."""
+        spec = replace(replay_spec(block_bytes), revision=revision)
         ids = [tuple(first + number * blocks + depth for depth in range(blocks)) for number in range(count)]
         return cls(spec, Payload(block_bytes), [chain(spec, tokens_of(prompt)) for prompt in ids])
 
@@ -113,7 +114,14 @@ class RecoveryRig:
     """`async with RecoveryRig(...) as rig`: workers and coordinators, two copies of everything."""
 
     def __init__(
-        self, config: Config, *, workers: int, coordinators: int = 1, copies: int = 2, heartbeat_s: float = HEARTBEAT_S
+        self,
+        config: Config,
+        *,
+        workers: int,
+        coordinators: int = 1,
+        copies: int = 2,
+        heartbeat_s: float = HEARTBEAT_S,
+        slow_start_s: float | None = None,
     ) -> None:
         self._folder = TemporaryDirectory(prefix="kvstore-bench-")
         namespaces = Path(self._folder.name) / "namespaces.toml"
@@ -122,6 +130,8 @@ class RecoveryRig:
             "server": {"namespaces_file": str(namespaces), "stop_grace_s": 0.5},
             "coordinator": {"lease_s": LEASE_S, "heartbeat_s": heartbeat_s, "hint_again_s": 2.0},
         }
+        if slow_start_s is not None:
+            own["coordinator"]["slow_start_s"] = slow_start_s
         self.cluster = LocalCluster(override(config, own), workers=workers, coordinators=coordinators, redis=False)
         self._system = real_system()
         self._clients: list[KVClient] = []
