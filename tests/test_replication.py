@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.convert import spec_to_wire
+from kvstore.directory.membership import State
 from kvstore.directory.placement import rank
 from kvstore.keys import Chain
 from kvstore.layout import block_bytes
@@ -131,6 +132,36 @@ async def test_a_worker_that_drains_leaves_its_blocks_to_others(cluster: MiniClu
     plan = await found(client, prefix, 70)
     assert first.identity.worker not in plan.holders
     check(plan, await client.get(plan), 70)
+
+
+@pytest.mark.parametrize(("looks", "moved"), [(6, 20), (10**9, 0)])
+async def test_who_drains_waits_for_a_worker_that_is_suspected(cluster: MiniCluster, looks: int, moved: int) -> None:
+    """The second is hidden when the drain begins: for a few looks, or (the control) for as long as it lasts."""
+    await cluster.coordinator()
+    first = await cluster.worker("one")
+    client = await cluster.client()
+    prefix = prompt(6, 20)
+    await client.put(prefix.spec, prefix, blocks_of(prefix))
+    second = await cluster.worker("two")
+    await until(lambda: len(first.announcer.view()) == 2, "both are known")
+    seen = 0
+
+    def view() -> dict[str, common_pb2.Member]:
+        nonlocal seen
+        seen += 1
+        members = first.announcer.view()
+        if seen <= looks and second.identity.worker in members:
+            hidden = common_pb2.Member()
+            hidden.CopyFrom(members[second.identity.worker])
+            hidden.state = State.SUSPECT
+            members[second.identity.worker] = hidden
+        return members
+
+    first.draining._view = view
+    first.draining.begin(20.0 if moved else 1.0)
+    await until(lambda: first.draining.progress().done, "it has drained, or its time is over")
+    assert (first.draining.progress().blocks_moved, held(second, prefix)) == (moved, moved)
+    assert first.node.counters["drain_timed_out"] == (moved == 0)
 
 
 async def test_a_worker_that_drains_takes_no_new_blocks(cluster: MiniCluster) -> None:

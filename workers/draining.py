@@ -27,6 +27,16 @@ TAKERS_MAX = 2
 ROWS_A_TURN = 512
 """Blocks looked at before others have their turn."""
 
+AGAIN_S = 0.1
+"""Until what stayed behind is offered once more."""
+
+REFUSALS_MAX = 3
+"""Rounds in which all who were asked answered and took nothing more. Who does not answer is asked until the time is
+over: a worker suspected for a moment would otherwise cost every block that only this one has."""
+
+BLIND_MAX = 15
+"""Rounds in a row without a coordinator to say who is there: then the coordinators are leaving too."""
+
 
 @dataclass(slots=True)
 class _Group:
@@ -52,6 +62,7 @@ class Draining:
         self._node, self._transport, self._view, self._told = node, transport, view, told
         self._task: asyncio.Task[None] | None = None
         self._asked = asyncio.Event()  # somebody was told that it is done
+        self._silent = False  # whether in this round somebody could not be asked
         self._progress = worker_pb2.DrainReply()
         self.over = asyncio.Event()
 
@@ -84,16 +95,12 @@ class Draining:
 
     async def _run(self, timeout_s: float) -> None:
         progress = self._progress
-        groups: list[_Group] = []
         try:
             async with asyncio.timeout(timeout_s):
                 groups = await self._groups()
                 progress.groups = len(groups)
                 progress.blocks_left = sum(len(group.keys) for group in groups)
-                line = iter(groups)
-                async with asyncio.TaskGroup() as tasks:
-                    for _ in range(AT_A_TIME):
-                        tasks.create_task(self._work(line))
+                await self._rounds(groups)
         except TimeoutError:
             self._node.counters["drain_timed_out"] += 1
         progress.done = True
@@ -101,6 +108,31 @@ class Draining:
             async with asyncio.timeout(self._node.config.server.stop_grace_s):
                 await self._asked.wait()
         self.over.set()
+
+    async def _rounds(self, groups: list[_Group]) -> None:
+        """Offer what is left until all of it is elsewhere, nobody is there to take it, or nobody wants it."""
+        refusals = blind = 0
+        while groups and refusals < REFUSALS_MAX and blind < BLIND_MAX and (self._others() or not self._view()):
+            blind = 0 if self._view() else blind + 1
+            self._silent = False
+            line = iter(groups)
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(AT_A_TIME):
+                    tasks.create_task(self._work(line))
+            groups = [group for group in groups if group.keys]
+            self._progress.groups_done = self._progress.groups - len(groups)
+            if groups:
+                refusals = 0 if self._silent else refusals + 1
+                await asyncio.sleep(AGAIN_S)
+
+    def _others(self) -> dict[str, common_pb2.Member]:
+        """Who may take something, now or once coordinators hear of it again."""
+        me = self._node.identity.worker
+        return {
+            id: member
+            for id, member in self._view().items()
+            if id != me and member.address and member.state != State.DRAINING
+        }
 
     async def _groups(self) -> list[_Group]:
         """What is held, without copies that the fleet has elsewhere in plenty, the most useful first."""
@@ -124,21 +156,23 @@ class Draining:
             group.keys.sort()
             keys = [key for _, key in group.keys]
             step = self._node.config.worker.keys_max
+            left: set[bytes] = set()
             for at in range(0, len(keys), step):
-                await self._move(group, keys[at : at + step])
-            self._progress.groups_done += 1
+                left.update(await self._move(group, keys[at : at + step]))
+            group.keys = [(depth, key) for depth, key in group.keys if key in left]
 
-    async def _move(self, group: _Group, keys: list[bytes]) -> None:
-        """Ask the group's homes among the others, the first first, until all blocks are there."""
+    async def _move(self, group: _Group, keys: list[bytes]) -> list[bytes]:
+        """Ask the group's homes among the others, the first first, until all blocks are there; the keys left over."""
         node, progress = self._node, self._progress
         spec, shard = node.catalog.spec(group.root), node.catalog.shard(group.shard)
         if spec is None or shard is None:
-            return
-        view = self._view()
-        others = [id for id, member in view.items() if id != node.identity.worker and member.state == State.ALIVE]
-        for id in rank(group.id, others)[:TAKERS_MAX]:
+            return []  # nobody could say what they are
+        others = self._others()
+        takers = rank(group.id, [id for id, member in others.items() if member.state == State.ALIVE])[:TAKERS_MAX]
+        self._silent |= not takers
+        for id in takers:
             if not keys:
-                return
+                break
             request = worker_pb2.PullRequest(
                 spec_json=spec.canonical_json(),
                 shard=shard_to_wire(shard),
@@ -147,15 +181,17 @@ class Draining:
                 source=member_to_wire(node.member()),
             )
             try:
-                reply = await self._ask(view[id].address, group.namespace, request)
+                reply = await self._ask(others[id].address, group.namespace, request)
             except KVStoreError as error:
                 node.counters[f"drain_errors_{type(error).__name__}"] += 1
+                self._silent = True
                 continue
             left = unpack_keys(reply.left) if len(reply.left) % KEY_BYTES == 0 else keys
             progress.blocks_moved += reply.committed
             progress.blocks_held += reply.held
             progress.blocks_left -= min(progress.blocks_left, reply.committed + reply.held)
             keys = [key for key in left if node.store.holds(group.namespace, group.shard, key)]
+        return keys
 
     async def _ask(self, address: str, namespace: str, request: worker_pb2.PullRequest) -> worker_pb2.PullReply:
         channel = await self._transport.connect(address, node_credentials(self._node.config.server, namespace))
