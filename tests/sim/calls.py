@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WINDOW = 8  # messages on the way in one direction of a stream: flow control
 CALLS_MAX = 1_024
+STALLED_S = 0.05  # until a cut link is looked at again
 
 
 class Pipe:
@@ -67,20 +68,24 @@ class Pipe:
         while True:
             if self._error is not None:
                 raise type(self._error)(str(self._error))
-            now = asyncio.get_running_loop().time()
-            if self._items and self._items[0][0] <= now and not self.stalled():
+            loop = asyncio.get_running_loop()
+            now, stalled = loop.time(), self.stalled()
+            if self._items and self._items[0][0] <= now and not stalled:
                 _, item = self._items[0]
                 if item is not None:
                     self._items.popleft()
                 self._changed.set()
                 return item
             self._changed.clear()
-            wait = 0.05 if self.stalled() else self._items[0][0] - now if self._items else None
+            wait = STALLED_S if stalled else self._items[0][0] - now if self._items else None
+            timer = (
+                None if wait is None else loop.call_later(wait, self._changed.set)
+            )  # a timeout costs three times this
             try:
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+                await self._changed.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     async def only(self) -> bytes:
         """The single item of this direction."""
