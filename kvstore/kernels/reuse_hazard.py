@@ -73,13 +73,24 @@ def at_risk(reused: Any, lost: Any, now: Any, into: Any) -> Any:
 
 
 @jit
+def count_open(s: Known, blocks: Any, tables: Any) -> Any:
+    """Every entry in its class and age; neighbours are mostly of one request and kind, as in `write_keys`. Mutates."""
+    request, role, gap, c, b = np.int64(NONE), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+    for e in range(len(blocks)):
+        if blocks[e].request == NONE:
+            continue
+        if blocks[e].request != request or blocks[e].role != role or blocks[e].gap != gap:
+            request, role, gap = np.int64(blocks[e].request), np.int64(blocks[e].role), np.int64(blocks[e].gap)
+            c, b = np.int64(class_of(s, e)), np.int64(age_bin(s.x[NOW] - s.requests[request].time))
+        tables[OPEN, c, b] += 1.0
+
+
+@jit
 def sweep(s: Known, keep: Any) -> Any:
     """Learn anew from all counts; older ones weigh `keep` of what they did. Mutates."""
     classes = s.n[CLASSES]
     s.tables[OPEN, :classes] = 0.0
-    for e in range(len(s.blocks)):
-        if s.blocks[e].request != NONE:
-            s.tables[OPEN, class_of(s, e), age_bin(s.x[NOW] - s.requests[s.blocks[e].request].time)] += 1.0
+    count_open(s, s.blocks, s.tables)
     classes = s.n[CLASSES]
     s.tables[REUSED, :classes] *= keep
     s.tables[LOST, :classes] *= keep

@@ -13,15 +13,17 @@ from heapq import heappop, heappush
 
 import numpy as np
 
+from kvstore.kernels.reuse_state import Array
 from kvstore.policies.learning import Learning
 from kvstore.policies.usage import Hint, Use
 
 RUN_ROWS_MIN = 256
-RUN_SHARE = 64  # of the rows in a run
+RUN_SHARE, RUN_SHARE_NEAR = 16, 64  # of the rows in a run
 FRESH_ROWS_MAX = 64  # looked at one request late, or when there are more
-SORT_ROWS = 16  # rows that one use pays for: a new order of all with a new request, once enough were used
+SORT_ROWS = 8  # rows that one use pays for: a new order of all with a new request, once enough were used
 SORT_ROWS_NEAR = 128  # as long as they are few: all they need lies in the processor's caches
 NEAR_ROWS = 1 << 14
+SPREAD = 8  # rows numbered at most so many times as far as there are here are listed by number
 DEPTH_BITS = 16
 DEPTH_MASK = (1 << DEPTH_BITS) - 1
 GROWTH_ROWS_MIN = 64
@@ -45,10 +47,9 @@ class Learned:
         self._run_keys: list[int] = []
         self._back: list[tuple[int, int]] = []  # heap of (key, row): who came back into question, or came in
         self._offer: dict[int, int] = {}  # row -> its key there; a guess, if it came since the last look
-        self._came = (ABSENT, 0)  # the last new block, and the number of the request that brought it
-        self._like = (0, 0)  # the key of a new block, without its depth, and the request whose blocks are so
-        self._ordered = 0  # requests at the last run
-        self._paid = 0  # uses since then
+        self._came, self._came_in = ABSENT, 0  # the last new block, and the number of the request that brought it
+        self._like, self._like_in = 0, 0  # the key of a new block, without its depth, and the request whose are so
+        self._ordered, self._paid, self._due = 0, 0, 0  # requests at the last run, uses since, how many pay for a new one
         self._set_aside = 0
         self._fresh = array("i")  # came or were used since the last run or the last look; maybe gone, maybe twice
         self._reach = -1  # of the run: rows with lesser keys than this belong in front of its end
@@ -67,24 +68,19 @@ class Learned:
         self.learning.follow(row, above, now_s, within_s, coming)
 
     def admit(self, row: int, ident: int, nbytes: int, above: int = 0, depth: int = 0) -> None:
-        place = self._place
+        place, learning = self._place, self.learning
         if row >= len(place):
-            grown = max(GROWTH_ROWS_MIN, row + 1 - len(place), len(place) // 8)
-            place.frombytes(b"\xff" * (place.itemsize * grown))
-            self._aside.extend(bytes(grown))
-            self._in_run.extend(bytes(grown))
-            self._used.frombytes(bytes(self._used.itemsize * grown))
+            self._more_rows(row)
         assert place[row] == ABSENT, f"row {row} is admitted twice"
         place[row] = len(self._rows)
         self._used[row] = 0
         self._rows.append(row)
-        self._in_run[row] = 0
         self._fresh.append(row)
         self._paid += 1
-        if self.learning.admit(row, ident, above, depth):
-            self._came = row, self.learning.requests
-            if self._like[1] == self.learning.requests:
-                self._put_in(row, self._like[0] | (DEPTH_MASK - min(depth, DEPTH_MASK)))
+        if learning.admit(row, ident, above, depth):
+            self._came, self._came_in = row, learning.requests
+            if self._like_in == learning.requests:
+                self._put_in(row, self._like | (DEPTH_MASK - depth if depth < DEPTH_MASK else 0))
 
     def touch(self, row: int) -> None:
         assert self._place[row] != ABSENT, f"row {row} is touched but absent"
@@ -106,13 +102,14 @@ class Learned:
             self._rows[at] = last
             self._place[last] = at
         self._place[row] = ABSENT
-        self._in_run[row] = 0
+        if self._in_run[row]:
+            self._in_run[row] = 0
+            self._offer.pop(row, None)
         if self._aside[row]:
             self._aside[row] = 0
             self._set_aside -= 1
         if self._doomed:
             self._doomed.pop(row, None)
-        self._offer.pop(row, None)
         self.learning.leave(row)
 
     def ready(self, row: int) -> None:
@@ -150,9 +147,10 @@ class Learned:
                     if eligible(row):
                         return row
                     self._put_aside(row)
-        if self._ordered != self.learning.requests and self._pays():
+        requests, waiting = self.learning.requests, len(self._rows) - self._set_aside
+        if self._paid >= self._due and self._ordered != requests and waiting:
             self._sort()
-        elif self._run and (len(self._fresh) > FRESH_ROWS_MAX or self._seen != self.learning.requests):
+        elif self._run and (len(self._fresh) > FRESH_ROWS_MAX or self._seen != requests):
             self._look()
         while len(self._rows) > self._set_aside:
             row = self._first()
@@ -182,10 +180,12 @@ class Learned:
         self._aside[row] = 1
         self._set_aside += 1
 
-    def _pays(self) -> bool:
-        """Whether enough was used since the last run that a new one costs little beside it."""
-        rows = len(self._rows) - self._set_aside
-        return rows > 0 and (1 + self._paid) * (SORT_ROWS_NEAR if rows <= NEAR_ROWS else SORT_ROWS) >= rows
+    def _more_rows(self, row: int) -> None:
+        grown = max(GROWTH_ROWS_MIN, row + 1 - len(self._place), len(self._place) // 8)
+        self._place.frombytes(b"\xff" * (self._place.itemsize * grown))
+        self._aside.extend(bytes(grown))
+        self._in_run.extend(bytes(grown))
+        self._used.frombytes(bytes(self._used.itemsize * grown))
 
     def _put_in(self, row: int, key: int) -> None:
         """A row joins the run, if it belongs before its end. Mutates."""
@@ -211,10 +211,10 @@ class Learned:
         """Who came or was used and yet belongs before the end of the run joins it. Mutates."""
         rows = np.unique(np.frombuffer(self._fresh, np.int32))
         self.learning.settle()
-        keys = self.learning.written(rows)
-        for row, key in zip(rows.tolist(), keys.tolist(), strict=True):
-            if self._place[row] == ABSENT:
-                continue
+        keys, in_run = self.learning.written(rows), np.frombuffer(self._in_run, np.uint8)
+        here = np.frombuffer(self._place, np.int32)[rows] != ABSENT
+        here &= (keys < self._reach) | (in_run[rows] != 0)  # most belong behind it
+        for row, key in zip(rows[here].tolist(), keys[here].tolist(), strict=True):
             if self._in_run[row]:
                 if self._offer.get(row, key) == key:
                     continue
@@ -224,17 +224,24 @@ class Learned:
 
     def _looked(self) -> None:
         self._fresh, self._seen = array("i"), self.learning.requests
-        row, request = self._came
-        if request == self.learning.requests and self._place[row] != ABSENT:
-            self._like = self.learning.key(row) & ~DEPTH_MASK, request
+        if self._came_in == self.learning.requests and self._place[self._came] != ABSENT:
+            self._like, self._like_in = self.learning.key(self._came) & ~DEPTH_MASK, self._came_in
+
+    def _here(self) -> Array:
+        """Rows of this level, by number where that costs little: neighbours came together and lie together. Pure."""
+        if len(self._place) <= SPREAD * len(self._rows):
+            return np.flatnonzero(np.frombuffer(self._place, np.int32) != ABSENT).astype(np.int32)
+        return np.frombuffer(self._rows, np.int32).copy()
 
     def _sort(self) -> None:
         """A new run: the lowest of the rows that are in question. There is one. Mutates."""
-        rows = np.frombuffer(self._rows, np.int32).copy()
+        rows = self._here()
         keys = self.learning.keys(rows)
         waits = np.frombuffer(self._aside, np.uint8)[rows] != 0
         free, free_keys = rows[~waits], keys[~waits]
-        size = max(RUN_ROWS_MIN, len(free) // RUN_SHARE)
+        share, pays = (RUN_SHARE_NEAR, SORT_ROWS_NEAR) if len(free) <= NEAR_ROWS else (RUN_SHARE, SORT_ROWS)
+        self._ordered, self._paid, self._due = self.learning.requests, 0, len(free) // pays
+        size = max(RUN_ROWS_MIN, len(free) // share)
         if len(free) > size:
             lowest = np.argpartition(free_keys, size)[:size]
             free, free_keys = free[lowest], free_keys[lowest]
@@ -247,5 +254,4 @@ class Learned:
         in_run[rows[waits & (keys <= self._reach)]] = 1  # whose turn comes when `ready` is said of them
         self._back.clear()
         self._offer.clear()
-        self._ordered, self._paid = self.learning.requests, 0
         self._looked()

@@ -163,7 +163,8 @@ class Learning:
         Mutates."""
         if row >= self._rows:
             self._more_rows(row)
-        self._make_way()
+        if len(self._events) > PENDING_WORDS:
+            self.settle()
         self._admits += 1
         self._events.extend((ADMIT << 56 | min(depth, 0xFFFFFF) << 32 | row, ident, above))
         self._copies[row] += 1
