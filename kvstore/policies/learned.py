@@ -49,7 +49,11 @@ class Learned:
         self._offer: dict[int, int] = {}  # row -> its key there; a guess, if it came since the last look
         self._came, self._came_in = ABSENT, 0  # the last new block, and the number of the request that brought it
         self._like, self._like_in = 0, 0  # the key of a new block, without its depth, and the request whose are so
-        self._ordered, self._paid, self._due = 0, 0, 0  # requests at the last run, uses since, how many pay for a new one
+        self._ordered, self._paid, self._due = (
+            0,
+            0,
+            0,
+        )  # requests at the last run, uses since, how many pay for a new one
         self._set_aside = 0
         self._fresh = array("i")  # came or were used since the last run or the last look; maybe gone, maybe twice
         self._reach = -1  # of the run: rows with lesser keys than this belong in front of its end

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstore.codecs import RAW
+from kvstore.codecs import PLANES_MAX, RAW
 from kvstore.errors import TierDown, TierFull
 from kvstore.format import ENTRY_DTYPE, HEADER_BYTES, Record, encode_record, expect, trim_record
 from kvstore.header import Header
@@ -29,7 +29,9 @@ class Ticket:
     nbytes: int
     nearest: int
     held: Slot | None  # in the arena: a purge meanwhile must not hand the bytes on while they are read
+    planes: int = PLANES_MAX  # leading ones that arrive at the nearest destination
     arriving: bool = True
+    saves: int = 0  # bytes that dropping a plane where it lies is thought to free
 
 
 @dataclass(slots=True)
@@ -114,7 +116,8 @@ class Carrier:
         if destination == stack.REDIS:
             await self._to_redis(ticket)
         else:
-            moving = await self._source(row, ticket.level, destination)
+            planes = ticket.planes if destination == ticket.nearest else PLANES_MAX
+            moving = await self._source(row, ticket.level, destination, planes)
             location = await self._write(ticket, destination, moving)
             if residency.gone(row) or residency.present(row, destination):
                 stack.tiers[destination].free(moving.namespace, moving.header, location)
@@ -126,6 +129,38 @@ class Carrier:
             leaves = not residency.elsewhere(row, ticket.level)
             stack.drop(row, ticket.level)
             stack.counters["left_to_redis" if leaves else "spilled"] += 1
+
+    async def thin(self, ticket: Ticket) -> bool:
+        """Drop a block's last planes where it lies: copy what is left, flip, free. Whether the level may go on:
+        not where it has no room for the copy. Corrupt, UnknownFormat."""
+        stack, residency, row, level = self.stack, self.stack.residency, ticket.row, ticket.level
+        tier, slot = stack.arena_tier(level), ticket.held
+        assert tier is not None and slot is not None
+        if not self._lies_in(row, level, slot):
+            return True
+        namespace, view = residency.namespace(row), stack.arena.view(slot)
+        header, parts = await stack.system.work(len(view), leading, view, residency.header(row), ticket.planes)
+        nbytes = sum(memoryview(part).nbytes for part in parts)
+        if nbytes >= len(view):
+            stack.planes.keep(row)
+            return True
+        place = tier.reserve(namespace, nbytes)
+        if place is None:
+            return False
+        await tier.fill(namespace, header, place, parts)
+        if self._lies_in(row, level, slot) and residency.staying(row, level):
+            stack.shrink(row, level, header, place)
+            stack.counters["planes_dropped"] += 1
+        else:
+            tier.free(namespace, header, place)
+        return True
+
+    def _lies_in(self, row: int, level: int, slot: Slot) -> bool:
+        """Whether a block's copy at a level is still the one in a slot that is held. Pure."""
+        if self.stack.residency.gone(row) or not self.stack.residency.present(row, level):
+            return False
+        now = self.stack.slot(row, level)
+        return now is not None and (now.segment, now.offset) == (slot.segment, slot.offset)
 
     async def _to_redis(self, ticket: Ticket) -> None:
         """To a holder of its own. What Redis has already is not sent again."""
@@ -142,7 +177,7 @@ class Carrier:
         if residency.gone(row):  # purged, or replaced by a better copy, while it was sent
             self.finder.redis.free(namespace, moving.header, location)
 
-    async def _source(self, row: int, level: int, destination: int) -> Moving:
+    async def _source(self, row: int, level: int, destination: int, most: int = PLANES_MAX) -> Moving:
         """The block's bytes as a destination wants them. Corrupt when they no longer are what was committed."""
         stack, residency = self.stack, self.stack.residency
         work = stack.system.work
@@ -157,7 +192,7 @@ class Carrier:
                 await stack.tiers[level].read(namespace, header, location, view)
             except TierDown as error:
                 raise SourceDown(str(error)) from error
-        planes = stack.codec_rules(namespace).planes_in(stack.tier_of(destination))
+        planes = min(most, stack.codec_rules(namespace).planes_in(stack.tier_of(destination)))
         if not residency.levels[level].raw:
             if tier is None:
                 await work(len(view), verified, view, header)

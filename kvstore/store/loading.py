@@ -12,13 +12,11 @@ from kvstore.format import HEADER_BYTES, expect
 from kvstore.header import Header
 from kvstore.store.carrier import extent, leading, verified
 from kvstore.store.movement import Movement
+from kvstore.store.planes import USUAL_SHARE
 from kvstore.store.shared import Finder
 from kvstore.store.stack import Stack
 from kvstore.tiers.base import Location, TierStore
 from kvstore.types import BlockId, Fidelity, Tier
-
-USUAL_SHARE = (0.4, 0.72, 1.0)
-"""Of a nested record, by leading planes: on real KV .37 and .70. Where they take more, a second read follows."""
 
 
 @dataclass(slots=True)

@@ -7,10 +7,11 @@ leaves the block where it was and its level alone until the heartbeat, or until 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 
 from kvstore.errors import Corrupt, TierDown, TierFull, UnknownFormat
-from kvstore.residency.victims import margin
 from kvstore.store.carrier import Carrier, NoPlace, NoRoom, SourceDown, Ticket
+from kvstore.store.departures import Departure, Departures, Way
 from kvstore.store.growth import Growth
 from kvstore.store.room import Outlets, Room
 from kvstore.store.shared import Finder
@@ -26,12 +27,14 @@ class Movement:
     def __init__(self, stack: Stack, finder: Finder | None) -> None:
         self.stack = stack
         self.outlets = Outlets(stack)
+        self.departures = Departures(stack, self.outlets)
         self.growth = Growth(stack.arena, stack.system.pool, self.nudge)
         self.room = Room(stack, self.outlets, self.growth, self.press, self._anything_moves, self._move_on)
         self._carrier = Carrier(stack, finder, self.room)
         self.moving_bytes = 0  # of the copies on their way down
         self._targets: dict[int, int] = {}  # level -> bytes it is being drained to, since it crossed its watermark
         self._wanted: dict[int, int] = {}  # likewise, since something waits for room there
+        self._thinning: dict[int, int] = {}  # level -> bytes of the planes that are being dropped there
         self._stuck: dict[int, None] = {}  # levels whose last move failed
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._again = False  # a pump stopped at DROPS_A_PUMP
@@ -88,6 +91,7 @@ class Movement:
         """Try again what failed. Mutates."""
         self.outlets.heartbeat()
         self.stack.arena.heartbeat()
+        self.stack.planes.heartbeat()
         self.growth.poke()
         self._stuck.clear()
         self.pump()
@@ -95,9 +99,11 @@ class Movement:
     def _pump_level(self, level: int) -> None:
         residency, config = self.stack.residency, self.stack.config
         capacity = residency.levels[level].capacity
-        if self._staying(level) > config.high_watermark * capacity and self.outlets.open(level):
+        outlet = self.outlets.open(level) or self.stack.planes.any_at(level)
+        if self._staying(level) > config.high_watermark * capacity and outlet:
             self._targets.setdefault(level, int(config.low_watermark * capacity))
-        for _ in range(DROPS_A_PUMP):
+        done = 0
+        while done < DROPS_A_PUMP:
             staying = self._staying(level)
             for targets in (self._targets, self._wanted):
                 if staying <= targets.get(level, staying):
@@ -105,58 +111,99 @@ class Movement:
             wanted = level in self._wanted
             if level in self._stuck or not (wanted or level in self._targets):
                 return
-            row = residency.victim(level, force=not self.outlets.evicts(level))
-            if row is None:
+            short = staying - (self._wanted if wanted else self._targets)[level] - self._thinning.get(level, 0)
+            departure = self.departures.next(level, short, give_up=wanted) if short > 0 else None
+            if departure is None or not self._depart(departure):
                 return
-            if self.room.shed(row, level, clean_only=not wanted):
-                self.room.progressed()
-            elif not self._start(row, level):
-                return
+            done += len(departure.rows)
         self._again = True
 
-    def _start(self, row: int, level: int) -> bool:
-        """Begin to move a block down, if a destination and the bounds allow it. Mutates."""
-        stack, residency = self.stack, self.stack.residency
+    def _depart(self, departure: Departure) -> bool:
+        """Do what was decided, or begin to; whether anything came of it. Mutates."""
+        self.stack.counters["departures"] += 1
+        if departure.way == Way.MOVE:
+            return self._begin(departure)
+        if departure.way == Way.THIN:
+            return self._thin(departure)
+        for row in departure.rows:
+            self.room.shed(row, departure.level)
+        self.room.progressed()
+        return True
+
+    def _begin(self, departure: Departure) -> bool:
+        """Begin to move a run down, as much of it as the bounds allow; whether any. Mutates."""
+        if not departure.destinations:
+            return bool(self.outlets.open(departure.level)) and self._over_quota(departure.rows[0])
+        for at, row in enumerate(departure.rows):
+            if at and not self.stack.residency.may_leave(row, departure.level):
+                break  # making room for the one before it took more than was foreseen
+            if not self._start(row, departure):
+                return at > 0
+        return True
+
+    def _start(self, row: int, departure: Departure) -> bool:
+        """Begin to move a block of a run, if the bounds allow it. Mutates."""
+        stack, residency, level = self.stack, self.stack.residency, departure.level
+        nearest = departure.destinations[0]
         namespace, nbytes = residency.namespace(row), stack.length(row, level)
-        below = self.outlets.open(level)
-        destinations = [destination for destination in below if stack.takes(destination, namespace, nbytes)]
-        while len(destinations) > 1 and self._passes_by(row, destinations[0], nbytes):
-            del destinations[0]
-        if below and not destinations:
-            return self._over_quota(row)
-        if not destinations or (self._tasks and self.moving_bytes + nbytes > stack.config.spill_queue_bytes):
+        if self._tasks and self.moving_bytes + nbytes > stack.config.spill_queue_bytes:
             return False
-        if destinations[0] < stack.REDIS:
-            if not self.room.give_way(destinations[0], namespace, nbytes):
+        if nearest < stack.REDIS:
+            if not self.room.give_way(nearest, namespace, nbytes):
                 return self._over_quota(row)
-            if not self._may_come(destinations[0], nbytes):
-                return self._evict_instead(row, level, destinations[0], nbytes)
-        ticket = Ticket(row, level, nbytes, destinations[0], stack.slot(row, level))
+            if self._thins_for(nearest, namespace, nbytes):
+                return False  # again when that is done
+            if not self._may_come(nearest, nbytes):
+                return self._evict_instead(row, level, nearest, nbytes)
+        ticket = Ticket(row, level, nbytes, nearest, stack.slot(row, level), departure.planes)
         if ticket.held is not None:
             stack.arena.hold(ticket.held)
         residency.work(row)
         residency.leave(row, level)
-        self.moving_bytes += nbytes
-        self._carrier.arriving[ticket.nearest] += nbytes
-        task = asyncio.get_running_loop().create_task(self._move(ticket, destinations))
-        self._tasks[task] = None
-        task.add_done_callback(lambda task: self._ended(task, ticket))
+        self._carrier.arriving[nearest] += nbytes
+        self._run(self._move(ticket, departure.destinations), ticket, nbytes)
         return True
 
-    def _passes_by(self, row: int, level: int, nbytes: int) -> bool:
-        """Whether a block would be the next to leave a level it came to, so that it had better go further down at once:
-        the level's room is for what is expected to be used more. Pure."""
-        residency = self.stack.residency
-        if level >= self.stack.REDIS:
-            return False
-        if self._staying(level) + nbytes <= self.stack.config.high_watermark * residency.levels[level].capacity:
-            return False
-        more = margin(residency, row, level)
-        return more is not None and more < 0
+    def _run(self, work: Coroutine[None, None, None], ticket: Ticket, nbytes: int) -> None:
+        self.moving_bytes += nbytes
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(lambda task: self._ended(task, ticket))
+
+    def _thin(self, departure: Departure) -> bool:
+        """Begin to drop the last planes of a run's blocks; whether any. Mutates."""
+        stack, residency, level = self.stack, self.stack.residency, departure.level
+        for at, row in enumerate(departure.rows):
+            nbytes = stack.length(row, level)
+            if self._tasks and self.moving_bytes + nbytes > stack.config.spill_queue_bytes:
+                return at > 0
+            ticket = Ticket(row, level, nbytes, level, stack.slot(row, level), departure.planes, arriving=False)
+            assert ticket.held is not None
+            stack.arena.hold(ticket.held)
+            residency.work(row)
+            ticket.saves = stack.planes.saved(nbytes, int(residency.rows.worth(row, level)), departure.planes)
+            self._thinning[level] = self._thinning.get(level, 0) + ticket.saves
+            self._run(self._thin_one(ticket), ticket, nbytes)
+        return True
+
+    async def _thin_one(self, ticket: Ticket) -> None:
+        stack, row, level = self.stack, ticket.row, ticket.level
+        try:
+            if not await self._carrier.thin(ticket):
+                self._stuck[level] = None
+        except (Corrupt, UnknownFormat):
+            stack.damaged(row, level)
+        finally:
+            assert ticket.held is not None
+            stack.arena.release(ticket.held)
+            stack.residency.done(row)
+            self._thinning[level] -= ticket.saves
 
     def _move_on(self, row: int, level: int) -> bool:
         """Begin to move a block down for its namespace's quota; whether that, or the end of a block, has begun."""
-        return level not in self._stuck and not self._closed and self._start(row, level)
+        if level in self._stuck or self._closed:
+            return False
+        return self._begin(self.departures.move([row], level))
 
     def _over_quota(self, row: int) -> bool:
         """Its namespace has no room below either, and nothing of it there gives way: a leaf of it goes. Mutates.
@@ -172,6 +219,21 @@ class Movement:
         self.stack.remove(leaf, evicted=True)
         self.room.progressed()
         return True
+
+    def _thins_for(self, level: int, namespace: str, nbytes: int) -> bool:
+        """Whether planes go for one more in the last level, beside those on their way to it, before any block does:
+        those that are worth less. Mutates: they begin to."""
+        wanted = nbytes + self._carrier.arriving[level]
+        if level in self._stuck or self.stack.arena_tier(level) is None or not self.stack.planes.any_at(level):
+            return False
+        short = self.room.short(level, wanted)
+        if short <= 0 and self.stack.arena.fits(namespace, nbytes):
+            return False
+        short = max(short, nbytes) - self._thinning.get(level, 0)  # free bytes in pieces are of no use
+        if short <= 0:
+            return True
+        departure = self.departures.thinner(level, short)
+        return departure is not None and self._depart(departure)
 
     def _may_come(self, level: int, nbytes: int) -> bool:
         """Whether a level has, or can make at once, room for one more beside those on their way to it."""

@@ -41,7 +41,7 @@ class Opening:
         stack, rows = self.stack, self.stack.residency.rows
         hold = self.holds.begin(len(wanted))
         try:
-            away, used = list[int](), list[int]()
+            away, used, refused = list[int](), list[int](), 0
             here: dict[int, tuple[list[int], list[int]]] = {}  # level -> (which of them, rows)
             same_root = rows.known_root(root)
             last, index = b"", cast("Mapping[bytes, int]", {})
@@ -49,6 +49,7 @@ class Opening:
                 if shard != last:
                     last, index = shard, stack.residency.keys(namespace, shard)
                 row = index.get(key)
+                refused += row is not None and rows.fidelity[row] < least
                 if row is None or rows.fidelity[row] < least:
                     if redis and stack.redis is not None:
                         away.append(at)
@@ -63,6 +64,7 @@ class Opening:
                     mine[1].append(row)
             for level, mine in here.items():
                 self.holds.take(hold, *mine, level)
+            stack.planes.opened(namespace, least, len(used) + refused)
             used.reverse()  # the deepest first, so that no parent is older than its child
             stack.advice.opened(used, stack.system.clock.monotonic())
             if away:

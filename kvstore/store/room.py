@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvstore.errors import TierFull
 from kvstore.fair import FairLine
+from kvstore.residency.together import together
 from kvstore.store.growth import Growth
 from kvstore.store.stack import Stack
 from kvstore.tiers.base import Location
@@ -116,6 +117,16 @@ class Room:
         stack.drop(row, level)
         return True
 
+    def shed_together(self, row: int, level: int, nbytes: int, *, clean_only: bool = False) -> bool:
+        """The same for all that leave together with the next one, until so many bytes are free. Mutates."""
+        residency = self.stack.residency
+        if not residency.elsewhere(row, level) and (clean_only or not self.outlets.evicts(level)):
+            return False
+        self.stack.counters["departures"] += 1
+        for each in together(residency, row, level, nbytes):
+            self.shed(each, level, clean_only=clean_only)
+        return True
+
     def evict(self, row: int, level: int) -> bool:
         """Give up a copy that nothing below can take, its move having failed; whether it is gone. Mutates."""
         if self.stack.residency.pinned(row) or not self.stack.residency.present(row, level):
@@ -157,7 +168,7 @@ class Room:
         tier = self.stack.tiers[level]
         while not tier.fits(nbytes):
             row = self.stack.residency.victim(level, force=force) if nbytes <= tier.capacity else None
-            if row is None or not self.shed(row, level):
+            if row is None or not self.shed_together(row, level, self.short(level, nbytes)):
                 return False
         return True
 
@@ -177,7 +188,7 @@ class Room:
             if crowded and dropped >= ORDERLY_DROPS:
                 break
             row = stack.residency.victim(level)
-            if row is None or not self.shed(row, level, clean_only=clean_only):
+            if row is None or not self.shed_together(row, level, tier.short(nbytes), clean_only=clean_only):
                 break
         if not clean_only and tier.fits(nbytes):
             self._clear_segments(namespace)

@@ -27,11 +27,13 @@ from kvstore.quotas import Quotas
 from kvstore.residency.bulk import take_in
 from kvstore.residency.handover import hand_over
 from kvstore.residency.residency import Level, Residency
+from kvstore.residency.shrinking import shrink
 from kvstore.seams import System
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store.arena import PAGE_BYTES, Arena, Slot
 from kvstore.store.changes import Changes
 from kvstore.store.codec_use import CodecUse
+from kvstore.store.planes import Planes
 from kvstore.store.purges import Purges
 from kvstore.store.quota_gate import QuotaGate
 from kvstore.store.shared import SharedTier
@@ -94,6 +96,7 @@ class Stack:
         self.advice = Advice(self.residency, caller_time=config.caller_time)
         self.codec_use = CodecUse()
         self._codec_rules = dict(codecs or {})
+        self.planes = Planes(self.residency, config, self._codec_rules, self.nested)
         self._codecs: dict[tuple[str, bytes, bytes], tuple[int, ...]] = {}
         self.quota = QuotaGate(self.residency, system.clock, quotas or {})
         self.purges = Purges(system.clock, config.purge_fence_s)
@@ -259,6 +262,14 @@ class Stack:
             self.changes.push(namespace, Removed(header.shard, header.key))
         else:
             self._moved(row, before)
+
+    def shrink(self, row: int, level: int, header: Header, location: Location) -> None:
+        """A copy has lost planes: `header` and `location` are its new record's. Frees the old one. Mutates."""
+        before = self._said(row)
+        old = shrink(self.residency, row, level, location, header.stored)
+        self.residency.replace_header(row, header)
+        self.tiers[level].free(self.residency.namespace(row), header, old)
+        self._moved(row, before)
 
     def damaged(self, row: int, level: int) -> None:
         """A copy whose bytes do not hold is given up, pinned or not; nothing where it is gone already. Mutates."""
