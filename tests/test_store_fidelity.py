@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from kvstore.codecs import DENSE, FAST, INT4, INT8, NESTED
 from kvstore.directory.runs import Added
 from kvstore.format import Record, encode_record, trim_record
 from kvstore.spec import Group, ModelSpec, Shard
+from kvstore.store import promotion
 from kvstore.types import Fidelity, Tier
 from tests.contracts.records import NAMESPACE, small_spec
-from tests.store_fakes import FaultyTier
+from tests.store_fakes import FaultyTier, ManualClock, YieldingPool, fake_system
 from tests.store_rig import MANY, Rig
 
+T = TypeVar("T")
 EXACT, NEAR, COMPACT = Fidelity.EXACT, Fidelity.NEAR, Fidelity.COMPACT
 
 
@@ -293,4 +297,34 @@ async def test_status_knows_what_codecs_made_of_each_tier() -> None:
     assert list(host) == list(ssd) == ["int8"] and not rig.store.stack.codec_use.of(Tier.REDIS)
     assert host["int8"].raw_bytes > ssd["int8"].raw_bytes > 0
     assert 1.5 < host["int8"].raw_bytes / host["int8"].stored_bytes < 2
+    await rig.close()
+
+
+async def test_seconds_of_codecs_leave_out_the_line_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread is had after a minute; a block decodes for two seconds."""
+
+    class Line(YieldingPool):
+        async def run(self, function: Callable[..., T], *args: object) -> T:
+            clock.now += 60.0
+            return await super().run(function, *args)
+
+    def slow(*args: Any) -> Any:
+        clock.now += 2.0
+        return decoded(*args)
+
+    decoded = promotion.decoded
+    monkeypatch.setattr(promotion, "decoded", slow)
+    system = fake_system(Line())
+    clock = system.clock
+    assert isinstance(clock, ManualClock)
+    rig = Rig.make(system=system, ssd=FaultyTier(Tier.SSD, 4 << 20))
+    await rig.store.start()
+    await rig.put_all(MANY)
+    await rig.settle()
+    below = next(depth for depth in range(MANY) if rig.where(depth) == [Tier.HOST])
+    rig.store.release((await rig.open([below])).id)
+    await rig.settle()
+    assert rig.store.counters["promotions"] == 1
+    assert sum(use.decode_s for use in rig.store.stack.codec_use.of(Tier.HOST).values()) == pytest.approx(2.0)
+    assert sum(use.encode_s for use in rig.store.stack.codec_use.of(Tier.HOST).values()) == 0.0
     await rig.close()
