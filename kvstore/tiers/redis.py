@@ -143,9 +143,10 @@ class RedisTier:
                 before.insert(0, ["HSET", space.key("words"), *words])
             entry = header.pack()
             arguments = [space.incarnation, id, entry, self._bound(space.name), ttl_ms, STREAM_MAX, space.values]
+            arguments += self.index.described(header)
             word, *totals = await self.index.run(PUT, [*space.keys, sent], arguments, before)
             space.count(totals)
-            if word == b"enter":  # the index was emptied since: its words are gone too
+            if word == b"enter":  # the index was emptied since, or is an older one: its words are gone
                 space.incarnation = b""
                 space.described.clear()
                 continue

@@ -183,6 +183,11 @@ class RedisIndex:
             fields += [shard.digest, json.dumps(["shard", rectangle])]
         return fields
 
+    def described(self, header: Header) -> list[bytes]:
+        """The digests of a block that Redis must have words of, once `words` were sent. Pure."""
+        known = self.catalog.spec(header.root), self.catalog.shard(header.shard)
+        return [digest for digest, what in zip((header.root, header.shard), known, strict=True) if what is not None]
+
     async def _learn_for(self, space: Space, headers: Sequence[Header]) -> None:
         """Read the words of digests that nobody here knows. A word proves itself: its digest is its name."""
         unknown: dict[bytes, None] = {}

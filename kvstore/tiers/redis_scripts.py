@@ -78,7 +78,8 @@ return {found, totals()}
 )
 
 # KEYS: meta index order changes words, the value as sent; ARGV: incarnation, id, entry, capacity, ttl in ms, length of
-# the change stream, prefix of values. The value was set under a name of its own before: a script would copy it.
+# the change stream, prefix of values, digests that have words. The value was set under a name of its own before: a
+# script would copy it.
 PUT = (
     _COMMON
     + f"""
@@ -90,6 +91,12 @@ end
 if redis.call('HGET', meta, 'incarnation') ~= ARGV[1] then
   redis.call('UNLINK', sent)
   return answer('enter')
+end
+for i = 8, #ARGV do
+  if redis.call('HEXISTS', KEYS[5], ARGV[i]) == 0 then -- Redis came up again with a dump of before they were said
+    redis.call('UNLINK', sent)
+    return answer('enter')
+  end
 end
 if redis.call('EXISTS', sent) == 0 then return answer('lost') end
 local old = redis.call('HGET', index, id)

@@ -203,6 +203,9 @@ def put(run: Run, given: list[bytes]) -> Any:
     if run.field(run.meta, b"incarnation") != given[0]:
         data.unlink(sent)
         return [b"enter", *run.totals()]
+    if any(run.field(run.keys[4], digest) is None for digest in given[7:]):
+        data.unlink(sent)
+        return [b"enter", *run.totals()]
     if data.get(sent, run.now) is None:
         return [b"lost", *run.totals()]
     old = run.index.get(id)
