@@ -14,7 +14,7 @@ from kvstore.residency import together as subject
 from kvstore.residency.residency import Residency
 from kvstore.residency.together import RUN_BLOCKS_MAX, together
 from kvstore.spec import Group
-from kvstore.store import departures
+from kvstore.store import departures, promotion
 from kvstore.store.departures import Departure, Departures
 from kvstore.store.planes import READS_EXACT
 from kvstore.types import Fidelity, Tier
@@ -176,6 +176,35 @@ async def test_block_by_block_they_are_torn_apart(monkeypatch: pytest.MonkeyPatc
     assert len(ways) >= rig.store.stack.counters["spilled"] / 2 and asked > MANY / 4
     ends = {depths[0]: tuple(to) for depths, to in ways}
     assert any(ends[depth] != ends.get(depth + 1, ends[depth]) for depth in ends)
+    await rig.close()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+async def test_what_is_served_together_comes_up_together(monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+    """Eight blocks that were read at once, hot being full: one question whether to promote them. `torn`: the control,
+    where each is worth something else."""
+    rig = Rig.make(ssd=FaultyTier(Tier.SSD, 4 << 20))
+    await rig.store.start()
+    await rig.put_all(MANY)
+    await rig.settle()
+    depths = [depth for depth in range(MANY) if rig.where(depth) == [Tier.HOST]][:8]
+    assert depths == list(range(depths[0], depths[0] + 8))
+    asked = list[int]()
+
+    def compared(residency: Residency, row: int, level: int) -> int:
+        asked.append(row)
+        return -1
+
+    monkeypatch.setattr(promotion, "margin", compared)
+    hot = rig.store.stack.residency.policies[rig.store.stack.HOT]
+    monkeypatch.setattr(hot, "worth", lambda row: row if torn else 1)
+    monkeypatch.setattr(rig.store.movement.room, "short", lambda level, nbytes: nbytes)
+    before = rig.store.stack.counters["promotions_skipped"]
+    hold = await rig.open(depths)
+    assert len(asked) == (8 if torn else 1)
+    assert rig.store.stack.counters["promotions_skipped"] - before == 8
+    monkeypatch.undo()
+    rig.store.release(hold.id)
     await rig.close()
 
 

@@ -74,21 +74,21 @@ class Resident:
         assert kept or self.advice is not None, "the newest left first"  # which `default` may well decide
 
 
-def grown_bytes(blocks: int) -> float:
+def grown_bytes(blocks: int, policy: str = "lru") -> float:
     """Bytes of memory a block by which this process grows. True only of one that has freed nothing before."""
-    Resident(CHAIN)  # what is made once
+    Resident(CHAIN, policy)  # what is made once
     gc.collect()
     before = resident_bytes()
-    made = Resident(blocks)
+    made = Resident(blocks, policy)
     gc.collect()
     grown = (resident_bytes() - before) / blocks
     assert made.residency.blocks[SSD] == blocks
     return grown
 
 
-async def _grown_elsewhere(blocks: int) -> float:
+async def _grown_elsewhere(blocks: int, policy: str = "lru") -> float:
     """`grown_bytes` in a process of its own."""
-    code = f"from kvstore.bench.tiers_residency import grown_bytes; print(grown_bytes({blocks}))"
+    code = f"from kvstore.bench.tiers_residency import grown_bytes; print(grown_bytes({blocks}, {policy!r}))"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     if process.returncode:
@@ -127,4 +127,6 @@ def measure_residency(report: Report, rounds: int, blocks: int) -> None:
     report.ratio("residency_cost_vs_10k", "residency_ops_10k", "residency_ops", at_most=3.0)
     report.result("metadata_bytes_a_block", [grown], "bytes")
     report.target("metadata_bytes_a_block", at_most=300)
+    learned = asyncio.run(_grown_elsewhere(blocks, "default"))
+    report.result("metadata_default_bytes_a_block", [learned], "bytes")
     report.notes.append(f"residency_ops: {blocks} resident blocks, seconds of CPU")

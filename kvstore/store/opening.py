@@ -110,10 +110,9 @@ class Opening:
         spec = self.stack.catalog.spec(root) if raw_bytes else None
         if spec is not None:  # a rank loads its part of a block: as many tokens as its bytes are of the whole block's
             self.stack.saved_tokens += spec.block_tokens * raw_bytes / sum(map(spec.group_bytes, spec.groups))
-        for at in np.flatnonzero((hold.rows["state"] == FOUND) & (hold.rows["raw"] == 0)).tolist():
-            row = residency.find(namespace, *wanted[at])
-            if row is not None:
-                self.promotion.promote(row)
+        below = np.flatnonzero((hold.rows["state"] == FOUND) & (hold.rows["raw"] == 0)).tolist()
+        rows = [residency.find(namespace, *wanted[at]) for at in below]
+        self.promotion.promote([row for row in rows if row is not None])
 
     def release(self, hold_id: int) -> None:
         """End a hold. Idempotent."""

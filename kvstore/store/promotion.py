@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,19 +43,44 @@ class Promotion:
     def busy(self) -> bool:
         return bool(self._tasks)
 
-    def promote(self, row: int) -> None:
-        """Bring a block that was served from below into hot if room costs nothing, else count that. Mutates."""
+    def promote(self, rows: Sequence[int]) -> None:
+        """Bring blocks that were served from below into hot if room costs nothing, else count that: decided once for
+        consecutive blocks of a prefix that are worth the same. `rows`: as they lie in their prompt. Mutates."""
+        residency, hot = self.stack.residency, self.stack.HOT
+        runs, last = list[list[int]](), None
+        for row in rows:
+            if self._closed or residency.present(row, hot) or residency.writing(row, hot) or self._lossy(row):
+                continue
+            worth = residency.policies[hot].worth(row)
+            if runs and residency.rows.parent[row] == runs[-1][-1] and worth == last:
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+            last = worth
+        for run in runs:
+            if self._worth_it(run):
+                for row in run:
+                    self._begin(row)
+            else:
+                self.stack.counters["promotions_skipped"] += len(run)
+
+    def _lossy(self, row: int) -> bool:
+        """Whether its stored chunks are all there is to know: raw bytes in hot would have to be encoded again."""
+        residency, host = self.stack.residency, self.stack.HOST
+        return residency.present(row, host) and residency.rows.worth(row, host) < Fidelity.EXACT
+
+    def _worth_it(self, run: Sequence[int]) -> bool:
+        """Whether there is room for all of a run, or it is expected to be used more than what would give way."""
         stack, residency = self.stack, self.stack.residency
-        if self._closed or residency.present(row, stack.HOT) or residency.writing(row, stack.HOT):
-            return
-        if residency.present(row, stack.HOST) and residency.rows.worth(row, stack.HOST) < Fidelity.EXACT:
-            return  # its stored chunks are all there is to know: raw bytes in hot would have to be encoded again
+        if self.movement.room.short(stack.HOT, sum(residency.rows.raw[row] for row in run)) <= 0:
+            return True
+        more = margin(residency, run[0], stack.HOT)
+        return more is None or more > 0
+
+    def _begin(self, row: int) -> None:
+        """Promote one block into room that costs nothing, else count that. Mutates."""
+        stack, residency = self.stack, self.stack.residency
         header, namespace = residency.header(row), residency.namespace(row)
-        if self.movement.room.short(stack.HOT, header.raw_length) > 0:
-            more = margin(residency, row, stack.HOT)
-            if more is not None and more <= 0:
-                stack.counters["promotions_skipped"] += 1
-                return  # what would give way is expected to be used as soon
         model, slot = stack.model(header), stack.slot(row, stack.HOST) if residency.present(row, stack.HOST) else None
         place = None
         if model is not None and slot is not None and self.budget.fits(header.raw_length):
