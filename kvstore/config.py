@@ -49,7 +49,7 @@ class StoreConfig:
     codec: str = "lossless"  # on leaving hot: lossless | dense | lz4 | zstd | raw
     high_watermark: float = 0.90  # per tier, of its own capacity: spilling starts
     low_watermark: float = 0.80  # and stops
-    policy: str = "lru"  # who leaves first: default (learns of reuse) | lru | s3fifo | arc
+    policy: str = "default"  # who leaves first: default (learns of reuse) | lru | s3fifo | arc
     ghost_bytes: int = 64 * MIB  # memory for what `default` remembers of evicted blocks
     caller_time: bool = False  # ages go by the times that callers send, as a replayed trace does
     spill_queue_bytes: int = 256 * MIB  # in flight downwards; beyond it stores are dropped
