@@ -7,9 +7,10 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ SLOTS = (2, 1, 1)
 
 COORDINATORS = 2
 HITS_MIN = 0.9  # of the share of blocks that survive: with two copies of each, all of them
+REQUESTS_MIN = 20  # that end while a fault lasts: what less than that survives, says little
+SLOW_S = 20.0  # it lasts longer for them
 NAME = "kvstore"
 
 
@@ -44,6 +47,7 @@ class Seen:
     requests: int  # that ended while it lasted
     hits: float  # share of the blocks asked for meanwhile
     settled_s: float  # from its end until everything was as before
+    counted: Mapping[str, int] = field(default_factory=dict)  # what the clients say of it
 
     def row(self) -> str:
         return f"| {self.name} | {self.flying} | {self.requests} | {100 * self.hits:.1f} % | {self.settled_s:.1f} s |"
@@ -169,16 +173,19 @@ class FaultFleet:
                 if beside is not None:
                     await beside()
                 await asyncio.sleep(max(0.0, began + seconds - loop.time()))
+                while load.since(began, loop.time())[0] < REQUESTS_MIN and loop.time() < began + seconds + SLOW_S:
+                    await asyncio.sleep(0.01)  # a machine that is busy with something else
                 if heal is not None:
                     await asyncio.to_thread(heal)
                 ended = loop.time()
                 requests, asked, got = load.since(began, ended)
+                counted = sum((Counter(client.counters) for client in clients), Counter[str]())
                 await self._whole()
         assert not load.trouble, dict(load.trouble)
         if clear is not None:
             await clear()
         await self.settle()
-        seen = Seen(name, flying, requests, got / max(1, asked), loop.time() - ended)
+        seen = Seen(name, flying, requests, got / max(1, asked), loop.time() - ended, counted)
         self.seen.append(seen)
         assert seen.hits >= HITS_MIN, seen
         return seen

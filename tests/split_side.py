@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class Side:
         self._transport = GrpcTransport(self._system.clock)
         self._known: list[str] = about["coordinators"]  # coordinators
         self._load: Load | None = None
+        self._clients: list[KVClient] = []
         self._loading = AsyncExitStack()
         self._held: list[int] = []  # first blocks of each prompt that this host had when it was cut off
         self._marks: list[float] = []
@@ -99,6 +101,7 @@ class Side:
             missing = [depth for depth, key in enumerate(prompt.keys) if key not in keys]
             self._held.append(missing[0] if missing else len(prompt))
         clients = [await self._client(self._loading, far=far) for far in (False, True)]
+        self._clients = clients
         self._load = await self._loading.enter_async_context(Load(clients, self.prompts))
         while len(self._load.moments) < 10:
             await asyncio.sleep(0.001)
@@ -126,6 +129,7 @@ class Side:
         """The load ends; what it saw between the two marks."""
         assert self._load is not None
         begin, end = self._marks
+        counted = sum((Counter(client.counters) for client in self._clients), Counter[str]())
         await self._loading.aclose()
         asked, got = self._load.since_of(begin, end, self._held)
         requests, all_asked, all_got = self._load.since(begin, end)
@@ -136,6 +140,7 @@ class Side:
             "got_of_own": got,
             "asked": all_asked,
             "got": all_got,
+            "counted": counted,
         }
 
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from kvstore.client.links import Coordinators
 from kvstore.client.members import Members
 from kvstore.client.nearest import PROBES_MAX, Nearest
@@ -92,6 +94,7 @@ class Where:
     host: str
     up: bool = True
     hangs: bool = False
+    late_until: float = 0.0  # what is asked before is answered then
     incomplete: bool = False
     whole: bool = True  # what its Watch says of itself
     streams: int = 0  # of Watch, open now
@@ -113,7 +116,11 @@ class Net:
                 if place.hangs:
                     await asyncio.sleep(timeout_s)
                     raise DeadlineExceeded(address)
-                await asyncio.sleep(place.trip_s)
+                late_s = place.late_until - asyncio.get_running_loop().time()
+                if late_s > timeout_s:
+                    await asyncio.sleep(timeout_s)
+                    raise DeadlineExceeded(address)
+                await asyncio.sleep(max(place.trip_s, late_s))
                 if not place.up:
                     raise Unavailable(address)
                 if method.name == "Hello":
@@ -203,6 +210,28 @@ def test_one_that_hangs_costs_one_wait_and_is_used_again_when_it_is_well() -> No
         assert set(await caller.calls(2)) == {NEAR}
 
     play(body, **three())
+
+
+@pytest.mark.parametrize(("hangs_s", "served_s"), [(1.0, 2.0), (30.0, 0.0)])
+def test_the_only_one_is_asked_again_as_soon_as_it_answers(hangs_s: float, served_s: float) -> None:
+    """One that was busy for a moment does not cost the lookups of all the time for which one that hangs is avoided."""
+
+    async def body(caller: Caller, places: dict[str, Where]) -> None:
+        where, clock = places[NEAR], caller.system.clock
+        where.late_until = asyncio.get_running_loop().time() + hangs_s
+        with pytest.raises(DeadlineExceeded):
+            await caller.of.call(COORDINATOR["Match"], common_pb2.MatchRequest(), timeout_s=0.3)
+        begin, served = clock.monotonic(), 0
+        while clock.monotonic() < begin + 2.9:
+            try:
+                await caller.of.call(COORDINATOR["Match"], common_pb2.MatchRequest(), timeout_s=0.3)
+                served += 1
+            except Unavailable:
+                assert clock.monotonic() - begin < 2.9 - served_s, "it answers again, and is avoided still"
+            await asyncio.sleep(0.1)
+        assert (served > 0) == (served_s > 0) and where.calls["Hello"] == 1
+
+    play(body, probe_s=1e9, near=Where(0.002, "elsewhere"))
 
 
 def test_one_on_this_host_is_nearest_although_another_answers_sooner() -> None:

@@ -79,10 +79,10 @@ class Pooled(Generic[C]):
         self._closing: dict[asyncio.Task[None], None] = {}
 
     @asynccontextmanager
-    async def use(self, address: str, *, timeout_s: float | None = None) -> AsyncIterator[C]:
+    async def use(self, address: str, *, timeout_s: float | None = None, avoided: bool = False) -> AsyncIterator[C]:
         """The connection for the time of the block. ServiceError when it can't be had (within `timeout_s`), or failed a
-        moment ago."""
-        if self.avoided(address):
+        moment ago, unless `avoided` ones will do."""
+        if not avoided and self.avoided(address):
             raise Unavailable(f"{address} did not answer a moment ago")
         entry = self._entries.get(address)
         if entry is not None and self._is_broken(entry):
@@ -213,6 +213,7 @@ class Coordinators:
         self._system = system
         self._nearest = Nearest(system.host, probe_s)
         self._probing: dict[asyncio.Task[None], None] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}  # those that were late, whether they are well again
         self._channels: Pooled[Channel] = Pooled(
             system, lambda address: transport.connect(address, credentials), COORDINATORS_MAX
         )
@@ -265,7 +266,7 @@ class Coordinators:
             except RETRIED as error:
                 last = error
                 if isinstance(error, DeadlineExceeded):
-                    self._channels.hung.add(address)
+                    self._late(address)
                 elif isinstance(error, Unavailable):
                     self._channels.down.add(address)
                 self._nearest.failed(address)
@@ -317,8 +318,24 @@ class Coordinators:
             self._probing[task] = None
             task.add_done_callback(lambda done: self._probing.pop(done, None))
 
+    def _late(self, address: str) -> None:
+        """It did not answer in time: it is avoided for a while, or until it answers a Hello that no call waits for. One
+        that was busy for a moment, and the only one left, must not cost the lookups of HUNG_S. Mutates."""
+        self._channels.hung.add(address)
+        if address not in self._asking:
+            task = self._asking[address] = asyncio.ensure_future(self._ask_again(address))
+            task.add_done_callback(lambda done: self._asking.pop(address, None))
+
+    async def _ask_again(self, address: str) -> None:
+        try:
+            async with self._channels.use(address, timeout_s=HUNG_S, avoided=True) as channel:
+                await channel.unary(COORDINATOR["Hello"], _hello(), timeout_s=HUNG_S)
+        except KVStoreError:
+            return  # it is not well: calls find out again when it is no longer avoided
+        self._channels.hung.discard(address)
+
     async def _probe(self, address: str) -> None:
-        hello = HelloRequest(protocol=PROTOCOL_VERSION, capabilities=CAPABILITIES, software="kvstore")
+        hello = _hello()
         try:
             async with self._channels.use(address, timeout_s=PROBE_TIMEOUT_S) as channel:
                 begin = self._system.clock.monotonic()
@@ -332,8 +349,13 @@ class Coordinators:
             self._nearest.failed(address)
 
     async def close(self) -> None:
-        for task in list(self._probing):
+        tasks = [*self._probing, *self._asking.values()]
+        for task in tasks:
             task.cancel()
-        if self._probing:
-            await asyncio.wait(list(self._probing))
+        if tasks:
+            await asyncio.wait(tasks)
         await self._channels.close()
+
+
+def _hello() -> HelloRequest:
+    return HelloRequest(protocol=PROTOCOL_VERSION, capabilities=CAPABILITIES, software="kvstore")
