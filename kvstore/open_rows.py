@@ -22,6 +22,7 @@ OPEN_ROWS = np.dtype(
 )  # fmt: skip
 """The fields of the proto's `OpenBlock`."""
 ROW_BYTES = OPEN_ROWS.itemsize
+WORDS = ROW_BYTES // 8
 assert ROW_BYTES == HEADER_BYTES + 32
 
 

@@ -12,6 +12,7 @@ from kvstore.errors import BadRequest, Corrupt
 from kvstore.histogram import BOUNDS_S, Histogram
 from kvstore.spec import ModelSpec, Shard
 from kvstore.types import KEY_BYTES, CommitToken, Fidelity, Keys, Tier
+from kvstore.wanted import Wanted
 from kvstore.wire import common_pb2, worker_pb2
 
 AFTER_MAX = 16
@@ -107,20 +108,18 @@ def keys_from_wire(packed: bytes, keys_max: int) -> Keys:
         raise BadRequest(str(error)) from None
 
 
-def wanted_from_wire(
-    messages: Sequence[worker_pb2.ShardKeys], keys_max: int
-) -> tuple[list[tuple[bytes, bytes]], list[Shard]]:
-    """((shard digest, key), shard) of each block a Get or Open names, in its order. BadRequest."""
+def wanted_from_wire(messages: Sequence[worker_pb2.ShardKeys], keys_max: int) -> Wanted:
+    """The blocks that a Get or Open names, in its order. BadRequest."""
     if len(messages) > SHARDS_MAX:
         raise BadRequest(f"{len(messages)} shards in one call: at most {SHARDS_MAX}, ask in several")
-    wanted: list[tuple[bytes, bytes]] = []
-    shards: list[Shard] = []
+    groups: list[tuple[bytes, Keys]] = []
+    runs: list[tuple[Shard, int]] = []
     for message in messages:
-        shard = shard_from_wire(message.shard)
-        keys, digest = keys_from_wire(message.keys, keys_max - len(wanted)), shard.digest
-        wanted += [(digest, key) for key in keys]
-        shards += [shard] * len(keys)
-    return wanted, shards
+        shard, keys = shard_from_wire(message.shard), keys_from_wire(message.keys, keys_max)
+        keys_max -= len(keys)
+        groups.append((shard.digest, keys))
+        runs.append((shard, len(keys)))
+    return Wanted(groups, runs)
 
 
 # --- lookups -------------------------------------------------------------------------------------------------------

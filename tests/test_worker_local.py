@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from kvstore.checksum import xxh3
-from kvstore.client import sources
+from kvstore.client import direct, sources
 from kvstore.client.bulk import Raws
 from kvstore.client.host_link import HostLink
 from kvstore.client.needs import LayerReady
 from kvstore.errors import BadRequest, KVStoreError, Overloaded, Unavailable
 from kvstore.header import Header
+from kvstore.kernels import landing
 from kvstore.open_rows import rows_of
 from kvstore.types import Tier, pack_keys
 from kvstore.wire import common_pb2, worker_pb2
@@ -153,6 +154,32 @@ async def test_a_slot_reused_under_a_reader_is_a_miss(met: Met, monkeypatch: pyt
 
     monkeypatch.setattr(sources, "INLINE_BYTES", 0)
     monkeypatch.setattr(Raws, "_move", slow)
+    result = await client.get(plan, layers=range(2))  # not the short way
+    assert result.tiers == [[None, None, None]] and result.blocks == 0
+    assert client.counters["failed_reused"] == 3
+
+
+async def test_a_slot_reused_before_it_is_read_the_short_way_is_a_miss(
+    met: Met, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = prompt(14, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    plan = await client.match(FULL, prefix)
+    land, loop = landing.land, asyncio.get_running_loop()
+
+    def late(*arguments: Any) -> None:
+        asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
+        land(*arguments)
+
+    async def expire() -> None:
+        for hold in met.holds():
+            met.worker.store.release(hold)
+        met.worker.store.purge("default")
+
+    check(plan, await client.get(plan), 3)  # the control
+    monkeypatch.setattr(direct, "INLINE_BYTES", 0)
+    monkeypatch.setattr(landing, "land", late)
     result = await client.get(plan)
     assert result.tiers == [[None, None, None]] and result.blocks == 0
     assert client.counters["failed_reused"] == 3
@@ -231,7 +258,7 @@ async def test_what_is_forged_in_an_answer_is_a_miss(
 
     async def forge(link: HostLink, request: Any, *, timeout_s: float) -> Any:
         if older:
-            link._sends_rows = False
+            link.sends_rows = False
         reply = await opened(link, request, timeout_s=timeout_s)
         keys = worker_pb2.ShardKeys(shard=request.blocks[0].shard, keys=pack_keys(other.keys))
         theirs = await opened(link, worker_pb2.OpenRequest(root=LARGE.root, blocks=[keys]), timeout_s=timeout_s)

@@ -74,21 +74,21 @@ class LocalService(PinCalls):
         """Where the blocks lie; they stay there until the hold ends. Segments are passed once per connection."""
         node, peer = self._node, self._peer(context)
         root = digest_from_wire("root", request.root)
-        wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
+        wanted = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
         self._end_holds(peer, request.release)
-        node.asked_bytes(root, shards)
+        node.asked_bytes(root, wanted)
         if len(peer.holds) >= HOLDS_MAX:
             raise Overloaded(f"{HOLDS_MAX} holds on one connection: release some")
         timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
         begin = node.system.clock.monotonic()
-        now = node.now(root, shards)
-        hold = await node.open(context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=timeout_s)
+        now = node.now(root, wanted)
+        hold = await node.open(context.namespace, root, now, least, redis=request.redis, timeout_s=timeout_s)
         peer.holds[hold.id] = None
         reply = worker_pb2.OpenReply(hold=hold.id)
         for segment in hold.segments.values():
             self._share(segment, peer, reply, context)
-        later = absent(len(wanted) - now, LATER)
+        later = absent(len(wanted) - len(now), LATER)
         if request.rows:
             reply.rows = hold.rows.tobytes() + later.tobytes()
         else:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from kvstore.budget import Budget
 from kvstore.catalog import Catalog
@@ -26,6 +25,7 @@ from kvstore.store.identity import Identity
 from kvstore.store.tiered import Hold, TieredStore
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
 from kvstore.types import Fidelity
+from kvstore.wanted import Wanted
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import (
     SHARDS_MAX,
@@ -159,36 +159,36 @@ class Node:
         reply.boot_id = self.boot_id
         return reply
 
-    def asked_bytes(self, root: bytes, shards: Sequence[Shard]) -> int:
+    def asked_bytes(self, root: bytes, wanted: Wanted) -> int:
         """Raw bytes of the blocks of a request; 0 for a model nobody has put here. BadRequest for what no block is."""
         spec = self.catalog.spec(root)
         if spec is None:
             return 0
-        total = sum(block_bytes(spec, shard) * len(list(same)) for shard, same in groupby(shards))
+        total = sum(block_bytes(spec, shard) * count for shard, count in wanted.runs)
         if total > self.sending.capacity:
             raise BadRequest(f"{total} bytes of blocks in one call: at most {self.sending.capacity}, ask in several")
         return total
 
-    def now(self, root: bytes, shards: Sequence[Shard]) -> int:
-        """How many of a call's blocks, from the first on, are opened: no caller gets more than its share of memory."""
+    def now(self, root: bytes, wanted: Wanted) -> Wanted:
+        """A call's blocks, from the first on, that are opened: no caller gets more than its share of memory."""
         spec = self.catalog.spec(root)
         if spec is None:
-            return len(shards)
+            return wanted
         room = self.config.store.host_bytes // OPEN_SHARE
         count = 0
-        for shard, same in groupby(shards):
-            need, many = -(-block_bytes(spec, shard) // PAGE_BYTES) * PAGE_BYTES, len(list(same))
+        for shard, many in wanted.runs:
+            need = -(-block_bytes(spec, shard) // PAGE_BYTES) * PAGE_BYTES
             if need * many > room:
-                return max(1, count + room // need)
+                return wanted.first(max(1, count + room // need))
             room -= need * many
             count += many
-        return count
+        return wanted
 
     async def open(
         self,
         namespace: str,
         root: bytes,
-        wanted: Sequence[tuple[bytes, bytes]],
+        wanted: Wanted,
         least: Fidelity,
         *,
         redis: bool,

@@ -27,15 +27,15 @@ class PinCalls:
         """Pin what is here, and what Redis has where asked for. BadRequest, Overloaded, DeadlineExceeded."""
         node, store = self._node, self._node.store
         name, root = digest_from_wire("pin", request.pin), digest_from_wire("root", request.root)
-        wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
+        wanted = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
         ttl_s = min(request.ttl_ms / 1000, node.config.store.pin_max_s)
-        node.asked_bytes(root, shards)
+        node.asked_bytes(root, wanted)
         states = store.pins.pin(context.namespace, name, root, wanted, least, ttl_s)
         if request.redis and None in states:
             timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
-            now = node.now(root, shards)
-            hold = await node.open(context.namespace, root, wanted[:now], least, redis=True, timeout_s=timeout_s)
+            now = node.now(root, wanted)
+            hold = await node.open(context.namespace, root, now, least, redis=True, timeout_s=timeout_s)
             try:
                 states = store.pins.pin(context.namespace, name, root, wanted, least, ttl_s)
             finally:
@@ -59,7 +59,7 @@ class PinCalls:
     async def hint(self, request: worker_pb2.HintRequest, context: CallContext) -> worker_pb2.HintReply:
         """What a caller knows of a prompt's blocks, told to the eviction policy. BadRequest."""
         digest_from_wire("root", request.root)
-        wanted, _ = wanted_from_wire(request.blocks, self._node.config.worker.keys_max)
+        wanted = wanted_from_wire(request.blocks, self._node.config.worker.keys_max)
         use = use_from_wire(request.use) if request.HasField("use") else None
         here = self._node.store.advise(context.namespace, wanted, use, hint_from_wire(request))
         return worker_pb2.HintReply(blocks=here)

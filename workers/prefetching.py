@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from kvstore.errors import BadRequest
-from kvstore.spec import ModelSpec, Shard
+from kvstore.spec import ModelSpec
 from kvstore.transport.base import CallContext
-from kvstore.types import Fidelity
+from kvstore.types import Fidelity, Keys, pack_keys
+from kvstore.wanted import Wanted
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import SHARDS_MAX, digest_from_wire, keys_from_wire, least_from_wire, shard_from_wire
 from workers.node import Node
@@ -73,10 +74,9 @@ class Prefetching:
         self, namespace: str, spec: ModelSpec, jobs: Sequence[Job], least: Fidelity, redis: bool, timeout_s: float
     ) -> int:
         """Blocks that lie in memory after those below were loaded: as many as one call may open."""
-        wanted = [(job.shard.digest, key) for job in jobs for key in job.keys]
-        shards: list[Shard] = [job.shard for job in jobs for _ in job.keys]
-        now = self._node.now(spec.root, shards)
-        hold = await self._node.open(namespace, spec.root, wanted[:now], least, redis=redis, timeout_s=timeout_s)
+        groups = [(job.shard.digest, Keys(pack_keys(job.keys))) for job in jobs]
+        now = self._node.now(spec.root, Wanted(groups, [(job.shard, len(job.keys)) for job in jobs]))
+        hold = await self._node.open(namespace, spec.root, now, least, redis=redis, timeout_s=timeout_s)
         try:
             return sum(placed is not None for placed in hold.blocks)
         finally:

@@ -136,28 +136,28 @@ class WorkerService(PinCalls):
         node = self.node
         begin = node.system.clock.monotonic()
         root = digest_from_wire("root", request.root)
-        wanted, shards = wanted_from_wire(request.blocks, node.config.worker.keys_max)
+        wanted = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
         if request.layer_count == 0 and request.layer_first:
             raise BadRequest("layer_first without layer_count: give both, or neither for all layers")
         if len(request.resume) > len(wanted):
             raise BadRequest(f"{len(request.resume)} blocks to go on with, and {len(wanted)} asked for")
-        asked = node.asked_bytes(root, shards)
+        asked = node.asked_bytes(root, wanted)
         if not node.store.spend(context.namespace, asked):
             raise Overloaded("more bytes a second than the namespace's rate_bytes: later, or less")
         async with node.sending.hold(asked, context.namespace, node.left(context.deadline)):
-            now = node.now(root, shards)
+            now = node.now(root, wanted)
             # Asked before anything is opened: what is then found of a purged model came after the purge.
             purges = node.store.stack.purges.known(context.namespace) if request.purges else []
             hold = await node.open(
-                context.namespace, root, wanted[:now], least, redis=request.redis, timeout_s=node.left(context.deadline)
+                context.namespace, root, now, least, redis=request.redis, timeout_s=node.left(context.deadline)
             )
             layers = range(request.layer_first, request.layer_first + request.layer_count)
             outgoing = Outgoing(
                 node.catalog.spec(root),
-                shards,
+                wanted.shards,
                 hold.blocks,
-                later=len(wanted) - now,
+                later=len(wanted) - len(now),
                 layers=layers or None,
                 chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,
                 planes=request.planes,

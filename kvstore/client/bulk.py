@@ -84,7 +84,7 @@ class Raws:
 
     def _good_headers(self) -> NDArray[np.bool_]:
         asked, pieces, rows = self.asked, self.opened.pieces, self.opened.rows
-        headers, (wanted, fixed) = rows["header"], _raw_row(*asked.names(pieces[0].shard))
+        headers, (wanted, fixed) = rows["header"], raw_row(*asked.names(pieces[0].shard))
         keys = np.frombuffer(pack_keys([piece.key for piece in pieces]), "<u8").reshape(-1, 2)
         fidelity = np.minimum(headers["computed_on"], headers["stored"])
         best = np.maximum(headers["computed_on"], headers["stored"])
@@ -159,7 +159,7 @@ class Raws:
 
 
 @lru_cache(maxsize=64)
-def _raw_row(
+def raw_row(
     root: bytes, namespace: bytes, shard: bytes, tokens: int, nbytes: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """What the row of any raw block of a shard says alike, and where, as words: OPEN_ROWS with other fields 0. Pure."""
@@ -179,6 +179,7 @@ def _raw_row(
 
 def ready() -> None:
     """Compile, or load, what the first get would wait for. Runs in a byte mover."""
+    import kvstore.kernels.landing
     import kvstore.kernels.moves  # noqa: F401
 
 

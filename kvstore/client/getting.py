@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,21 @@ class GetResult:
     bytes: int = 0  # delivered, raw
     fidelity: Fidelity = Fidelity.EXACT  # the worst of what came: `computed_on` of what is computed on it
 
+    @property
+    def wanted(self) -> bool:
+        """Whether any block is to come, or came."""
+        return any(buffer is not None for row in self.buffers for buffer in row)
 
-def prepare(plan: HitPlan, into: Buffers | None, first: int, layers: range | None) -> tuple[GetResult, list[Need]]:
+
+def prepare(plan: HitPlan, into: Buffers | None, first: int, layers: range | None, planes: int) -> GetResult:
+    """Nothing delivered yet; the caller's memory, or new, where a block is needed. BadRequest."""
     if into is not None and len(into) != len(plan.shards):
         raise BadRequest(f"buffers for {len(into)} shards were given, the plan has {len(plan.shards)}")
     if layers is not None and (layers.step != 1 or not layers or layers.start < 0):
         raise BadRequest("layers are a range of one or more layers of the model, step 1")
+    if planes < 0 or (planes and Fidelity(min(planes, Fidelity.EXACT)) < plan.least):
+        raise BadRequest(f"{planes} planes are worth less than {plan.least.name.lower()}: look up with a lower least")
     result = GetResult()
-    needs: list[Need] = []
     for index, shard in enumerate(plan.shards):
         row: list[Any] = [None] * plan.blocks
         result.buffers.append(row)
@@ -49,30 +57,53 @@ def prepare(plan: HitPlan, into: Buffers | None, first: int, layers: range | Non
         wanted = shard if layers is None else _only_layers(plan.spec, shard, layers)
         if wanted is None:
             continue
-        size = block_bytes(plan.spec, wanted)
-        for depth in needed_depths(plan, shard):
-            if depth < first:
-                continue
-            row[depth] = np.empty(size, np.uint8) if into is None else _given(into[index], depth)
-            needs.append(Need(index, shard, wanted, depth, target_of(row[depth], size)))
-    return result, needs
+        depths = wanted_depths(plan, shard, first)
+        if into is None:
+            size = block_bytes(plan.spec, wanted)
+            row[depths.start : depths.stop] = [np.empty(size, np.uint8) for _ in depths]
+        else:
+            given = into[index][depths.start : depths.stop]
+            row[depths.start : depths.start + len(given)] = given
+            if len(given) < len(depths) or any(buffer is None for buffer in given):
+                raise BadRequest(f"no buffer was given for one of the blocks {depths.start} to {depths.stop - 1}")
+    return result
+
+
+def missing(plan: HitPlan, result: GetResult, layers: range | None) -> list[Need]:
+    """What was not delivered yet. BadRequest for memory that does not fit."""
+    needs: list[Need] = []
+    for index, shard in enumerate(plan.shards):
+        wanted = shard if layers is None else _only_layers(plan.spec, shard, layers)
+        size = 0 if wanted is None else block_bytes(plan.spec, wanted)
+        for depth, (buffer, tier) in enumerate(zip(result.buffers[index], result.tiers[index], strict=True)):
+            if wanted is not None and buffer is not None and tier is None:
+                needs.append(Need(index, shard, wanted, depth, target_of(buffer, size)))
+    return needs
+
+
+def wanted_depths(plan: HitPlan, shard: Shard, first: int) -> range:
+    """The blocks that a get from `first` on reads of a shard. Pure."""
+    depths = needed_depths(plan, shard)
+    return range(max(depths.start, first), max(depths.stop, first))
 
 
 def conclude(plan: HitPlan, result: GetResult, needs: Sequence[Need], first: int, counters: Counter[str]) -> None:
     """What came. Mutates the result and the counters."""
-    served: Counter[Tier] = Counter()
     for need in needs:
         if need.delivered and need.tier is not None:
             result.tiers[need.index][need.depth] = need.tier
             result.bytes += need.target.nbytes
             result.fidelity = min(result.fidelity, need.fidelity)
-            served[need.tier] += 1
-    for tier, blocks in served.items():
-        counters[f"hits_{tier.name.lower()}"] += blocks
-    if len(needs) > served.total():
-        counters["misses"] += len(needs) - served.total()
-    mine = dict.fromkeys(need.index for need in needs)  # a shard without one of the layers can't shorten the prefix
-    rows = [row if index in mine else [Tier.HOT] * plan.blocks for index, row in enumerate(result.tiers)]
+        else:
+            counters["misses"] += 1
+    for tier, blocks in Counter(chain.from_iterable(result.tiers)).items():
+        if tier is not None:
+            counters[f"hits_{tier.name.lower()}"] += blocks
+    # a shard without one of the layers can't shorten the prefix
+    rows: list[list[Tier | None]] = [
+        tiers if any(buffer is not None for buffer in buffers) else [Tier.HOT] * plan.blocks
+        for tiers, buffers in zip(result.tiers, result.buffers, strict=True)
+    ]
     result.blocks = delivered_blocks(plan, rows, first)
     counters["bytes_read"] += result.bytes
 
@@ -86,9 +117,3 @@ def _only_layers(spec: ModelSpec, shard: Shard, layers: range) -> Shard | None:
         if last > first
         else None
     )
-
-
-def _given(row: Sequence[Any], depth: int) -> Any:
-    if depth >= len(row) or row[depth] is None:
-        raise BadRequest(f"no buffer was given for block {depth}")
-    return row[depth]

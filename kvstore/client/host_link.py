@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 
+from kvstore.client.targets import address_of
 from kvstore.errors import Corrupt, DeadlineExceeded, Overloaded, ServiceError, Unavailable
 from kvstore.header_columns import Columns, Mask
 from kvstore.seams import System
@@ -40,6 +41,14 @@ class Mapped:
     def current(self, offset: int, generation: int) -> bool:
         """Whether the unit at `offset` still has that generation."""
         return generation_at(self.view, self.data_offset, offset) == generation
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Segments for compiled loops. Whoever reads there holds the table: then they stay mapped."""
+
+    places: Columns  # (s, 4) uint64: id, address, bytes, offset of data
+    views: Sequence[memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +103,14 @@ class HostLink:
     def __init__(self, channel: LocalChannel, system: System) -> None:
         self._channel, self._system = channel, system
         self._segments: dict[int, Mapped] = {}
+        self._table: Table | None = None
         self._staging: Staging | None = None
         self._staging_turn = asyncio.Lock()
         self._holds: list[int] = []
         self._releasing: asyncio.Task[None] | None = None
         self._closed = False
         self._takes_releases = "release.v1" in channel.hello.capabilities
-        self._sends_rows = "rows.v1" in channel.hello.capabilities
+        self.sends_rows = "rows.v1" in channel.hello.capabilities
         channel.on_late = self._late
 
     @property
@@ -127,7 +137,7 @@ class HostLink:
             del self._holds[:HOLDS_A_MESSAGE]
         elif self._releasing is not None:
             await asyncio.wait([self._releasing])
-        request.rows = self._sends_rows
+        request.rows = self.sends_rows
         reply, passed = await self._channel.call(WORKER_LOCAL["Open"], request, timeout_s=timeout_s)
         assert isinstance(reply, worker_pb2.OpenReply)
         self._keep_all(reply, passed)
@@ -152,9 +162,17 @@ class HostLink:
         nbytes = min(info.bytes, len(segment.view))
         if table_bytes(nbytes - info.data_offset) <= info.data_offset <= nbytes:  # else its blocks will be misses
             self._segments[info.segment] = Mapped(segment, segment.view[:nbytes], info.data_offset)
+            self._table = None
 
     def mapped(self, segment: int) -> Mapped | None:
         return self._segments.get(segment)
+
+    def table(self) -> Table:
+        """All segments that are mapped now."""
+        if self._table is None:
+            rows = [(id, address_of(m.view), len(m.view), m.data_offset) for id, m in self._segments.items()]
+            self._table = Table(np.array(rows, np.uint64).reshape(-1, 4), [m.view for m in self._segments.values()])
+        return self._table
 
     def release(self, hold: int) -> None:
         """Give a hold back, soon and together with others. What can't be released expires at the worker."""
@@ -218,7 +236,7 @@ class HostLink:
             self._releasing.cancel()
             await asyncio.wait([self._releasing])
         await self._channel.close()
-        segments, self._segments = self._segments, {}
+        segments, self._segments, self._table = self._segments, {}, None
         for mapped in segments.values():
             mapped.segment.close()  # what is being copied keeps its memory until it is done
         if self._staging is not None:

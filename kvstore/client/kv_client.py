@@ -14,14 +14,15 @@ from typing import Any
 
 from kvstore.auth import client_credentials
 from kvstore.client.bulk import ready
+from kvstore.client.direct import Direct
 from kvstore.client.fetch import Failed, Fetch
-from kvstore.client.getting import Buffers, GetResult, conclude, prepare
+from kvstore.client.getting import Buffers, GetResult, conclude, missing, prepare
 from kvstore.client.hinting import NO_HINT, Hinter
 from kvstore.client.layer_stream import LayerStream
 from kvstore.client.links import Coordinators, Links
 from kvstore.client.lookup import KEYS_MAX, Lookup
 from kvstore.client.members import Members
-from kvstore.client.needs import LayerReady, Progress, delivered_blocks
+from kvstore.client.needs import LayerReady, Need, Progress, delivered_blocks
 from kvstore.client.pinning import Pin, Pinner
 from kvstore.client.plan import HitPlan
 from kvstore.client.prefetching import Prefetcher
@@ -78,6 +79,7 @@ class KVClient:
             config, system, self._links, self.coordinators, self.members, self._failed, self.counters, self.watching,
             self.rates,
         )  # fmt: skip
+        self._direct = Direct(self.namespace, self._links, system, self._failed, self.rates, self.counters)
         self._prefetcher = Prefetcher(self._links, self.members, self.counters)
         self._pinner = Pinner(system, self._links, self.members, self.counters)
         self._purger = Purger(config, system, self._links, self.members, self.counters)
@@ -244,14 +246,28 @@ class KVClient:
         """
         self._check_process()
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
-        if planes < 0 or (planes and Fidelity(min(planes, Fidelity.EXACT)) < plan.least):
-            raise BadRequest(
-                f"{planes} planes are worth less than {plan.least.name.lower()}: look up with a lower least"
-            )
-        result, needs = prepare(plan, into, first, layers)
-        if not needs:
+        result, needs = prepare(plan, into, first, layers, planes), list[Need]()
+        if not result.wanted:
             return result
-        fetch = Fetch(
+        end = self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if layers is None and on_layer is None and not planes and not self.config.verify_memory:
+                    await self._direct.get(plan, result, first, end)
+                needs = missing(plan, result, layers)
+                if needs:
+                    await self._fetch(plan, needs, first, layers, planes, on_layer, end).run()
+        except TimeoutError:
+            self.counters["errors_DeadlineExceeded"] += 1
+            needs = needs or missing(plan, result, layers)
+        conclude(plan, result, needs, first, self.counters)
+        return result
+
+    def _fetch(
+        self, plan: HitPlan, needs: Sequence[Need], first: int, layers: range | None, planes: int,
+        on_layer: Callable[[LayerReady], object] | None, end: float,
+    ) -> Fetch:  # fmt: skip
+        return Fetch(
             plan,
             self.namespace,
             needs,
@@ -262,19 +278,12 @@ class KVClient:
             sockets=self.members.sockets(),
             addresses=list(self.members.takers().values()),
             counters=self.counters,
-            end=self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE),
+            end=end,
             layers=layers,
             planes=planes,
             rates=self.rates,
             progress=None if on_layer is None else Progress(plan, needs, first, on_layer),
         )
-        try:
-            async with asyncio.timeout(timeout_s):
-                await fetch.run()
-        except TimeoutError:
-            self.counters["errors_DeadlineExceeded"] += 1
-        conclude(plan, result, needs, first, self.counters)
-        return result
 
     def layers(self, plan: HitPlan, into: Buffers | None = None, **options: Any) -> LayerStream:
         """`get` with its options, layer by layer: `async with client.layers(plan, into) as coming`, then `async for

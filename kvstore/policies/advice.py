@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.header import Header
-from kvstore.policies.usage import Hint, Use
+from kvstore.policies.usage import Hint, Rows, Use
 from kvstore.residency.residency import Residency
-from kvstore.residency.rows import Rows
+from kvstore.residency.rows import Rows as Columns
+from kvstore.residency.using import touch_all
 
 JOIN_S = 1.0  # a request that is told of and then opens its blocks is one
 FOLLOW_S = 300.0  # what a request stores comes while it runs
@@ -39,19 +40,18 @@ class Advice:
         for row in rows:
             self._residency.touch(row)
 
-    def opened(self, rows: Sequence[int], now_s: float) -> None:
+    def opened(self, rows: Rows, now_s: float) -> None:
         """These blocks are opened, deepest first: by the request that told of them just now, or a new one. Mutates."""
-        self._residency.policies[0].follow(rows[0] if rows else None, 0, self.now(now_s), JOIN_S)
-        for row in rows:
-            self._residency.touch(row)
+        self._residency.policies[0].follow(int(rows[0]) if len(rows) else None, 0, self.now(now_s), JOIN_S)
+        touch_all(self._residency, rows)
 
     def storing(self, namespace: str, header: Header, now_s: float) -> None:
         """A block is about to be stored, and what hangs on it after it. Mutates."""
         spaces = self._residency.spaces(namespace)
         names = self._residency.names
         space = next((number for number in spaces if names[number][1] == header.shard), None)
-        above = Rows.ident_of(space, header.parent) if header.depth and space is not None else 0
-        coming = Rows.ident_of(space, header.key) if space is not None else 0
+        above = Columns.ident_of(space, header.parent) if header.depth and space is not None else 0
+        coming = Columns.ident_of(space, header.key) if space is not None else 0
         lost = above and self._residency.find(namespace, header.shard, header.parent) is None
         stored, self._stored = self._stored, (namespace, header.shard, now_s)
         if lost and stored[:2] == self._stored[:2] and now_s - stored[2] <= JOIN_S:

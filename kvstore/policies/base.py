@@ -18,7 +18,7 @@ import numpy as np
 from kvstore.errors import ConfigError
 from kvstore.policies.arc import Arc
 from kvstore.policies.s3fifo import S3Fifo
-from kvstore.policies.usage import Hint, Use
+from kvstore.policies.usage import Hint, Rows, Use
 
 Eligible = Callable[[int], bool]
 
@@ -39,11 +39,17 @@ class Policy(Protocol):
     def touch(self, row: int) -> None:
         """It was used. Mutates."""
 
+    def touch_all(self, rows: Rows) -> None:
+        """`touch` of each, in that order. Mutates."""
+
     def remove(self, row: int, *, evicted: bool) -> None:
         """It is gone from this level; `evicted`: because `victim` named it. Mutates."""
 
     def ready(self, row: int) -> None:
         """What `eligible` says of it may have changed. Mutates."""
+
+    def ready_all(self, rows: Rows) -> None:
+        """`ready` of each. Mutates."""
 
     def next(self, row: int) -> None:
         """Nobody can reach it any more, it goes before all others. Mutates."""
@@ -118,6 +124,12 @@ class Lru:
         self._clock += 1
         self._tick[row] = self._clock
 
+    def touch_all(self, rows: Rows) -> None:
+        ticks = np.frombuffer(self._tick, np.int64)
+        assert (ticks[rows] != ABSENT).all(), "a row is touched but absent"
+        ticks[rows] = np.arange(self._clock + 1, self._clock + 1 + len(rows))
+        self._clock += len(rows)
+
     def remove(self, row: int, *, evicted: bool) -> None:
         assert self._tick[row] != ABSENT, f"row {row} is removed but absent"
         self._tick[row] = ABSENT
@@ -133,6 +145,11 @@ class Lru:
             tick = self._tick[row]
             if tick <= self._reach:
                 self._push(tick << ROW_BITS | row)
+
+    def ready_all(self, rows: Rows) -> None:
+        if self._set_aside:
+            for row in rows.tolist():
+                self.ready(row)
 
     def next(self, row: int) -> None:
         assert self._tick[row] != ABSENT, f"row {row} is hinted but absent"

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvstore.kernels.reuse_state import Array
 from kvstore.policies.learning import Learning
-from kvstore.policies.usage import Hint, Use
+from kvstore.policies.usage import Hint, Rows, Use
 
 RUN_ROWS_MIN = 256
 RUN_SHARE, RUN_SHARE_NEAR = 16, 64  # of the rows in a run
@@ -97,6 +97,14 @@ class Learned:
         self._fresh.append(row)
         if self._doomed:
             self._doomed.pop(row, None)
+
+    def touch_all(self, rows: Rows) -> None:
+        for row in rows.tolist():
+            self.touch(row)
+
+    def ready_all(self, rows: Rows) -> None:
+        for row in rows.tolist():
+            self.ready(row)
 
     def remove(self, row: int, *, evicted: bool) -> None:
         at = self._place[row]

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
-from kvstore.policies.usage import Hint, Use
+from kvstore.policies.usage import Hint, Rows, Use
 
 ABSENT = -1
 FIRST_TICK = 1 << 40  # `next` counts down from here, queues count up
@@ -80,6 +80,14 @@ class S3Fifo:
             self._uses[row] = 0
             self._enter(row, MAIN)
             self._aside[row] = 1  # still
+
+    def touch_all(self, rows: Rows) -> None:
+        for row in rows.tolist():
+            self.touch(row)
+
+    def ready_all(self, rows: Rows) -> None:
+        for row in rows.tolist():
+            self.ready(row)
 
     def remove(self, row: int, *, evicted: bool) -> None:
         assert self._tick[row] != ABSENT, f"row {row} is removed but absent"

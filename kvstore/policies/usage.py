@@ -9,8 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
+
 PRIORITY_MAX = 8
 SESSION_BYTES_MAX = 64
+
+Rows = npt.NDArray[np.int64]
+"""(n,) numbers of blocks in one worker."""
 
 
 class Finish(IntEnum):

@@ -38,7 +38,7 @@ def _check_row(residency: Residency, row: int) -> None:
     copies = [rows.planes[level][row] for level in range(rows.levels) if rows.present[row] >> level & 1]
     assert all(planes in (1, 3, 7) for planes in copies), f"row {row}: a plane without those before it"
     assert header.stored == max(copies).bit_length(), f"row {row} is said to be worth what no copy is"
-    for rank, policies in enumerate(residency._ranks):
+    for rank, policies in enumerate(residency.ranks):
         for level, policy in enumerate(policies):
             here = rows.present[row] >> level & 1 and rows.secondary[row] == rank
             assert policy.holds(row) == bool(here), f"row {row}: policy and presence differ at level {level}"

@@ -33,6 +33,10 @@ class KeyTable(Mapping[bytes, int]):
         self._split = 0  # buckets below it are split: their keys are told apart by one more bit
         self._blocks = 0
 
+    def place(self) -> tuple[int, int, int]:
+        """For compiled loops that look keys up: address of the buckets, mask of the round, buckets split in it."""
+        return self._buckets.buffer_info()[0], self._mask, self._split
+
     def _bucket(self, key: bytes) -> int:
         hashed = hash(key)
         at = hashed & self._mask

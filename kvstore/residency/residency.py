@@ -67,11 +67,11 @@ class Residency:
     def decide_by(self, policies: Sequence[Policy]) -> None:
         """`policies`, one a level, that know what is here; `hand_over` tells them. Mutates."""
         self.policies = tuple(policies)
-        self._ranks: tuple[tuple[Policy, ...], ...] = (self.policies, self.secondaries)  # by the rows' `secondary`
-        self.family.ranks = self._ranks
+        self.ranks: tuple[tuple[Policy, ...], ...] = (self.policies, self.secondaries)  # by the rows' `secondary`
+        self.family.ranks = self.ranks
         self._at = [
             [tuple(p for level, p in enumerate(rank) if bitmap >> level & 1) for bitmap in range(1 << len(self.levels))]
-            for rank in self._ranks
+            for rank in self.ranks
         ]  # by rank and bitmap of presence: the policies of the levels in it
 
     # ---- questions
@@ -151,7 +151,7 @@ class Residency:
 
         `force`: where every block has children in the way, the policy's first goes all the same; its subtree is next.
         """
-        for policies in self._ranks[::-1]:
+        for policies in self.ranks[::-1]:
             row = policies[level].victim(self._eligible[level])
             if row is not None:
                 return instead(self, row, level)
@@ -246,7 +246,7 @@ class Residency:
         self.blocks[level] += 1
         if rows.parent[row] != NONE:
             self.family.moved(row, before, self.family.stays(row))
-        policy = self._ranks[rows.secondary[row]][level]
+        policy = self.ranks[rows.secondary[row]][level]
         policy.admit(row, rows.ident(row), footprint, rows.above(row), rows.depth[row])
         if present:
             self._ready(row)
@@ -272,7 +272,7 @@ class Residency:
         rows.present[row] = present = present & ~bit
         self.raw_bytes[level] -= rows.raw[row]
         self.blocks[level] -= 1
-        self._ranks[rows.secondary[row]][level].remove(row, evicted=evicted)
+        self.ranks[rows.secondary[row]][level].remove(row, evicted=evicted)
         if child_of:
             self.family.moved(row, before, self.family.stays(row) if present else 0)
         if not present:
@@ -303,7 +303,7 @@ class Residency:
         assert not rows.gone[row] and rows.present[row], f"row {row} is no block"
         if rows.secondary[row] == yes:
             return
-        left, came = self._ranks[not yes], self._ranks[yes]
+        left, came = self.ranks[not yes], self.ranks[yes]
         for level, rule in enumerate(self.levels):
             if rows.present[row] >> level & 1:
                 left[level].remove(row, evicted=False)
@@ -322,7 +322,7 @@ class Residency:
         assert pins[row] > 0, f"row {row} is unpinned more often than pinned"
         pins[row] -= 1
         if not pins[row]:
-            self._settle(row)
+            self.settle(row)
 
     def work(self, row: int, writing: int | None = None) -> None:
         """Bytes are moving for this row (to level `writing`): it is not reused until `done`. Mutates."""
@@ -336,7 +336,7 @@ class Residency:
         self.rows.busy[row] -= 1
         if writing is not None:
             self.rows.writing[row] &= ~(1 << writing)
-        self._settle(row)
+        self.settle(row)
 
     def leave(self, row: int, level: int) -> None:
         """Its copy there is being moved down: no victim any more, still readable. Mutates."""
@@ -370,7 +370,8 @@ class Residency:
             self.family.orphans.append({})
         return space
 
-    def _settle(self, row: int) -> None:
+    def settle(self, row: int) -> None:
+        """Nobody may need it where it is any more. Mutates."""
         rows = self.rows
         if rows.pins[row] == 0 and rows.busy[row] == 0 and rows.gone[row]:
             rows.gone[row] = 0

@@ -74,6 +74,8 @@ class Rows:
             *self.below, *self.segment, *self.offset, *self.length, *self.planes,
         )  # fmt: skip
         self._links = (self.parent, self.child, self.next, self.prev, self.same)
+        self.addresses = np.zeros(0, np.uint64)  # of the columns, as `kvstore.kernels.rows` numbers them
+        self._locate()
 
     def __len__(self) -> int:
         """Rows in use, zombies included."""
@@ -114,6 +116,15 @@ class Rows:
             links.frombytes(b"\xff" * (more * links.itemsize))
         self.records += bytes(more * RECORD_BYTES)
         self._free.extend(range(first + more - 1, first - 1, -1))
+        self._locate()
+
+    def _locate(self) -> None:
+        named = [self.present, self.fidelity, self.root, self.pins, self.gone, self.depth, self.raw, self.same]
+        places = [(self.segment[at], self.offset[at], self.length[at], self.planes[at]) for at in range(self.levels)]
+        records = np.frombuffer(self.records, np.uint8).ctypes.data if self.records else 0
+        columns = [column.buffer_info()[0] for column in named]
+        columns += [records, *(column.buffer_info()[0] for level in places for column in level)]
+        self.addresses = np.array(columns, np.uint64)
 
     def at(self, level: int, segment: int) -> list[int]:
         """Rows whose copy at a level lies in a segment, rising. O(rows), in C."""

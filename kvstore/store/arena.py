@@ -8,8 +8,12 @@ Synchronous: called on the event loop of the store only.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.errors import SetupError
 from kvstore.seams import Memory, Segment
@@ -52,7 +56,7 @@ class Slot:
 class ArenaSegment:
     """One memfd of one namespace."""
 
-    __slots__ = ("data_bytes", "data_offset", "generations", "id", "live", "namespace", "peers", "segment")
+    __slots__ = ("data_bytes", "data_offset", "generations", "held", "id", "live", "namespace", "peers", "segment")
 
     def __init__(self, id: int, namespace: str, segment: Segment, data_bytes: int) -> None:
         self.id = id
@@ -61,11 +65,17 @@ class ArenaSegment:
         self.data_bytes = data_bytes
         self.data_offset = table_bytes(data_bytes)
         self.generations = segment.view[: self.data_offset].cast("Q")
+        self.held = array("I", bytes(4 * -(-data_bytes // UNIT_BYTES)))  # by unit: holds on slots that begin there
         self.live = 0  # bytes of slots, limbo included
         self.peers = 0  # connections that have it mapped
 
     def unit(self, offset: int) -> int:
         return (offset - self.data_offset) // UNIT_BYTES
+
+    def places(self) -> tuple[int, int, int, int]:
+        """What compiled loops need of it: id, offset of data, addresses of generations and of holds."""
+        generations = np.frombuffer(self.generations, np.uint64).ctypes.data
+        return self.id, self.data_offset, generations, self.held.buffer_info()[0]
 
     def close(self) -> None:
         self.generations.release()
@@ -97,7 +107,7 @@ class Arena:
         self._spare_asked = False  # made for an allocation that waits
         self._free: dict[str, Extents] = {}  # by namespace: every byte of its segments in no live slot
         self._live: dict[int, int] = {}  # address -> bytes in whole pages; disjoint
-        self._held: dict[tuple[int, int], int] = {}  # (segment, unit) -> holds on slots that begin there, > 0
+        self._table: npt.NDArray[np.int64] | None = None  # `places` of all segments, until one comes or goes
         self._limbo: dict[tuple[int, int], list[Slot]] = {}  # freed, waiting for the holds of their unit
 
     # ---- slots
@@ -122,8 +132,9 @@ class Arena:
     def free(self, slot: Slot) -> None:
         """Give a slot back; while a reader holds its unit the space waits. AssertionError for one that is not live."""
         assert slot.segment << SEGMENT_SHIFT | slot.offset in self._live, f"{slot} is freed twice"
-        place = (slot.segment, self._segments[slot.segment].unit(slot.offset))
-        if place in self._held:
+        found = self._segments[slot.segment]
+        place = (slot.segment, found.unit(slot.offset))
+        if found.held[place[1]]:
             waiting = self._limbo.setdefault(place, [])
             assert all(other.offset != slot.offset for other in waiting), f"{slot} is freed twice"
             waiting.append(slot)
@@ -141,7 +152,7 @@ class Arena:
         """`hold` of the slot that begins there."""
         found = self._segments[segment]
         unit = found.unit(offset)
-        self._held[segment, unit] = self._held.get((segment, unit), 0) + 1
+        found.held[unit] += 1
         return found.generations[unit]
 
     def release(self, slot: Slot) -> None:
@@ -150,13 +161,22 @@ class Arena:
 
     def release_at(self, segment: int, offset: int) -> None:
         """Undo one `hold_at`."""
-        place = (segment, self._segments[segment].unit(offset))
-        count = self._held.pop(place) - 1
-        if count:
-            self._held[place] = count
-        else:
-            for waiting in self._limbo.pop(place, ()):
-                self._reclaim(waiting)
+        found = self._segments[segment]
+        unit = found.unit(offset)
+        assert found.held[unit], f"segment {segment} is released at {offset} more often than held"
+        found.held[unit] -= 1
+        if not found.held[unit]:
+            self.let_go(segment, unit)
+
+    def let_go(self, segment: int, unit: int) -> None:
+        """The last hold of a unit has ended: what waited for that is free. Mutates."""
+        for waiting in self._limbo.pop((segment, unit), ()):
+            self._reclaim(waiting)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a freed slot waits for its readers."""
+        return bool(self._limbo)
 
     def view(self, slot: Slot) -> memoryview:
         """The slot's bytes, writable."""
@@ -178,6 +198,13 @@ class Arena:
     def segment(self, id: int) -> ArenaSegment:
         """KeyError for one that is gone."""
         return self._segments[id]
+
+    def table(self) -> npt.NDArray[np.int64]:
+        """(s, 4): `ArenaSegment.places` of all segments, in the order of `segments`."""
+        if self._table is None:
+            rows = [segment.places() for segment in self._segments.values()]
+            self._table = np.array(rows, np.int64).reshape(-1, 4)
+        return self._table
 
     def segments(self) -> Iterator[ArenaSegment]:
         yield from self._segments.values()
@@ -288,7 +315,7 @@ class Arena:
     def _adopt(self, namespace: str, segment: Segment, data_bytes: int) -> None:
         made = ArenaSegment(self._next_id, namespace, segment, data_bytes)
         self._next_id += 1
-        self._segments[made.id] = made
+        self._segments[made.id], self._table = made, None
         free = self._free.setdefault(namespace, Extents())
         free.add(made.id << SEGMENT_SHIFT | made.data_offset, data_bytes)
 
@@ -313,6 +340,7 @@ class Arena:
         if not free.free and not any(s.namespace == empty.namespace for s in self._segments.values() if s is not empty):
             del self._free[empty.namespace]
         del self._segments[empty.id]
+        self._table = None
         empty.close()
         self.reserved -= empty.data_bytes
 
@@ -344,7 +372,7 @@ class Arena:
         assert self.used == sum(self._live.values()) == sum(s.live for s in self._segments.values()), "used is off"
         kept = sum(s.data_bytes for s in self._segments.values())
         assert self.reserved == kept + (self._spare[1] if self._spare else 0) <= self.capacity, "reserved is off"
-        assert all(place in self._held for place in self._limbo), "a freed slot waits for nobody"
+        assert all(self._segments[id].held[unit] for id, unit in self._limbo), "a freed slot waits for nobody"
 
     def close(self) -> None:
         """Let go of all memory. Slots, holds and views must not be used any more."""
@@ -352,6 +380,7 @@ class Arena:
             segment.close()
         if self._spare is not None:
             self._spare[0].close()
-        for collection in (self._segments, self._free, self._live, self._held, self._limbo):
+        for collection in (self._segments, self._free, self._live, self._limbo):
             collection.clear()
+        self._table = None
         self._spare, self.used, self.reserved = None, 0, 0

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from kvstore.checksum import copy_and_checksum_all, prepare
 from kvstore.seams import Pool, System
+from kvstore.store import together
 
 TURN_BYTES = 8 << 20
 
@@ -21,6 +22,7 @@ async def prepared(system: System) -> None:
     pool = system.pool if system.own_pool is None else system.own_pool(1)
     try:
         await pool.run(prepare)
+        await pool.run(together.prepare)
     finally:
         if pool is not system.pool:
             pool.close()

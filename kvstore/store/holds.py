@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvstore.header import Header
-from kvstore.open_rows import FOUND, absent, short_checks
+from kvstore.header_columns import Columns
+from kvstore.open_rows import FOUND, WORDS, absent, short_checks
+from kvstore.policies.usage import Rows
 from kvstore.residency.bulk import column
 from kvstore.residency.headers import fill
 from kvstore.seams import Segment
 from kvstore.store.arena import ArenaSegment
 from kvstore.store.stack import Stack
+from kvstore.store.together import Taken, end
 from kvstore.types import Tier
 
 
@@ -43,6 +46,7 @@ class Hold:
     def __init__(self, id: int, count: int) -> None:
         self.id = id
         self.rows = absent(count)  # (count,) OPEN_ROWS, one a wanted block
+        self.words = self.rows.view(np.uint64).reshape(count, WORDS)  # the same memory
         self.segments: dict[int, ArenaSegment] = {}  # those that the rows name
 
     @property
@@ -74,6 +78,7 @@ class Held:
     expires: float
     rows: list[int] = field(default_factory=list)  # pinned once each
     places: list[tuple[int, int]] = field(default_factory=list)  # (segment, offset), held in the arena once each
+    together: list[tuple[Rows, Columns]] = field(default_factory=list)  # (rows, answers) of what `find` opened
 
 
 class Holds:
@@ -126,11 +131,23 @@ class Holds:
         for segment in dict.fromkeys(place[0] for place in places):
             hold.segments[segment] = stack.arena.segment(segment)
 
+    def keep(self, hold: Hold, at: range, taken: Taken) -> None:
+        """Blocks that `together.find` has opened, as the `at`-th of a hold, are the hold's. Mutates."""
+        words, numbers = hold.words[at.start : at.stop], taken.numbers
+        if taken.opened < len(numbers):
+            there = taken.levels >= 0
+            words, numbers = words[there], numbers[there]
+        self._held[hold.id].together.append((numbers, words))
+        for segment in dict.fromkeys((words[:, -1] & np.uint64(0xFFFFFFFF)).tolist()):
+            hold.segments[segment] = self.stack.arena.segment(segment)
+
     def end(self, id: int) -> bool:
         """Let go of everything; whether the hold was there. Mutates; idempotent."""
         held = self._held.pop(id, None)
         if held is None:
             return False
+        for numbers, words in held.together:
+            end(self.stack, numbers, words)
         for segment, offset in held.places:
             self.stack.arena.release_at(segment, offset)
         for row in held.rows:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import numpy as np
 
 from kvstore.open_rows import FOUND
+from kvstore.policies.usage import Rows
 from kvstore.store.holds import Hold, Holds
 from kvstore.store.loading import Loading
 from kvstore.store.movement import Movement
 from kvstore.store.promotion import Promotion
 from kvstore.store.stack import Stack
-from kvstore.types import BlockId, Fidelity, Tier
+from kvstore.store.together import find, prepared
+from kvstore.types import BlockId, Fidelity, Keys, Tier
+from kvstore.wanted import Pair, Wanted
 
 
 class Opening:
@@ -31,42 +33,17 @@ class Opening:
         self,
         namespace: str,
         root: bytes,
-        wanted: Sequence[tuple[bytes, bytes]],
+        wanted: Sequence[Pair],
         least: Fidelity,
         *,
         redis: bool,
     ) -> Hold:
         """(shard digest, key) blocks in the arena, held until `release` or `hold_max_s`; None for each that is not to
         be had. `redis`: look there too. Cancelled: nothing is held."""
-        stack, rows = self.stack, self.stack.residency.rows
+        stack, wanted = self.stack, Wanted.of(wanted)
         hold = self.holds.begin(len(wanted))
         try:
-            away, used, refused = list[int](), list[int](), 0
-            here: dict[int, tuple[list[int], list[int]]] = {}  # level -> (which of them, rows)
-            same_root = rows.known_root(root)
-            last, index = b"", cast("Mapping[bytes, int]", {})
-            for at, (shard, key) in enumerate(wanted):
-                if shard != last:
-                    last, index = shard, stack.residency.keys(namespace, shard)
-                row = index.get(key)
-                refused += row is not None and rows.fidelity[row] < least
-                if row is None or rows.fidelity[row] < least:
-                    if redis and stack.redis is not None:
-                        away.append(at)
-                    continue
-                used.append(row)
-                level = stack.mapped(row, least)
-                if level is None:
-                    away.append(at)
-                elif rows.root[row] == same_root:
-                    mine = here.setdefault(level, ([], []))
-                    mine[0].append(at)
-                    mine[1].append(row)
-            for level, mine in here.items():
-                self.holds.take(hold, *mine, level)
-            stack.planes.opened(namespace, least, len(used) + refused)
-            used.reverse()  # the deepest first, so that no parent is older than its child
-            stack.advice.opened(used, stack.system.clock.monotonic())
+            away = self._here(hold, namespace, root, wanted, least, redis and stack.redis is not None)
             if away:
                 loads = [self._load(hold, index, namespace, root, wanted[index], least, redis) for index in away]
                 for error in await asyncio.gather(*loads, return_exceptions=True):
@@ -79,13 +56,61 @@ class Opening:
         self._served(hold, wanted, namespace, root)
         return hold
 
+    def _here(
+        self, hold: Hold, namespace: str, root: bytes, wanted: Wanted, least: Fidelity, elsewhere: bool
+    ) -> list[int]:
+        """Take what lies in the arena; which of the others to load. `elsewhere`: also those not known here. Mutates."""
+        stack = self.stack
+        away, used, at = list[int](), list[Rows](), 0
+        for shard, keys in wanted.groups:
+            if prepared():
+                taken = find(stack, namespace, shard, root, keys, least, hold.words[at : at + len(keys)])
+                self.holds.keep(hold, range(at, at + len(keys)), taken)
+                known, missing = taken.known, taken.away(elsewhere)
+            else:
+                known, missing = self._one_by_one(hold, at, namespace, shard, root, keys, least, elsewhere)
+            used.append(known)
+            away += [at + index for index in missing]
+            at += len(keys)
+        deepest_first = np.concatenate(used or [np.zeros(0, np.int64)])[
+            ::-1
+        ]  # so that no parent is older than its child
+        stack.advice.opened(deepest_first, stack.system.clock.monotonic())
+        return away
+
+    def _one_by_one(
+        self, hold: Hold, first: int, namespace: str, shard: bytes, root: bytes, keys: Keys, least: Fidelity,
+        elsewhere: bool,
+    ) -> tuple[Rows, list[int]]:  # fmt: skip
+        """What `find` and `Holds.keep` do, while that is not at hand: rows that are known, and which are away."""
+        stack, rows = self.stack, self.stack.residency.rows
+        index, same_root = stack.residency.keys(namespace, shard), rows.known_root(root)
+        away, known = list[int](), list[int]()
+        here: dict[int, tuple[list[int], list[int]]] = {}  # level -> (which of them, rows)
+        for at, key in enumerate(keys):
+            row = index.get(key)
+            if row is None or rows.fidelity[row] < least:
+                away += [at] * elsewhere
+                continue
+            known.append(row)
+            level = stack.mapped(row, least)
+            if level is None:
+                away.append(at)
+            elif rows.root[row] == same_root:
+                mine = here.setdefault(level, ([], []))
+                mine[0].append(first + at)
+                mine[1].append(row)
+        for level, mine in here.items():
+            self.holds.take(hold, *mine, level)
+        return np.array(known, np.int64), away
+
     async def _load(
         self,
         hold: Hold,
         index: int,
         namespace: str,
         root: bytes,
-        wanted: tuple[bytes, bytes],
+        wanted: Pair,
         least: Fidelity,
         redis: bool,
     ) -> None:
@@ -99,7 +124,7 @@ class Opening:
         else:
             residency.unpin(found.row)
 
-    def _served(self, hold: Hold, wanted: Sequence[tuple[bytes, bytes]], namespace: str, root: bytes) -> None:
+    def _served(self, hold: Hold, wanted: Wanted, namespace: str, root: bytes) -> None:
         """Count, and promote what lies below."""
         residency, found = self.stack.residency, hold.rows[hold.rows["state"] == FOUND]
         for tier, count in enumerate(np.bincount(found["tier"]).tolist()):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvstore.checksum import xxh3
 from kvstore.directory.runs import Change, Removed
 from kvstore.errors import DataError
@@ -15,6 +17,7 @@ from kvstore.format import Record, expect
 from kvstore.store.arena import generation_at
 from kvstore.store.holds import Hold, Placed
 from kvstore.store.tiered import TieredStore
+from kvstore.store.together import Taken
 from tests.sim.oracle import Oracle, Violation
 from tests.sim.shape import NAMESPACES
 
@@ -33,7 +36,13 @@ class Witness:
 
     def _watch(self, holds: Any) -> None:
         take: Callable[..., None] = holds.take
+        keep: Callable[..., None] = holds.keep
         end: Callable[[int], bool] = holds.end
+
+        def kept(hold: Hold, at: range, taken: Taken) -> None:
+            keep(hold, at, taken)
+            found = [hold.placed(at[index]) for index in np.flatnonzero(taken.levels >= 0).tolist()]
+            self._held.setdefault(hold.id, []).extend((placed, xxh3(placed.view)) for placed in found)
 
         def taken(hold: Hold, at: Sequence[int], *args: Any, **options: Any) -> None:
             take(hold, at, *args, **options)
@@ -45,7 +54,7 @@ class Witness:
                 _unchanged(placed, checksum)
             return end(id)
 
-        holds.take, holds.end = taken, ended
+        holds.take, holds.keep, holds.end = taken, kept, ended
 
     def _watch_moves(self, carrier: Any) -> None:
         carry, residency = carrier.carry, self.store.stack.residency
