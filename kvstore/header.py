@@ -171,6 +171,13 @@ class Header:
             return self
         return replace(self, chunk_count=0, stored_length=0, checksum=0, validity_length=0)
 
+    def with_copy(self, copy_id: int) -> Header:
+        """Of raw bytes in memory with that checksum."""
+        return Header(
+            self.key, self.parent, self.root, self.group, self.depth, self.namespace, self.shard, copy_id,
+            self.computed_on, self.stored, self.tokens, self.raw_length,
+        )  # fmt: skip
+
 
 def short_check(packed: Buffer) -> int:
     """The u32 at 148: low half of XXH3-64 over the bytes before it, so that 160 bytes alone can be trusted."""

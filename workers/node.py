@@ -317,9 +317,7 @@ class Answer:
         store = self._node.store
         for at in range(0, len(blocks), TOGETHER):
             some = blocks[at : at + TOGETHER]
-            outcomes = await asyncio.gather(
-                *(store.put(namespace, spec, block.shard, block.header, block.source) for block in some)
-            )
+            outcomes = await store.put_all(namespace, spec, [(one.shard, one.header, one.source) for one in some])
             for outcome in outcomes:
                 self._states.append(STATES[outcome.state])
                 self._seq = max(self._seq, outcome.seq)

@@ -17,8 +17,8 @@ PRESENT, FIDELITY, ROOT, PINS, GONE, DEPTH, RAW, SAME, RECORDS, FIXED_COLUMNS = 
 """Addresses of columns of residency, then for each level its segments, offsets, lengths and planes."""
 BUCKETS, MASK, SPLIT, LEAST, WANTED_ROOT = range(5)
 """Numbers of one question: the key table of a shard, the least fidelity, the model."""
-ABSENT, AWAY, OTHER = -1, -2, -3
-"""Instead of a level: not known or not good enough; not where readers can map it; of another model."""
+ABSENT, AWAY, OTHER, POOR = -1, -2, -3, -4
+"""Instead of a level: not known; not where readers can map it; of another model; not good enough."""
 LAST_HOLD, LAST_PIN, WAS_GONE = 1, 2, 4
 
 RECORD_BYTES = 76
@@ -86,9 +86,10 @@ def open_all(
     count, known = 0, 0
     for index in range(hashes.size):
         row = _seek(columns, question, hashes[index], keys[index, 0], keys[index, 1])
+        found[index], at_level[index] = row, ABSENT
         if row >= 0 and np.int64(u8(columns[FIDELITY] + np.uint64(row))) < question[LEAST]:
             row = np.int64(ABSENT)
-        found[index], at_level[index] = row, ABSENT
+            found[index], at_level[index] = ABSENT, POOR
         if row < 0:
             continue
         at_level[index] = AWAY

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 
 from kvstore.checksum import copy_and_checksum_all, prepare
@@ -48,21 +49,30 @@ class Copier:
 
     async def copy(self, source: memoryview, target: memoryview) -> int:
         """XXH3-64 of what arrived in `target`. Cancelled: only when nobody touches the buffers any more."""
+        [copied] = await self.copy_all([(source, target)])
+        return copied
+
+    async def copy_all(self, jobs: Sequence[tuple[memoryview, memoryview]]) -> list[int]:
+        """`copy` of each (source, target), with one wait for all. Where one fails, so does the call."""
+        if not jobs:
+            return []
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[int] = loop.create_future()
-        self._line.append((source, target, done))
-        if self._running < self._lanes:
+        copies: list[asyncio.Future[int]] = [loop.create_future() for _ in jobs]
+        self._line.extend((source, target, done) for (source, target), done in zip(jobs, copies, strict=True))
+        turns = -(-sum(len(source) for source, _ in jobs) // TURN_BYTES)
+        for _ in range(min(turns, self._lanes - self._running)):
             self._running += 1
             task = loop.create_task(self._work())
             self._tasks[task] = None
             task.add_done_callback(self._tasks.pop)
         try:
-            return await asyncio.shield(done)
+            await asyncio.wait(copies)
         except asyncio.CancelledError:
-            while not done.done():
+            while not all(done.done() for done in copies):
                 with suppress(asyncio.CancelledError):  # cancelled again: the buffers are still in use
-                    await asyncio.wait([done])
+                    await asyncio.wait(copies)
             raise
+        return [done.result() for done in copies]
 
     async def _work(self) -> None:
         try:

@@ -61,34 +61,37 @@ class Opening:
     ) -> list[int]:
         """Take what lies in the arena; which of the others to load. `elsewhere`: also those not known here. Mutates."""
         stack = self.stack
-        away, used, at = list[int](), list[Rows](), 0
+        away, used, poor, at = list[int](), list[Rows](), 0, 0
         for shard, keys in wanted.groups:
             if prepared():
                 taken = find(stack, namespace, shard, root, keys, least, hold.words[at : at + len(keys)])
                 self.holds.keep(hold, range(at, at + len(keys)), taken)
-                known, missing = taken.known, taken.away(elsewhere)
+                known, missing, refused = taken.known, taken.away(elsewhere), taken.poor
             else:
-                known, missing = self._one_by_one(hold, at, namespace, shard, root, keys, least, elsewhere)
+                known, missing, refused = self._one_by_one(hold, at, namespace, shard, root, keys, least, elsewhere)
             used.append(known)
+            poor += refused
             away += [at + index for index in missing]
             at += len(keys)
         deepest_first = np.concatenate(used or [np.zeros(0, np.int64)])[
             ::-1
         ]  # so that no parent is older than its child
+        stack.planes.opened(namespace, least, len(deepest_first) + poor)
         stack.advice.opened(deepest_first, stack.system.clock.monotonic())
         return away
 
     def _one_by_one(
         self, hold: Hold, first: int, namespace: str, shard: bytes, root: bytes, keys: Keys, least: Fidelity,
         elsewhere: bool,
-    ) -> tuple[Rows, list[int]]:  # fmt: skip
-        """What `find` and `Holds.keep` do, while that is not at hand: rows that are known, and which are away."""
+    ) -> tuple[Rows, list[int], int]:  # fmt: skip
+        """What `find` and `Holds.keep` do, while that is not at hand: rows that are known, which are away, how many too poor."""
         stack, rows = self.stack, self.stack.residency.rows
         index, same_root = stack.residency.keys(namespace, shard), rows.known_root(root)
-        away, known = list[int](), list[int]()
+        away, known, poor = list[int](), list[int](), 0
         here: dict[int, tuple[list[int], list[int]]] = {}  # level -> (which of them, rows)
         for at, key in enumerate(keys):
             row = index.get(key)
+            poor += row is not None and rows.fidelity[row] < least
             if row is None or rows.fidelity[row] < least:
                 away += [at] * elsewhere
                 continue
@@ -102,7 +105,7 @@ class Opening:
                 mine[1].append(row)
         for level, mine in here.items():
             self.holds.take(hold, *mine, level)
-        return np.array(known, np.int64), away
+        return np.array(known, np.int64), away, poor
 
     async def _load(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvstore.errors import KVStoreError, Overloaded
 from kvstore.header import Header
@@ -12,7 +13,12 @@ from kvstore.spec import ModelSpec, Shard, namespace_digest
 from kvstore.store.copier import Copier, prepared
 from kvstore.store.movement import Movement
 from kvstore.store.stack import Stack
+from kvstore.tiers.base import Location
 from kvstore.types import BlockId, Fidelity
+
+Offer = tuple[Shard, Header, memoryview]
+
+OVER_RATE = "more bytes a second than the namespace's rate_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,16 @@ class PutOutcome:
     state: str
     seq: int = 0
     why: str = ""
+
+
+@dataclass(slots=True)
+class Going:
+    """A block on its way into `place`."""
+
+    index: int  # among those offered
+    header: Header
+    place: Location
+    kept: bool = False
 
 
 class Putting:
@@ -68,6 +84,57 @@ class Putting:
             turn.set_result(None)
             self.movement.nudge()
 
+    async def put_all(self, namespace: str, spec: ModelSpec, blocks: Sequence[Offer]) -> list[PutOutcome]:
+        """`put` of each (shard, header, source) from a client; those that find room at once share one wait for their
+        copies."""
+        outcomes: dict[int, PutOutcome] = {}
+        going: dict[BlockId, Going] = {}
+        loop = asyncio.get_running_loop()
+        try:
+            for index, (shard, header, source) in enumerate(blocks):
+                id = header.id(namespace)
+                found = None if id in self._puts else self._begin(id, spec, shard, header, source)
+                if isinstance(found, PutOutcome):
+                    outcomes[index] = found
+                elif found is not None:
+                    going[id] = Going(index, header, found)
+                    self._puts[id] = loop.create_future()
+            view = self.stack.hot.view
+            sums = await self.copier.copy_all([(blocks[one.index][2], view(one.place)) for one in going.values()])
+            for (id, one), copy_id in zip(going.items(), sums, strict=True):
+                outcome = self._keep(id, spec, one.header, one.place, copy_id)
+                one.kept, outcomes[one.index] = outcome.state == "committed", outcome
+        finally:
+            for id, one in going.items():
+                if not one.kept:
+                    self.stack.hot.free(namespace, one.header, one.place)
+                self._puts.pop(id).set_result(None)
+            self.movement.nudge()
+        late = [index for index in range(len(blocks)) if index not in outcomes]
+        outcomes |= zip(
+            late, await asyncio.gather(*(self.put(namespace, spec, *blocks[index]) for index in late)), strict=True
+        )
+        return [outcomes[index] for index in range(len(blocks))]
+
+    def _begin(
+        self, id: BlockId, spec: ModelSpec, shard: Shard, header: Header, source: memoryview
+    ) -> Location | PutOutcome | None:
+        """Where a block goes, or how its put ends; None where it has to wait. Mutates."""
+        stack = self.stack
+        why = self._objection(id.namespace, spec, shard, header, source)
+        if why:
+            return self._end("refused", why=why)
+        if self._held(id, header):
+            return self._end("held", stack.changes.outbox(id.namespace).head)
+        why = self._learn(id.namespace, spec, shard)
+        if why:
+            return self._end("dropped", why=why)
+        place = self.movement.room.at_once(stack.HOT, id.namespace, header.raw_length)
+        if place is not None and not stack.quota.spend(id.namespace, header.raw_length):
+            stack.hot.free(id.namespace, header, place)
+            return self._over(id.namespace, "rate", OVER_RATE)
+        return place
+
     def _objection(self, namespace: str, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> str:
         """Why these bytes can't be this block; empty when they can."""
         try:
@@ -111,14 +178,11 @@ class Putting:
 
     async def _put(self, id: BlockId, spec: ModelSpec, shard: Shard, header: Header, source: memoryview) -> PutOutcome:
         stack = self.stack
-        try:
-            self.stack.catalog.learn_namespace(id.namespace)
-            self.stack.catalog.learn_spec(spec)
-            self.stack.catalog.learn_shard(shard)
-        except Overloaded as error:
-            return self._end("dropped", why=str(error))
+        why = self._learn(id.namespace, spec, shard)
+        if why:
+            return self._end("dropped", why=why)
         if not stack.quota.spend(id.namespace, header.raw_length):
-            return self._over(id.namespace, "rate", "more bytes a second than the namespace's rate_bytes")
+            return self._over(id.namespace, "rate", OVER_RATE)
         place = await self.movement.room.wait(stack.HOT, id.namespace, header.raw_length, stack.config.put_wait_s)
         if place is None:
             if stack.quota.over(id.namespace, stack.HOT, header.raw_length) > 0:
@@ -127,22 +191,46 @@ class Putting:
         kept = False
         try:
             copy_id = await self.copier.copy(source, stack.hot.view(place))
-            if header.copy_id not in (0, copy_id):
-                return self._end("refused", why="the bytes do not have the announced checksum")
-            if self._held(id, header):  # loaded from Redis meanwhile
-                return self._end("held", self.stack.changes.outbox(id.namespace).head)
-            row = stack.residency.find(id.namespace, id.shard, id.key)
-            if row is not None:
-                stack.counters["replaced"] += 1
-                stack.remove(row)
-            stack.hot.filled()
-            stack.advice.storing(id.namespace, header, stack.system.clock.monotonic())
-            stack.admit(id.namespace, replace(header.unencoded(), copy_id=copy_id), stack.HOT, place)
-            kept = True
-            return self._end("committed", self.stack.changes.outbox(id.namespace).head)
+            outcome = self._keep(id, spec, header, place, copy_id)
+            kept = outcome.state == "committed"
+            return outcome
         finally:
             if not kept:
                 stack.hot.free(id.namespace, header, place)
+
+    def _keep(
+        self,
+        id: BlockId,
+        spec: ModelSpec,
+        header: Header,
+        place: Location,
+        copy_id: int,
+    ) -> PutOutcome:
+        """The bytes are there, with that checksum: committed, and the place is the block's, or not. Mutates."""
+        stack = self.stack
+        if header.copy_id not in (0, copy_id):
+            return self._end("refused", why="the bytes do not have the announced checksum")
+        if self._held(id, header):  # loaded from Redis meanwhile
+            return self._end("held", stack.changes.outbox(id.namespace).head)
+        row = stack.residency.find(id.namespace, id.shard, id.key)
+        if row is not None:
+            stack.counters["replaced"] += 1
+            stack.remove(row)
+        stack.hot.filled()
+        stack.advice.storing(id.namespace, header, stack.system.clock.monotonic())
+        stack.admit(id.namespace, header.with_copy(copy_id), stack.HOT, place)
+        return self._end("committed", stack.changes.outbox(id.namespace).head)
+
+    def _learn(self, namespace: str, spec: ModelSpec, shard: Shard) -> str:
+        """Why no more can be known here; empty when it is. Mutates."""
+        catalog = self.stack.catalog
+        try:
+            catalog.learn_namespace(namespace)
+            catalog.learn_spec(spec)
+            catalog.learn_shard(shard)
+        except Overloaded as error:
+            return str(error)
+        return ""
 
     async def close(self) -> None:
         """Wait for what is being copied: at most one block each."""

@@ -240,15 +240,19 @@ class Room:
         """What the others must give way to: nothing, where it is the namespace that is over its quota. Pure."""
         return 0 if self.stack.quota.over(namespace, level, 1) > 0 else nbytes
 
+    def at_once(self, level: int, namespace: str, nbytes: int) -> Location | None:
+        """`reserve`, unless others wait for room already. Mutates."""
+        fits = nbytes <= self.stack.tiers[level].capacity
+        return self.reserve(level, namespace, nbytes) if fits and not self._lines[level] else None
+
     async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
         """`reserve`, and if need be wait for room: for moves at most `wait_s`, for new segments GROWTH_WAIT_S besides.
 
         Within `spill_queue_bytes` of waiting blocks, where namespaces take turns by bytes; where the line is full, the
         last one of whoever has most in it gives way.
         """
-        line, fits = self._lines[level], nbytes <= self.stack.tiers[level].capacity
-        location = self.reserve(level, namespace, nbytes) if fits and not line else None
-        if location is not None or not fits:
+        line, location = self._lines[level], self.at_once(level, namespace, nbytes)
+        if location is not None or nbytes > self.stack.tiers[level].capacity:
             return location
         gone = line.give_way(namespace, nbytes, self.stack.config.spill_queue_bytes)
         if gone is None:

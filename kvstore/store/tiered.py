@@ -42,7 +42,7 @@ from kvstore.store.movement import Movement
 from kvstore.store.opening import Opening
 from kvstore.store.pins import Pins
 from kvstore.store.promotion import Promotion
-from kvstore.store.putting import PutOutcome, Putting
+from kvstore.store.putting import Offer, PutOutcome, Putting
 from kvstore.store.shared import Finder, SharedTier
 from kvstore.store.stack import Stack
 from kvstore.store.staging import Staging
@@ -206,6 +206,10 @@ class TieredStore:
         """Keep one block: `source` is copied into hot and checksummed in the same pass, then visible. Never raises for
         what a caller may have got wrong, nor for a tier; `source` may be reused when this returns."""
         return await self.putting.put(namespace, spec, shard, header, source)
+
+    async def put_all(self, namespace: str, spec: ModelSpec, blocks: Sequence[Offer]) -> list[PutOutcome]:
+        """`put` of each (shard, header, source), at one wait where there is room for them."""
+        return await self.putting.put_all(namespace, spec, blocks)
 
     def adoption(self, namespace: str, spec: ModelSpec, shard: Shard) -> AbstractContextManager[Adoption]:
         """Blocks of one shard on their way in, as another worker has them: received where they will lie, visible once

@@ -45,7 +45,7 @@ class Taken:
     """Blocks of one shard as they were found, pinned and held where they are open."""
 
     numbers: Numbers  # (n,) rows of residency, ABSENT (-1) for each that is not known or not good enough
-    levels: Numbers  # (n,) where it is open; else ABSENT, AWAY (-2) or OTHER (-3)
+    levels: Numbers  # (n,) where it is open; else ABSENT, AWAY (-2), OTHER (-3) or POOR (-4)
     opened: int
 
     @property
@@ -53,13 +53,18 @@ class Taken:
         """Rows that were found, open or not."""
         return self.numbers[self.numbers >= 0]
 
+    @property
+    def poor(self) -> int:
+        """How many are here, and not good enough."""
+        return 0 if self.opened == len(self.levels) else int((self.levels == _kernels[0].POOR).sum())
+
     def away(self, absent_too: bool) -> list[int]:
         """Which of them may be had from elsewhere."""
         if self.opened == len(self.numbers):
             return []
         wanted = self.levels == _kernels[0].AWAY
         if absent_too:
-            wanted |= self.levels == _kernels[0].ABSENT
+            wanted |= (self.levels == _kernels[0].ABSENT) | (self.levels == _kernels[0].POOR)
         found: list[int] = np.flatnonzero(wanted).tolist()
         return found
 
