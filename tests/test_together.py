@@ -82,7 +82,7 @@ class Lane:
         self.segment = np.zeros(4096 + count * UNIT_BYTES, np.uint8)
         self.generations = self.segment[: 8 * count].view(np.uint64)
         self.data = self.segment[4096:].reshape(count, UNIT_BYTES)
-        self.table = np.array([[7, self.segment.ctypes.data, self.segment.nbytes, 4096]], np.uint64)
+        self.table = np.array([[7, self.segment.ctypes.data, self.segment.nbytes, 4096, 16]], np.uint64)
         self.names = (b"r" * 16, b"n" * 16, b"s" * 16, 64, UNIT_BYTES)
         self.keys = np.arange(2 * count, dtype=np.uint64).reshape(count, 2)
         self.into = np.zeros((count, UNIT_BYTES), np.uint8)

@@ -15,7 +15,7 @@ from kvstore.client.targets import address_of
 from kvstore.errors import Corrupt, DeadlineExceeded, Overloaded, ServiceError, Unavailable
 from kvstore.header_columns import Columns, Mask
 from kvstore.seams import System
-from kvstore.store.arena import generation_at, table_bytes
+from kvstore.store.arena import UNIT_BYTES, generation_at, table_bytes
 from kvstore.transport.base import LocalChannel, MappedSegment, Method
 from kvstore.transport.methods import WORKER_LOCAL
 from kvstore.wire import common_pb2, worker_pb2
@@ -47,7 +47,7 @@ class Mapped:
 class Table:
     """Segments for compiled loops. Whoever reads there holds the table: then they stay mapped."""
 
-    places: Columns  # (s, 4) uint64: id, address, bytes, offset of data
+    places: Columns  # (s, 5) uint64: id, address, bytes, offset of data, log2 of a unit's bytes
     views: Sequence[memoryview]
 
 
@@ -170,8 +170,9 @@ class HostLink:
     def table(self) -> Table:
         """All segments that are mapped now."""
         if self._table is None:
-            rows = [(id, address_of(m.view), len(m.view), m.data_offset) for id, m in self._segments.items()]
-            self._table = Table(np.array(rows, np.uint64).reshape(-1, 4), [m.view for m in self._segments.values()])
+            shift = UNIT_BYTES.bit_length() - 1
+            rows = [(id, address_of(m.view), len(m.view), m.data_offset, shift) for id, m in self._segments.items()]
+            self._table = Table(np.array(rows, np.uint64).reshape(-1, 5), [m.view for m in self._segments.values()])
         return self._table
 
     def release(self, hold: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from kvstore.kernels import jit_borrowing
 from kvstore.kernels.lines import fence
 from kvstore.kernels.moves import STREAM_BYTES, _memcpy, _stream
-from kvstore.kernels.row_parts import ROW_BYTES, UNIT_SHIFT, check_of, segment_at
+from kvstore.kernels.row_parts import ROW_BYTES, check_of, segment_at
 from kvstore.kernels.words import u8, u32, u64
 
 ARRIVED, MISSING, LATER, UNMAPPED, STRANGE, ENCODED, REUSED = range(7)
@@ -52,8 +52,8 @@ def land(
 
     `rows`: (n, 24) words from the worker; `keys`: (n, 2), those asked for. `template`, `fixed`: (24,) what each row
     must be, its length too, and in which bits. `bounds`: the least fidelity, the highest one and the highest tier.
-    `segments`: (s, 4) as they are mapped here: id, address, bytes, offset of data. `parts`: (p, 4): block, offset in
-    it, bytes, address.
+    `segments`: (s, 5) as they are mapped here: id, address, bytes, offset of data, log2 of a unit's bytes. `parts`:
+    (p, 4): block, offset in it, bytes, address.
     """
     known, total = np.int64(0), np.uint64(0)
     for index in range(outcomes.size):
@@ -71,7 +71,7 @@ def land(
                     outcome = UNMAPPED
                 else:
                     sources[index, 0] = segments[at, 1] + offset
-                    sources[index, 1] = segments[at, 1] + ((offset - data) >> np.uint64(UNIT_SHIFT)) * np.uint64(8)
+                    sources[index, 1] = segments[at, 1] + ((offset - data) >> segments[at, 4]) * np.uint64(8)
                     total += length
         outcomes[index] = outcome
     past_caches = total >= np.uint64(STREAM_BYTES)

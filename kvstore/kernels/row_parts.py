@@ -13,7 +13,7 @@ from kvstore.kernels import jit_borrowing
 from kvstore.kernels.copysum import PRIME64, SECRET, _folded
 from kvstore.kernels.words import u64
 
-CHECKED_BYTES, UNIT_SHIFT, ROW_BYTES = 148, 16, 192
+CHECKED_BYTES, ROW_BYTES = 148, 192
 _ROUNDS = [*((16 * at, 16 * at) for at in range(8)), (128, 3), (CHECKED_BYTES - 16, 136 - 17)]
 _AT = np.array([at for at, _ in _ROUNDS], np.uint64)
 _KEYS = np.array(

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from kvstore.kernels import jit_borrowing
-from kvstore.kernels.row_parts import ROW_BYTES, UNIT_SHIFT, check_of, segment_at
+from kvstore.kernels.row_parts import ROW_BYTES, check_of, segment_at
 from kvstore.kernels.words import i32, i64, put_u8, put_u16, put_u32, put_u64, u8, u16, u32, u64
 
 PRESENT, FIDELITY, ROOT, PINS, GONE, DEPTH, RAW, SAME, RECORDS, FIXED_COLUMNS = range(10)
@@ -80,8 +80,9 @@ def open_all(
     and holds.
 
     `columns`: addresses. `levels`: (k, 3), those that readers can map, the fastest first: level, tier, whether raw.
-    `keys`: (n, 2) words, `hashes`: Python's of them. `segments`: (s, 4), id, offset of data, addresses of generations
-    and of holds, of all that those levels may name. `template`: the row's words that all blocks of the shard share.
+    `keys`: (n, 2) words, `hashes`: Python's of them. `segments`: (s, 5), id, offset of data, addresses of generations
+    and of holds, log2 of a unit's bytes, of all that those levels may name. `template`: the row's words that all blocks
+    of the shard share.
     """
     count, known = 0, 0
     for index in range(hashes.size):
@@ -111,7 +112,7 @@ def open_all(
                 continue
             known = at
             offset = i64(columns[base + 1] + np.uint64(8 * row))
-            unit = np.uint64(offset - segments[known, 1]) >> np.uint64(UNIT_SHIFT)
+            unit = np.uint64(offset - segments[known, 1]) >> np.uint64(segments[known, 4])
             held, pins = np.uint64(segments[known, 3]) + np.uint64(4) * unit, columns[PINS] + np.uint64(4 * row)
             put_u32(held, u32(held) + np.uint32(1))
             put_u32(pins, u32(pins) + np.uint32(1))
@@ -140,7 +141,7 @@ def close_all(columns: Any, segments: Any, rows: Any, numbers: Any, ended: Any) 
         row = numbers[index]
         into = np.uint64(rows.ctypes.data) + np.uint64(ROW_BYTES * index)
         known = max(0, segment_at(segments, known, np.int64(u32(into + np.uint64(184)))))
-        unit = np.uint64(i64(into + np.uint64(160)) - segments[known, 1]) >> np.uint64(UNIT_SHIFT)
+        unit = np.uint64(i64(into + np.uint64(160)) - segments[known, 1]) >> np.uint64(segments[known, 4])
         held, pins = np.uint64(segments[known, 3]) + np.uint64(4) * unit, columns[PINS] + np.uint64(4 * row)
         holds, left = u32(held) - np.uint32(1), u32(pins) - np.uint32(1)
         put_u32(held, np.uint32(holds))

@@ -72,10 +72,10 @@ class ArenaSegment:
     def unit(self, offset: int) -> int:
         return (offset - self.data_offset) // UNIT_BYTES
 
-    def places(self) -> tuple[int, int, int, int]:
-        """What compiled loops need of it: id, offset of data, addresses of generations and of holds."""
+    def places(self) -> tuple[int, int, int, int, int]:
+        """What compiled loops need of it: id, offset of data, addresses of generations and of holds, log2 of a unit."""
         generations = np.frombuffer(self.generations, np.uint64).ctypes.data
-        return self.id, self.data_offset, generations, self.held.buffer_info()[0]
+        return self.id, self.data_offset, generations, self.held.buffer_info()[0], UNIT_BYTES.bit_length() - 1
 
     def close(self) -> None:
         self.generations.release()
@@ -200,10 +200,10 @@ class Arena:
         return self._segments[id]
 
     def table(self) -> npt.NDArray[np.int64]:
-        """(s, 4): `ArenaSegment.places` of all segments, in the order of `segments`."""
+        """(s, 5): `ArenaSegment.places` of all segments, in the order of `segments`."""
         if self._table is None:
             rows = [segment.places() for segment in self._segments.values()]
-            self._table = np.array(rows, np.int64).reshape(-1, 4)
+            self._table = np.array(rows, np.int64).reshape(-1, 5)
         return self._table
 
     def segments(self) -> Iterator[ArenaSegment]:

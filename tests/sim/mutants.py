@@ -20,6 +20,7 @@ from kvstore.directory.announce import Delta, Inbox, Receiver
 from kvstore.directory.answers import Match
 from kvstore.directory.directory import Directory
 from kvstore.directory.membership import Membership
+from kvstore.kernels import landing
 from kvstore.store.carrier import Carrier, Ticket
 from kvstore.store.purges import Purges
 from kvstore.store.staging import Staging
@@ -65,6 +66,15 @@ _prepare = Raws.prepare
 def _prepare_blindly(self: Raws) -> None:
     _prepare(self)
     self._marks.clear()
+
+
+_land = landing.land
+
+
+def _land_blindly(*arguments: Any) -> None:
+    _land(*arguments)
+    outcomes = arguments[-1]
+    outcomes[outcomes == landing.REUSED] = landing.ARRIVED
 
 
 _check, _begin = Arrivals._check, Piece.begin
@@ -174,7 +184,8 @@ MUTANTS = (
     Mutant("purge-fence", "copies are taken from workers that have yet to do a purge",
            ((Purges, "fences", lambda *_, **__: False),), seed=6),
     Mutant("reader-generation", "a reader on the same host does not look at generations",
-           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly)), seed=14, rare=True),
+           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly), (landing, "land", _land_blindly)),
+           seed=14, rare=True),
     Mutant("epoch-fence", "a message of an older life is taken",
            ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any)),
            seed=94, rare=True),

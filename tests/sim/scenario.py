@@ -10,7 +10,7 @@ from random import Random
 from unittest import mock
 
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.client import bulk, sources
+from kvstore.client import bulk, direct, host_link, sources
 from kvstore.client.kv_client import KVClient
 from kvstore.client.pinning import Pin
 from kvstore.client.plan import HitPlan
@@ -47,10 +47,12 @@ does not name: nothing comes then."""
 RAW_SEEDS = 1000  # from this seed on clients get and put by raw data connections, where gRPC serves before it
 SCALE = (
     (sources, "INLINE_BYTES", 0),  # small reads take their time, too
+    (direct, "INLINE_BYTES", 0),
     (outgoing, "MESSAGE_BYTES", 4 << 10),  # a few blocks, so that things happen between two messages of a Get
     (data, "TAKEN_BYTES", 4 << 10),
     (arena, "UNIT_BYTES", arena.PAGE_BYTES),  # so that neighbours do not keep a block's space from being used again
     (bulk, "UNIT_BYTES", arena.PAGE_BYTES),
+    (host_link, "UNIT_BYTES", arena.PAGE_BYTES),
 )
 """Bounds that are no configuration, as small as the blocks here are."""
 
