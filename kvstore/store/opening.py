@@ -84,7 +84,7 @@ class Opening:
         self, hold: Hold, first: int, namespace: str, shard: bytes, root: bytes, keys: Keys, least: Fidelity,
         elsewhere: bool,
     ) -> tuple[Rows, list[int], int]:  # fmt: skip
-        """What `find` and `Holds.keep` do, while that is not at hand: rows that are known, which are away, how many too poor."""
+        """What `find` and `Holds.keep` do, until those are at hand: rows known, which are away, how many too poor."""
         stack, rows = self.stack, self.stack.residency.rows
         index, same_root = stack.residency.keys(namespace, shard), rows.known_root(root)
         away, known, poor = list[int](), list[int](), 0

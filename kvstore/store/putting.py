@@ -102,7 +102,7 @@ class Putting:
             view = self.stack.hot.view
             sums = await self.copier.copy_all([(blocks[one.index][2], view(one.place)) for one in going.values()])
             for (id, one), copy_id in zip(going.items(), sums, strict=True):
-                outcome = self._keep(id, spec, one.header, one.place, copy_id)
+                outcome = self._keep(id, one.header, one.place, copy_id)
                 one.kept, outcomes[one.index] = outcome.state == "committed", outcome
         finally:
             for id, one in going.items():
@@ -191,21 +191,14 @@ class Putting:
         kept = False
         try:
             copy_id = await self.copier.copy(source, stack.hot.view(place))
-            outcome = self._keep(id, spec, header, place, copy_id)
+            outcome = self._keep(id, header, place, copy_id)
             kept = outcome.state == "committed"
             return outcome
         finally:
             if not kept:
                 stack.hot.free(id.namespace, header, place)
 
-    def _keep(
-        self,
-        id: BlockId,
-        spec: ModelSpec,
-        header: Header,
-        place: Location,
-        copy_id: int,
-    ) -> PutOutcome:
+    def _keep(self, id: BlockId, header: Header, place: Location, copy_id: int) -> PutOutcome:
         """The bytes are there, with that checksum: committed, and the place is the block's, or not. Mutates."""
         stack = self.stack
         if header.copy_id not in (0, copy_id):
