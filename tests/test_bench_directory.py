@@ -78,6 +78,16 @@ def test_a_cache_lets_go_of_children_first() -> None:
     assert cache.put(9, -1) in ([2], [8]) and 1 in cache.rows
 
 
+def test_what_lies_behind_a_gap_is_put_once() -> None:
+    """Another worker had the beginning and lost it: the rest is here already, and must not be held twice."""
+    cache = Cache(3)
+    for unit in (2, 3, 1, 2, 3):
+        assert cache.put(unit, unit - 1 if unit - 1 in cache.rows else -1) == []
+    for unit in (7, 8, 9):
+        cache.put(unit, -1)
+    assert len(cache.rows) == 3
+
+
 def test_unit_keys_differ_everywhere() -> None:
     packed = unit_keys(range(1000))
     keys = {packed[at : at + 16] for at in range(0, len(packed), 16)}

@@ -58,8 +58,11 @@ class Cache:
             self.policy.touch(row)
 
     def put(self, unit: int, parent: int) -> list[int]:
-        """Mutates; the units that had to go."""
+        """Mutates; the units that had to go. One that is there already, behind a gap, stays where it is."""
         gone: list[int] = []
+        if unit in self.rows:
+            self.touch(unit)
+            return gone
         while len(self.rows) >= self.capacity:
             row = self.policy.victim(lambda row: not self._children[row])
             if row is None:
