@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.policies.base import make_policies
 from tests.memdisk import MemoryFile
 from tests.sim.oracle import Violation
-from tests.sim.scenario import RAW_SEEDS, Scenario, play, run_seed
+from tests.sim.scenario import LEARNED_SEEDS, RAW_SEEDS, Scenario, play, run_seed
 from tests.sim.seeds import FOUND
 
 SEEDS = sorted({*range(10), 12, 16, *FOUND})
@@ -36,6 +37,16 @@ def test_invariants_hold_by_raw_connections(seed: int) -> None:
     play(scenario)
     assert scenario.seen["gets"] > 10
     SEEN["raw_connections"] += sum(line.endswith(" Admit") for line in scenario.fleet.network.trace)
+
+
+@pytest.mark.parametrize("seed", range(LEARNED_SEEDS, LEARNED_SEEDS + 4))
+def test_invariants_hold_with_the_policy_that_learns(seed: int) -> None:
+    make_policies("default")  # compiled before: until it is loaded LRU decides
+    scenario = Scenario(seed, None, turns=10)
+    play(scenario)
+    assert scenario.seen["gets"] > 10
+    deciding = [node.runtime.store.stack.policy for node in scenario.fleet.workers if node.runtime is not None]
+    assert set(deciding) == {"default"}
 
 
 def test_the_histories_held_what_they_should() -> None:

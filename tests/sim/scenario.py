@@ -44,6 +44,7 @@ LONELY_TRIES = 3
 """Another client may take a block between plan and get, and a shorter prefix of a window needs blocks that the plan
 does not name: nothing comes then."""
 
+LEARNED_SEEDS = 2000  # from this seed on the policy that learns decides, LRU before
 RAW_SEEDS = 1000  # from this seed on clients get and put by raw data connections, where gRPC serves before it
 SCALE = (
     (sources, "INLINE_BYTES", 0),  # small reads take their time, too
@@ -73,7 +74,8 @@ class Scenario:
         self.rng = Random(f"scenario/{seed}")
         faults = draw_faults(self.rng)
         self.seed, self.turns = seed, turns
-        drawn = shape or replace(Shape.draw(self.rng), raw=seed >= RAW_SEEDS)
+        policy = "default" if seed >= LEARNED_SEEDS else "lru"
+        drawn = shape or replace(Shape.draw(self.rng), raw=seed >= RAW_SEEDS, policy=policy)
         self.fleet = Fleet(seed, drawn, faults)
         self.oracle = Oracle()
         self.checks = Checks(self.fleet, self.oracle)

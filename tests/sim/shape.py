@@ -37,6 +37,7 @@ class Shape:
     announce_batch: int = 4096
     hold_max_s: float = 2.0
     raw: bool = False  # clients open raw data connections
+    policy: str = "lru"  # who leaves first is none of the invariants, so earlier seeds stay what they were
     drift: float = 0.0  # share by which clocks run faster or slower
 
     @classmethod
@@ -62,7 +63,7 @@ class Shape:
         """Of every worker."""
         return Config(
             store=StoreConfig(
-                policy="lru",  # seeds stay what they are; who leaves first is none of the invariants
+                policy=self.policy,
                 host_bytes=self.host_bytes,
                 hot_bytes=self.hot_bytes,
                 ssd_folder=FOLDER if self.ssd_bytes else "",
