@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from hashlib import sha256
 
+import numpy as np
 import pytest
 
 from kvstore.errors import BadRequest
@@ -74,7 +75,7 @@ def test_what_is_stored_follows_its_parent() -> None:
     told = Told()
     rows = [told.store(depth, 10.0 + depth) for depth in range(4)]
     assert len({told.record(row) for row in rows}) == 1
-    told.advice.opened(rows[::-1], 100.0)
+    told.advice.opened(np.array(rows[::-1]), 100.0)
     rows.append(told.store(4, 101.0))
     assert len({told.record(row) for row in rows}) == 1  # the request that opened the others
     late = told.store(5, 100_000.0)
@@ -89,7 +90,7 @@ def test_a_prompt_stored_at_once_is_one_request_told_of_once() -> None:
     rows = [first, *(told.store(depth, 10.0 + depth / 100) for depth in (1, 2, 4, 3, 5))]
     assert told.learning.requests <= before + 2
     assert len({told.record(row) for row in rows}) == 1
-    told.advice.opened([first], 20.0)
+    told.advice.opened(np.array([first]), 20.0)
     rows.append(told.store(6, 20.1))
     assert told.record(rows[-1]) == told.record(rows[1]) != told.record(first)  # it hangs on what was not used since
 
@@ -99,9 +100,9 @@ def test_a_request_that_is_told_of_and_opens_is_one() -> None:
     rows = [told.store(depth, 0.0) for depth in range(3)][::-1]
     told.advice.begin(Use(output_tokens=100, finish=Finish.TOOL_USE), rows, 50.0)
     first = told.record(rows[0])
-    told.advice.opened(rows, 50.0 + JOIN_S / 2)
+    told.advice.opened(np.array(rows), 50.0 + JOIN_S / 2)
     assert told.record(rows[0]) == first
-    told.advice.opened(rows, 60.0)
+    told.advice.opened(np.array(rows), 60.0)
     assert told.record(rows[0]) != first
 
 
@@ -126,7 +127,7 @@ def test_records_do_not_pile_up() -> None:
     told = Told()
     rows = [told.store(depth, 0.0) for depth in range(3)][::-1]
     for second in range(2, 3000, 2):
-        told.advice.opened(rows, float(second))
+        told.advice.opened(np.array(rows), float(second))
     told.learning.settle()
     assert told.learning._known.n[RECORDS] <= 3
 
