@@ -20,7 +20,7 @@ PAGE_SLOTS = 1024
 SPLIT_AT = PAGE_SLOTS * 7 // 8  # slots in use beyond which a page is split in two
 MERGE_AT = PAGE_SLOTS // 3  # slots in use below which two pages become one
 DEPTH_MAX = 20
-BATCH = 64  # keys whose slots are asked for at a time
+AHEAD = 16  # keys whose slots memory brings while one is looked at
 
 FIRST, SECOND, NEXT, TABLE = 4, 5, 6, 7  # words of a slot, after the key
 OWNER_SHIFT, OWNER_MASK = 12, 0xFFFF
@@ -319,13 +319,12 @@ def apply(a: Arrays, keys: Array, runs: Array, owner: Int, room: Int, report: Ar
     for run in range(len(runs)):
         start, count, table, copy = runs[run, 0], runs[run, 1], runs[run, 2], runs[run, 3]
         if run == 0:
-            ask_for(a, keys, start, start + min(count, BATCH), table)
+            ask_for(a, keys, start, start + min(count, AHEAD), table)
         if run + 1 < len(runs):  # memory brings the next run while this one is worked on
             after = runs[run + 1, 0]
-            ask_for(a, keys, after, after + min(runs[run + 1, 1], BATCH), runs[run + 1, 2])
+            ask_for(a, keys, after, after + min(runs[run + 1, 1], AHEAD), runs[run + 1, 2])
         for at in range(start, start + count):
-            if (at - start) % BATCH == 0 and at > start:
-                ask_for(a, keys, at, min(at + BATCH, start + count), table)
+            ask_for(a, keys, at + AHEAD, min(at + AHEAD + 1, start + count), table)
             if copy != 0:
                 done = _add(a, keys[at, 0], keys[at, 1], table, copy, room + report[REMOVED] - report[NEW])
                 if done >= 0:

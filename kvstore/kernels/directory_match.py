@@ -6,7 +6,7 @@ import numpy as np
 
 from kvstore.kernels import jit_borrowing
 from kvstore.kernels.directory import (
-    BATCH,
+    AHEAD,
     FIRST,
     FREE_NODE,
     NEXT,
@@ -56,9 +56,9 @@ def _held(a: Arrays, slot: Int, worst: Int) -> Int:
 @jit_borrowing
 def held(a: Arrays, keys: Array, table: Int, worst: Int, slots: Array, flags: Array) -> None:
     """The slot of every key (-1: none), and 1 in `flags` where it is held."""
+    ask_for(a, keys, 0, min(AHEAD, len(keys)), table)
     for at in range(len(keys)):
-        if at % BATCH == 0:
-            ask_for(a, keys, at, min(at + BATCH, len(keys)), table)
+        ask_for(a, keys, at + AHEAD, min(at + AHEAD + 1, len(keys)), table)
         slot = slots[at] = seek(a, keys[at, 0], keys[at, 1], table)
         flags[at] = slot >= 0 and _held(a, slot, worst)
 
@@ -154,10 +154,9 @@ def lookup(a: Arrays, keys: Array, table: Int, worst: Int, found: Array, work: A
     first, second = np.int64(-1), np.int64(-1)  # kinds of the block before; -1: there is nothing to compare with
     with_first, with_second = False, False  # whether its copies are usable
     blocks = len(keys)
-    ask_for(a, keys, 0, min(BATCH, blocks), table)
+    ask_for(a, keys, 0, min(AHEAD, blocks), table)
     for at in range(len(keys)):
-        if at % BATCH == 0:  # memory brings the next ones while these are worked on
-            ask_for(a, keys, min(at + BATCH, len(keys)), min(at + 2 * BATCH, len(keys)), table)
+        ask_for(a, keys, at + AHEAD, min(at + AHEAD + 1, len(keys)), table)
         slot = seek(a, keys[at, 0], keys[at, 1], table)
         if slot < 0:
             blocks = at
