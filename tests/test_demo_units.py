@@ -308,6 +308,7 @@ STOPPED = """
 import os, signal
 from kvstore.demo.guard import Stop
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background ignores it
 said = []
 stop = Stop(said.append)
 cancelled = []
