@@ -7,9 +7,13 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+with suppress(ImportError):  # the engines' environment has none
+    import hypothesis  # noqa: F401 - else its plugin does at the very end, and parses while a thread may compile
 
 faulthandler.enable()
 
