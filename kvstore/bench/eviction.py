@@ -19,9 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from kvstore.bench.eviction_cost import measure_cost
 from kvstore.bench.eviction_plot import plot
 from kvstore.bench.report import Report
-from kvstore.bench.tiers_residency import cpu_s
 from kvstore.errors import UsageError
 from kvstore.kernels.belady import hits
+from kvstore.machine.system import thread_cpu_s
 from kvstore.operations.eviction_replay import BlockTrace, Knows, Replay, block_trace
 from kvstore.operations.trace import read_trace
 from kvstore.policies.base import POLICIES, make_policy
@@ -105,9 +105,9 @@ def measure(
     report.result(f"{cell}/opt", [100.0 * best / asked], "%")
     for name in policies:
         task = progress.add_task(f"{cell}/{name}", total=len(trace.times))
-        begun = cpu_s()
+        begun = thread_cpu_s()
         outcome = Replay(trace, make_policy(name), capacity, knows).run(_told(progress, task))
-        seconds = cpu_s() - begun
+        seconds = thread_cpu_s() - begun
         progress.remove_task(task)
         report.result(f"{cell}/{name}", [outcome.percent], "%")
         report.result(f"{cell}/{name}/written", [float(outcome.written)], "blocks")

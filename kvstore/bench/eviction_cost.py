@@ -12,7 +12,7 @@ from array import array
 import numpy as np
 
 from kvstore.bench.report import Report
-from kvstore.bench.tiers_residency import cpu_s
+from kvstore.machine.system import thread_cpu_s
 from kvstore.operations.eviction_replay import BlockTrace, Replay
 from kvstore.policies.base import make_policy
 from kvstore.policies.usage import Finish
@@ -64,8 +64,8 @@ def measure_cost(report: Report, resident: int, timed: int, policies: tuple[str,
     for name in policies:
         run = Replay(trace, make_policy(name), resident)
         run.play(0, first)
-        began = cpu_s()
+        began = thread_cpu_s()
         run.play(first, len(trace.times))
-        report.result(f"decision_us/{name}", [1e6 * (cpu_s() - began) / (len(trace.blocks) - begin)], "us")
+        report.result(f"decision_us/{name}", [1e6 * (thread_cpu_s() - began) / (len(trace.blocks) - begin)], "us")
     report.target("decision_us/default", at_most=5.0)
     report.notes.append(f"decision_us: CPU microseconds a block access, {resident} resident blocks")

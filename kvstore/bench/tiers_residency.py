@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from kvstore.bench.report import Report
 from kvstore.bench.tiers_blocks import BLOCK_BYTES, NAMESPACE, SHARD, header
 from kvstore.errors import SetupError
 from kvstore.header import Header
+from kvstore.machine.system import thread_cpu_s
 from kvstore.policies.advice import Advice
 from kvstore.policies.base import make_policies
 from kvstore.residency.residency import Level, Residency
@@ -27,12 +27,6 @@ SSD = 2  # where nearly all of a worker's blocks lie
 CYCLES = 5_000
 OPERATIONS = 4
 """Of a cycle: admit a block, touch one, pin (and unpin) one, evict one."""
-
-
-def cpu_s() -> float:
-    """CPU seconds of this thread: what an operation costs a core, whoever else is on the machine."""
-    used = resource.getrusage(resource.RUSAGE_THREAD)
-    return used.ru_utime + used.ru_stime
 
 
 def resident_bytes() -> int:
@@ -107,10 +101,10 @@ def cycle_seconds(blocks: int, rounds: int, policy: str = "lru") -> list[float]:
         headers = [header(made.next + i, CHAIN) for i in range(CYCLES)]
         present = [row for row in map(int, rng.integers(0, blocks, 4 * CYCLES)) if made.residency.present(row, SSD)]
         rows = present[:CYCLES]
-        begin = cpu_s()
+        begin = thread_cpu_s()
         made.cycles(headers, rows)
         if turn >= 0:
-            seconds.append((cpu_s() - begin) / CYCLES)
+            seconds.append((thread_cpu_s() - begin) / CYCLES)
     gc.unfreeze()
     return seconds
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvstore.client.bulk import raw_row
+from kvstore.client.fetch import Failed
 from kvstore.client.getting import GetResult, wanted_depths
 from kvstore.client.host_link import HostLink, Table
 from kvstore.client.links import Links
@@ -33,8 +34,6 @@ from kvstore.spec import Shard, namespace_digest
 from kvstore.types import Fidelity, Tier
 from kvstore.wire import worker_pb2
 from kvstore.wireform import shard_to_wire
-
-Failed = tuple[str, bytes, bytes]
 
 CALL_BLOCKS_MAX = 4096
 CALL_BYTES_MAX = 128 << 20
