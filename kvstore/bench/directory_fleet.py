@@ -208,10 +208,7 @@ class FleetRun:
             held += 1
         self.outcome.one_hits += held
         for at in range(held, len(units)):
-            if units[at] in one.rows:
-                one.touch(units[at])
-            else:
-                one.put(units[at], units[at - 1] if at else NONE)
+            one.put(units[at], units[at - 1] if at else NONE)
 
     def close(self) -> Outcome:
         """Counts at the end; the directory is what the workers have."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from kvstore.kernels.reuse_state import Array
 from kvstore.policies.learning import Learning
-from kvstore.policies.usage import Hint, Rows, Use
+from kvstore.policies.one_by_one import OneByOne
+from kvstore.policies.usage import Hint, Use
 
 RUN_ROWS_MIN = 256
 RUN_SHARE, RUN_SHARE_NEAR = 16, 64  # of the rows in a run
@@ -31,7 +32,7 @@ ABSENT = -1
 ROW_BITS = 32
 
 
-class Learned:
+class Learned(OneByOne):
     """A `kvstore.policies.base.Policy`."""
 
     def __init__(self, learning: Learning) -> None:
@@ -97,14 +98,6 @@ class Learned:
         self._fresh.append(row)
         if self._doomed:
             self._doomed.pop(row, None)
-
-    def touch_all(self, rows: Rows) -> None:
-        for row in rows.tolist():
-            self.touch(row)
-
-    def ready_all(self, rows: Rows) -> None:
-        for row in rows.tolist():
-            self.ready(row)
 
     def remove(self, row: int, *, evicted: bool) -> None:
         at = self._place[row]

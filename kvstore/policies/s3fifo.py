@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
-from kvstore.policies.usage import Hint, Rows, Use
+from kvstore.policies.one_by_one import OneByOne
+from kvstore.policies.usage import Hint, Use
 
 ABSENT = -1
 FIRST_TICK = 1 << 40  # `next` counts down from here, queues count up
@@ -25,7 +26,7 @@ USES_MAX = 3
 GHOSTS_MIN = 64
 
 
-class S3Fifo:
+class S3Fifo(OneByOne):
     """A `kvstore.policies.base.Policy`. A row's place in its queue is its tick; entries under another tick are void."""
 
     def __init__(self) -> None:
@@ -80,14 +81,6 @@ class S3Fifo:
             self._uses[row] = 0
             self._enter(row, MAIN)
             self._aside[row] = 1  # still
-
-    def touch_all(self, rows: Rows) -> None:
-        for row in rows.tolist():
-            self.touch(row)
-
-    def ready_all(self, rows: Rows) -> None:
-        for row in rows.tolist():
-            self.ready(row)
 
     def remove(self, row: int, *, evicted: bool) -> None:
         assert self._tick[row] != ABSENT, f"row {row} is removed but absent"

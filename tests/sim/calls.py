@@ -80,7 +80,7 @@ class Pipe:
             wait = STALLED_S if stalled else self._items[0][0] - now if self._items else None
             timer = (
                 None if wait is None else loop.call_later(wait, self._changed.set)
-            )  # a timeout costs three times this
+            )  # less than a timeout and its exception
             try:
                 await self._changed.wait()
             finally:

@@ -278,7 +278,7 @@ def run(coro: Coroutine[Any, Any, T], *, limit_s: float = 3_600.0, processes: Se
     that the scenario fills (`MemoryNetwork.processes`), buried at the end.
     """
     loop = VirtualLoop(limit_s)
-    gc.freeze()  # what is older than this run is not looked through at its end: a fifth of a seed's time
+    gc.freeze()  # what is older than this run is not looked through at its end
     try:
         result = loop.run_until_complete(coro)
         gc.collect()  # a task that failed unseen reports it when it is collected
