@@ -98,6 +98,9 @@ class Pool(Protocol):
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Run outside the event loop, return its value or raise what it raised. `function` touches no metadata."""
 
+    async def run_abortable(self, abort: Callable[[], None] | None, function: Callable[..., T], *args: object) -> T:
+        """As `run`; work that has begun when the caller is cancelled is asked to end early by `abort`."""
+
     def close(self) -> None: ...
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,51 @@ async def test_closing_wakes_whoever_receives() -> None:
         await client.close()
         with pytest.raises(Unavailable):
             await call
+
+
+async def test_a_peer_that_leaves_while_blocks_are_opened_is_noticed() -> None:
+    async with Net() as net:
+        client = await net.client()
+        call = asyncio.create_task(client.get(worker_pb2.GetRequest(planes=2), Sink(), timeout_s=60.0))
+        await until(lambda: net.service.contexts)
+        assert not net.service.cancelled.is_set(), "it waits while its peer does"
+        client._link.abort()
+        async with asyncio.timeout(5):
+            await net.service.cancelled.wait()
+        with pytest.raises(Unavailable):
+            await call
+        await until(lambda: not net.server._peers)
+        await net.serves()
+
+
+async def test_a_server_that_stops_at_once_ends_what_is_being_opened() -> None:
+    async with Net() as net:
+        client = await net.client()
+        call = asyncio.create_task(client.get(worker_pb2.GetRequest(planes=2), Sink(), timeout_s=60.0))
+        await until(lambda: net.service.contexts)
+        async with asyncio.timeout(5):
+            await net.server.close(0.01)
+        assert net.service.cancelled.is_set() and not net.server._peers
+        with pytest.raises(Unavailable):
+            await call
+
+
+async def test_nobody_watches_a_peer_whose_blocks_are_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Net() as net:
+        client, loop, watched = await net.client(), asyncio.get_running_loop(), list[str]()
+        add = loop.add_reader
+
+        def seen(descriptor: int, callback: Any, *arguments: Any) -> None:
+            watched.append(callback.__qualname__)
+            add(descriptor, callback, *arguments)
+
+        monkeypatch.setattr(loop, "add_reader", seen)
+        await client.get(worker_pb2.GetRequest(), Sink(), timeout_s=5.0)
+        assert not [name for name in watched if "went" in name]
+        call = asyncio.create_task(client.get(worker_pb2.GetRequest(planes=2), Sink(), timeout_s=60.0))
+        await until(lambda: [name for name in watched if "went" in name])
+        net.service.gate.set()
+        await call
 
 
 async def test_a_reader_that_stops_reading_holds_nothing_after_its_deadline() -> None:

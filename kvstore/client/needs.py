@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.client.pieces import Piece, layers_before, span_of
@@ -71,25 +71,39 @@ class Progress:
 
     def __init__(self, plan: HitPlan, needs: Sequence[Need], first: int, tell: Callable[[LayerReady], object]) -> None:
         self._plan, self._needs, self._first, self._tell = plan, needs, first, tell
-        by_layer: dict[int, list[tuple[Need, int]]] = {}
-        for need in needs:
-            base = layers_before(plan.spec, need.wanted.group)
-            for layer in range(need.wanted.layer_first, need.wanted.layer_first + need.wanted.layer_count):
-                by_layer.setdefault(base + layer, []).append((need, layer))
-        self._waiting = sorted(by_layer.items())
-        self._next = 0
+        self._waiting: Iterator[tuple[int, list[tuple[Need, int]]]] | None = None
+        self._next: tuple[int, list[tuple[Need, int]]] | None = None
+
+    def _by_layer(self) -> Iterator[tuple[int, list[tuple[Need, int]]]]:
+        """(layer of the model, needs with it and which of their group it is), ascending."""
+        alike: dict[int, tuple[int, range, list[Need]]] = {}  # by identity of the wanted shard, which most share
+        for need in self._needs:
+            wanted = need.wanted
+            if id(wanted) not in alike:
+                base = layers_before(self._plan.spec, wanted.group)
+                first = base + wanted.layer_first
+                alike[id(wanted)] = base, range(first, first + wanted.layer_count), []
+            alike[id(wanted)][2].append(need)
+        begin = min((layers.start for _, layers, _ in alike.values()), default=0)
+        for layer in range(begin, max((layers.stop for _, layers, _ in alike.values()), default=0)):
+            mine = [(need, layer - base) for base, layers, needs in alike.values() if layer in layers for need in needs]
+            if mine:
+                yield layer, mine
 
     def look(self) -> None:
         """Something came, or failed. Mutates; calls `tell`."""
+        if self._waiting is None:  # at the first arrival: the request does not wait for it
+            self._waiting = self._by_layer()
+            self._next = next(self._waiting, None)
         spec = self._plan.spec
-        while self._next < len(self._waiting):
-            layer, needs = self._waiting[self._next]
+        while self._next is not None:
+            layer, needs = self._next
             if not all(need.missed or need.has(spec, local) for need, local in needs):
                 return
             blocks = self._blocks()
             if not blocks:
                 return
-            self._next += 1
+            self._next = next(self._waiting, None)
             for need, _ in needs:
                 need.shown = True
                 for piece in need.pieces:

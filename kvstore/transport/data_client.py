@@ -90,24 +90,19 @@ class DataClient:
         asked.get.CopyFrom(request)
         packed = frames.frame(frames.GET, asked.SerializeToString())
 
-        def first() -> bool:
-            self._link.send_all([packed])
-            return self._land(landing)
-
-        def others() -> None:
+        def rest() -> None:
             while self._land(landing):
                 pass
 
-        def run() -> None:
-            if first():
-                others()
-
-        async def in_turns(begun: Begun) -> None:
-            if await self._link.bulk(first):
+        async def run() -> None:
+            await self._link.send(packed)  # from here: the worker reads it while a thread wakes up
+            if begun is not None:
+                if not await self._link.bulk(lambda: self._land(landing)):
+                    return
                 await begun()
-                await self._link.bulk(others)
+            await self._link.bulk(rest)
 
-        await self._call("Get", (lambda: self._link.bulk(run)) if begun is None else lambda: in_turns(begun), timeout_s)
+        await self._call("Get", run, timeout_s)
 
     def _land(self, landing: Landing) -> bool:
         """Thread: one frame of a Get; whether it was not the end."""

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import socket  # noqa: TID251 - the real socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from kvstore.errors import Unavailable
@@ -84,6 +85,40 @@ class DataLink:
             return
         await self._ready(writing=False)
 
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """What is waited for within is given up, and the connection with it, when the peer goes or speaks: Unavailable.
+        Looks from the first wait on: what is done at once costs no watch."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop, descriptor, before, gone = asyncio.get_running_loop(), self._plain.fileno(), task.cancelling(), False
+
+        def went() -> None:
+            nonlocal gone
+            gone = True
+            loop.remove_reader(descriptor)
+            self.abort()
+            task.cancel()
+
+        def watch() -> None:
+            if self.broken or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+                went()
+            else:
+                loop.add_reader(descriptor, went)
+
+        watching = loop.call_soon(watch)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if gone and task.cancelling() == before + 1:  # else somebody wanted its end, too
+                raise Unavailable("the peer went, or spoke out of turn") from None
+            raise
+        finally:
+            watching.cancel()
+            loop.remove_reader(descriptor)
+            if gone:
+                task.uncancel()
+
     def quiet(self) -> bool:
         """Whether it stands and nothing has come, not even its end. Pure."""
         if self.broken:
@@ -130,17 +165,11 @@ class DataLink:
     async def bulk(self, function: Callable[[], T]) -> T:
         """Run what sends and receives with `send_all`, `fill`, `take_frame`. Cancelled: the connection is shut down,
         and the function has returned, before this does."""
-        running = asyncio.ensure_future(self._pool.run(self._blocking, function))
         self._running = True
         try:
-            return await asyncio.shield(running)
+            return await self._pool.run_abortable(self.abort, self._blocking, function)
         except asyncio.CancelledError:
-            self.abort()
-            while not running.done():
-                with contextlib.suppress(asyncio.CancelledError):  # told already: the buffers are still in use
-                    await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # seen
+            self.abort()  # also where it had not begun
             raise
         finally:
             self._running = False

@@ -16,11 +16,12 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, KVStoreError, SetupError, Unavailable
+from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, KVStoreError, SetupError
 from kvstore.seams import Clock, Pool
 from kvstore.transport import data_frames as frames
 from kvstore.transport.base import CallContext, DataService, OutgoingFrames
 from kvstore.transport.data_link import DataLink
+from kvstore.types import Buffer
 from kvstore.wire import worker_pb2
 
 HELLO_S = 5.0
@@ -225,25 +226,19 @@ class Peer:
         self, stack: contextlib.AsyncExitStack, request: worker_pb2.GetRequest, context: CallContext
     ) -> OutgoingFrames:
         """What will be sent; given up when the peer goes meanwhile: it says nothing until it has its answer."""
-        opening = asyncio.ensure_future(stack.enter_async_context(self._service.get(request, context)))
-        gone = asyncio.ensure_future(self.link.readable())
-        try:
-            await asyncio.wait([opening, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not opening.done():
-                self.link.abort()
-                raise Unavailable("the peer went, or spoke out of turn")
-            return await opening
-        finally:
-            for task in (gone, opening):
-                task.cancel()
-            await asyncio.gather(gone, opening, return_exceptions=True)
+        async with self.link.watched():
+            return await stack.enter_async_context(self._service.get(request, context))
 
     def _send(self, outgoing: OutgoingFrames) -> None:
-        """Thread."""
+        """Thread. A frame without data goes along with the next one: waking the peer costs more than making it."""
+        ahead: list[Buffer] = []
         for header, parts in outgoing:
             nbytes = sum(memoryview(part).nbytes for part in parts)
-            self.link.send_all([frames.head(frames.FRAME, len(header), nbytes) + header, *parts])
-        self.link.send_all([frames.frame(frames.END)])
+            ahead += [frames.head(frames.FRAME, len(header), nbytes) + header, *parts]
+            if nbytes:
+                self.link.send_all(ahead)
+                ahead = []
+        self.link.send_all([*ahead, frames.frame(frames.END)])
 
     async def _put(self, header: worker_pb2.PutHeader, context: CallContext) -> None:
         taking = Taking(self.link, sum(block.raw_bytes for block in header.blocks))
