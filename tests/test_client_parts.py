@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 
-from kvstore.client.host_link import Staging
+from kvstore.client.host_link import Space, Staging
 from kvstore.client.kv_client import delivered_blocks
 from kvstore.client.links import Pooled
 from kvstore.client.plan import HitPlan, PlanRun, ways
 from kvstore.client.put_blocks import Tokens
+from kvstore.client.writes import Item, Stored, put_local
 from kvstore.directory.matching import make_plan
 from kvstore.errors import Overloaded, Unavailable
 from kvstore.machine.system import real_system
 from kvstore.recent import Recent
 from kvstore.spec import Group, ModelSpec, Shard
 from kvstore.types import CommitToken, Fidelity, Tier
+from kvstore.wire import worker_pb2
 from tests.service_helpers import FULL
 
+T = TypeVar("T")
 WHOLE = Shard.whole(FULL)
 
 
@@ -168,3 +175,51 @@ async def test_connections_are_opened_once_bounded_and_replaced() -> None:
     await pooled.close()
     assert sorted(closed) == ["a", "b", "c", "c"]
     system.pool.close()
+
+
+class StagingLink:
+    """Of `HostLink`, what a put through staging needs. `log`: what happened."""
+
+    def __init__(self, log: list[str], nbytes: int) -> None:
+        self.log, self.memory = log, memoryview(bytearray(nbytes))
+        self.at = 0
+
+    async def staging(self, nbytes: int, *, timeout_s: float) -> Any:
+        return SimpleNamespace(nbytes=len(self.memory), segment=1)
+
+    @asynccontextmanager
+    async def space(self, staging: Any, nbytes: int) -> AsyncIterator[Space]:
+        at, self.at = self.at, self.at + nbytes
+        yield Space(1, at, self.memory[at : at + nbytes])
+
+    async def commit(self, request: worker_pb2.CommitRequest, *, timeout_s: float) -> worker_pb2.PutReply:
+        first = request.blocks[0]
+        self.log.append(f"commit {first.depth}")
+        assert self.memory[first.offset : first.offset + first.raw_bytes] == bytes([first.depth]) * first.raw_bytes
+        return worker_pb2.PutReply(states=[worker_pb2.BLOCK_COMMITTED] * len(request.blocks))
+
+
+class LoggedPool:
+    """Byte work at once, but its caller hears of it in a later turn of the loop."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        self.log.append("copy")
+        result = function(*args)
+        await asyncio.sleep(0)
+        return result
+
+    def close(self) -> None: ...
+
+
+async def test_the_next_part_is_being_copied_when_a_commit_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, log = 4096, list[str]()
+    monkeypatch.setattr("kvstore.client.writes.PART_BYTES", size)
+    key = bytes(16)
+    items = [Item(key, key, key, depth, memoryview(bytes([depth]) * size)) for depth in range(3)]
+    link: Any = StagingLink(log, 8 * size)
+    await put_local(link, LoggedPool(log), Stored(FULL, WHOLE, Fidelity.EXACT), items, staging_bytes=1, timeout_s=1.0)
+    assert log == ["copy", "copy", "commit 0", "copy", "commit 1", "commit 2"]
+    assert {item.state for item in items} == {"committed"}

@@ -31,6 +31,7 @@ from kvstore.wire import common_pb2, coordinator_pb2
 from workers.announcer import Announcer, Source
 from workers.data import DataCalls
 from workers.draining import Draining
+from workers.gathering import Gathering
 from workers.local import LocalService
 from workers.node import Announced, Node
 from workers.prefetching import Prefetching
@@ -177,6 +178,7 @@ class WorkerRuntime:
             self.metrics_address = figures.address
         self.announcer = self._new_announcer(StoreSource(self.node), self.puller.hinted)
         self.node.announced = self._announced
+        self._gathering = Gathering(lambda: self.store.putting.busy, self.announcer.wake)
         self.store.subscribe(self._changed)
         self.announcer.start()
         self.puller.start()
@@ -249,7 +251,7 @@ class WorkerRuntime:
             self.redis_announcers.append(mine)
 
     def _changed(self, namespace: str, seq: int, change: Change) -> None:
-        self.announcer.wake()
+        self._gathering.changed()
 
     def _announced(self) -> Announced:
         return Announced(self.announcer.lag, self.announcer.connected, self.announcer.counters)
@@ -281,6 +283,7 @@ class WorkerRuntime:
         if "announcer" in started:
             await self.draining.stop()
             await self.puller.stop()
+            self._gathering.close()
             await self.announcer.stop(grace_s, leaving=True)
         for server in reversed(self._servers):
             await server.close(grace_s)

@@ -19,7 +19,7 @@ from kvstore.transport import frames
 from kvstore.transport.base import Channel
 from kvstore.transport.methods import WORKER
 from kvstore.types import CommitToken, Fidelity
-from kvstore.wire import worker_pb2
+from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import shard_to_wire
 
 COMMITTED, HELD, DROPPED, REFUSED = "committed", "held", "dropped", "refused"
@@ -60,9 +60,9 @@ class Item:
     state: str = ""  # once a worker has answered
     token: CommitToken | None = None  # of that answer
 
-    def message(self, shard: Shard, computed_on: Fidelity, offset: int = 0) -> worker_pb2.PutBlock:
+    def message(self, shard: common_pb2.Shard, computed_on: Fidelity, offset: int = 0) -> worker_pb2.PutBlock:
         return worker_pb2.PutBlock(
-            shard=shard_to_wire(shard),
+            shard=shard,
             key=self.key,
             parent=self.parent,
             group=self.group,
@@ -108,9 +108,11 @@ async def put_local(
             view = space.view  # taken here: while it lives, the memory stays mapped even if the connection ends
             if len(view) < size * len(part):
                 raise Unavailable("the connection ended, and its staging memory with it")
+            request = _commit(stored, part, staging, space)
             async with copying:  # one after the other: the worker has the first while the second is copied
                 await pool.run(_copy, part, view)
-            return note(part, await link.commit(_commit(stored, part, staging, space), timeout_s=timeout_s))
+            await asyncio.sleep(0)  # the next copy begins before the worker wakes, and maybe takes this processor
+            return note(part, await link.commit(request, timeout_s=timeout_s))
 
     parts = [items[at : at + step] for at in range(0, len(items), step)]
     outcomes = await asyncio.gather(*map(one, parts), return_exceptions=True)
@@ -132,10 +134,8 @@ def _copy(part: Sequence[Item], view: memoryview) -> None:
 
 
 def _commit(stored: Stored, part: Sequence[Item], staging: Staging, space: Space) -> worker_pb2.CommitRequest:
-    size = len(part[0].raw)
-    blocks = [
-        item.message(stored.shard, stored.computed_on, space.offset + index * size) for index, item in enumerate(part)
-    ]
+    size, shard = len(part[0].raw), shard_to_wire(stored.shard)
+    blocks = [item.message(shard, stored.computed_on, space.offset + index * size) for index, item in enumerate(part)]
     return worker_pb2.CommitRequest(spec_json=stored.spec.canonical_json(), segment=staging.segment, blocks=blocks)
 
 
@@ -171,7 +171,8 @@ async def put_remote(
 
 
 def _put_header(stored: Stored, part: Sequence[Item]) -> worker_pb2.PutHeader:
-    blocks = [item.message(stored.shard, stored.computed_on) for item in part]
+    shard = shard_to_wire(stored.shard)
+    blocks = [item.message(shard, stored.computed_on) for item in part]
     return worker_pb2.PutHeader(spec_json=stored.spec.canonical_json(), blocks=blocks)
 
 
