@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.client import sources, stream_source
+from kvstore.client import arrivals, sources
+from kvstore.client.arrivals import Arrivals
 from kvstore.client.kv_client import KVClient
 from kvstore.client.needs import LayerReady
 from kvstore.client.plan import HitPlan
-from kvstore.client.stream_source import Arrivals
 from kvstore.errors import BadRequest, Unavailable
 from kvstore.format import decode_chunks
 from kvstore.keys import Chain
@@ -263,7 +263,7 @@ async def test_frames_of_a_block_may_land_in_any_order(cluster: MiniCluster, mon
             behind.set()
         return count
 
-    monkeypatch.setattr(stream_source, "decode_chunks", copy_late)
+    monkeypatch.setattr(arrivals, "decode_chunks", copy_late)
     monkeypatch.setattr(Arrivals, "_decode", decode_first)
     result = await client.get(plan)
     assert any(late) and result.blocks == 4

@@ -10,9 +10,11 @@ import pytest
 
 from kvstore.client.host_link import HostLink
 from kvstore.client.kv_client import KVClient
+from kvstore.client.needs import LayerReady
 from kvstore.errors import Unavailable
 from kvstore.transport.data_client import DataClient
 from kvstore.transport.data_link import DataLink
+from tests.data_net import until
 from tests.service_cluster import MiniCluster, blocks_of, check, found
 from tests.service_helpers import FULL, prompt
 from workers.outgoing import Outgoing
@@ -100,7 +102,7 @@ async def test_a_connection_that_breaks_goes_on_where_it_broke(
 
     def noting(outgoing: Outgoing, *args: Any, **options: Any) -> None:
         resumed.append(len(options["resume"]))
-        sent.append(len(args[2]))
+        sent.append(len(args[2].rows))
         init(outgoing, *args, **options)
 
     monkeypatch.setattr(DataLink, "take_frame", breaking)
@@ -116,8 +118,9 @@ async def test_a_connection_that_breaks_goes_on_where_it_broke(
 
 
 @pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("layered", [False, True], ids=["block by block", "layer by layer"])
 async def test_bytes_that_changed_on_the_way_are_a_miss(
-    cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch, place: int
+    cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch, place: int, layered: bool
 ) -> None:
     await cluster.worker("one")
     client = await cluster.client(far=True)
@@ -135,8 +138,9 @@ async def test_bytes_that_changed_on_the_way_are_a_miss(
             yield header, parts
 
     monkeypatch.setattr(Outgoing, "each", flipped)
-    result = await client.get(plan)
-    assert result.blocks == 0 and client.counters["failed_Corrupt"] >= 1
+    told: list[LayerReady] = []
+    result = await client.get(plan, on_layer=told.append if layered else None)
+    assert result.blocks == 0 and client.counters["failed_Corrupt"] >= 1 and not told
     assert client.counters["raw_gets"] == 1, "a negative control: it went that way"
 
 
@@ -157,7 +161,8 @@ async def test_space_that_is_reused_while_it_is_sent_is_a_miss(
 
     monkeypatch.setattr(Outgoing, "_current", reused)
     result = await client.get(plan)
-    assert result.blocks == 3 and worker.node.counters["blocks_lost_in_flight"] == 1
+    assert result.blocks == 3
+    await until(lambda: worker.node.counters["blocks_lost_in_flight"] == 1)  # once it has let go of the blocks
     assert client.counters["raw_gets"] == 1
 
 

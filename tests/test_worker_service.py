@@ -228,13 +228,13 @@ async def test_a_get_stream_leaves_out_what_is_reused_under_it(met: Met, monkeyp
     await near.put(LARGE, prefix, blocks_of(prefix))
     from workers import outgoing
 
-    read = outgoing.Outgoing._read
+    read = outgoing.Outgoing._raw
     loop = asyncio.get_running_loop()
     done: list[int] = []
 
-    def slow(self: Any, part: Any) -> Any:
-        found = read(self, part)
-        if not done and part.block == 1:
+    def slow(self: Any, parts: Any) -> Any:
+        found = read(self, parts)
+        if not done and 1 in [part.block for part in parts]:
             done.append(1)
             asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
         return found
@@ -246,7 +246,7 @@ async def test_a_get_stream_leaves_out_what_is_reused_under_it(met: Met, monkeyp
         assert row is not None
         met.worker.store.stack.remove(row)
 
-    monkeypatch.setattr(outgoing.Outgoing, "_read", slow)
+    monkeypatch.setattr(outgoing.Outgoing, "_raw", slow)
     out = await met.get(get_request(prefix, 3))
     assert [info.state for info in out[0][0].blocks] == [worker_pb2.BLOCK_FOUND] * 3
     blocks = {part.block for header, _ in out[1:] for part in header.parts}

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.checksum import xxh3
 from kvstore.client.pieces import layers_before
-from kvstore.codecs import PLANES_MAX, RAW
+from kvstore.codecs import PLANES_MAX
 from kvstore.errors import DataError
-from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, HEADER_BYTES, Entry, Record, grouped, worth
+from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Entry, Record, grouped, worth
 from kvstore.header import Header
 from kvstore.layout import Chunk, chunks
+from kvstore.open_rows import FOUND
+from kvstore.raw_table import raw_table
 from kvstore.spec import ModelSpec, Shard
-from kvstore.store.arena import generation_at
-from kvstore.store.tiered import Placed
+from kvstore.store.tiered import Hold
 from kvstore.transport import frames
 from kvstore.types import Buffer
 from kvstore.wire import worker_pb2
@@ -45,6 +46,35 @@ class Part:
         return self if block == self.block else Part(block, self.first, self.count, self.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a block lies."""
+
+    raw: bool
+    tier: int
+    view: memoryview  # its bytes
+    generations: memoryview  # of its segment's units
+    unit: int
+    generation: int  # of that unit, to be found unchanged after reading
+
+    @classmethod
+    def of(cls, hold: Hold, row: Sequence[int]) -> _Place | None:
+        """From the words of a row of `hold`; None for a block that was not found."""
+        offset, length, generation, rest = row[-4:]
+        if rest >> 32 & 0xFF != FOUND:
+            return None
+        segment = hold.segments[rest & 0xFFFFFFFF]
+        view = segment.segment.view[offset : offset + length]
+        return cls(
+            bool(rest >> 48 & 0xFF), rest >> 40 & 0xFF, view, segment.generations, segment.unit(offset), generation
+        )
+
+    @property
+    def current(self) -> bool:
+        now: int = self.generations[self.unit]
+        return now == self.generation
+
+
 class Outgoing:
     """Reads held blocks. `lost` are those whose space was reused under us: nothing more of them is sent."""
 
@@ -52,7 +82,7 @@ class Outgoing:
         self,
         spec: ModelSpec | None,
         shards: Sequence[Shard],
-        placed: Sequence[Placed | None],
+        hold: Hold,
         *,
         later: int,
         layers: range | None,
@@ -64,8 +94,9 @@ class Outgoing:
     ) -> None:
         """`spec` None: of a model that nobody has put a block of. `resume`: block -> (copy id, first chunk) of those
         the reader has in part. `planes`: of nested chunks; 0: all there are. `purges`: told in the first message."""
-        self._spec, self._shards, self._placed = spec, shards, placed
-        self._later = later  # blocks after those placed that the caller has to ask for again
+        self._spec, self._shards, self._hold = spec, shards, hold
+        self._places = [_Place.of(hold, row) for row in hold.words.tolist()]
+        self._later = later  # blocks after those held that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
         self._bases = [] if spec is None else [layers_before(spec, index) for index in range(len(spec.groups))]
         self._records: dict[int, tuple[Record, list[list[Entry]]]] = {}
@@ -86,17 +117,12 @@ class Outgoing:
         layer and of others, and whoever waits for that layer does not wait for the others to be planned."""
         header = worker_pb2.GetHeader(purges=self._purges)
         cuts: list[tuple[int, list[tuple[int, Part]]]] = []  # (block, its parts, or those of one like it)
-        for block, placed in enumerate(self._placed):
-            parts = self._parts(block, placed) if placed is not None else None
-            if placed is None or parts is None:
-                header.blocks.append(worker_pb2.BlockInfo(state=worker_pb2.BLOCK_MISSING))
+        for block, place in enumerate(self._places):
+            parts = self._parts(block, place) if place is not None else None
+            if place is None or parts is None:
+                header.blocks.add(state=worker_pb2.BLOCK_MISSING)
                 continue
-            info = worker_pb2.BlockInfo(
-                state=worker_pb2.BLOCK_FOUND,
-                header=self._header(block, placed.header).pack(),
-                tier=int(placed.tier),  # type: ignore[arg-type]
-            )
-            header.blocks.append(info)
+            header.blocks.add(state=worker_pb2.BLOCK_FOUND, header=self._header(block), tier=place.tier)
             if parts:
                 cuts.append((block, parts))
         header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
@@ -120,15 +146,13 @@ class Outgoing:
         """Runs in a byte mover. (header, stored bytes where they lie) of a frame. Their checksums are those of blocks
         that were still there afterwards: whatever is read later is them, or does not have these sums."""
         while True:
-            mine = [part for part in parts if part.block not in self.lost]
+            mine = [part for part in parts if part.block not in self.lost] if self.lost else parts
             if not mine:
                 return None
             header = worker_pb2.GetHeader()
-            payload: list[Buffer] = []
-            for part in mine:
-                table, data = self._read(part)
-                header.parts.append(worker_pb2.ChunkPart(block=part.block, first_chunk=part.first, table=table))
-                payload += data
+            tables, payload = self._raw(mine) if not self._records else self._one_by_one(mine)
+            for part, table in zip(mine, tables, strict=True):
+                header.parts.add(block=part.block, first_chunk=part.first, table=table)
             if not self._reused(mine):
                 return header.SerializeToString(), payload
 
@@ -148,31 +172,33 @@ class Outgoing:
         self.lost.update(dict.fromkeys(found))
         return bool(found)
 
-    def _header(self, block: int, header: Header) -> Header:
-        """What the planes that are sent make of a block."""
+    def _header(self, block: int) -> bytes:
+        """Packed; what the planes that are sent make of it."""
+        packed: bytes = self._hold.rows["header"][block].tobytes()
         if block not in self._records:
-            return header
-        return replace(header, stored=min(header.stored, *(worth(mine) for mine in self._records[block][1])))
+            return packed
+        header = Header.unpack(packed, checked=True)
+        return replace(header, stored=min(header.stored, *(worth(mine) for mine in self._records[block][1]))).pack()
 
-    def _view(self, placed: Placed) -> memoryview:
-        return placed.segment.view[placed.offset : placed.offset + placed.length]
+    def _place(self, block: int) -> _Place:
+        place = self._places[block]
+        assert place is not None, "a part of a block that was not found"
+        return place
 
     def _current(self, block: int) -> bool:
-        placed = self._placed[block]
-        assert placed is not None
-        return generation_at(placed.segment.view, placed.data_offset, placed.offset) == placed.generation
+        return self._place(block).current
 
-    def _parts(self, block: int, placed: Placed) -> list[tuple[int, Part]] | None:
+    def _parts(self, block: int, place: _Place) -> list[tuple[int, Part]] | None:
         """(layer of the model, part) of the layers asked for, layers ascending, or those of a block like it; None where
         the block can't be served."""
         assert self._spec is not None, "nothing can be placed of an unknown model"
         shard = self._shards[block]
         pieces = chunks(self._spec, shard)
-        if placed.raw:
+        if place.raw:
             sizes = [piece.nbytes for piece in pieces]
         else:
             try:
-                record = Record.parse(self._view(placed))
+                record = Record.parse(place.view)
             except DataError:
                 return None
             try:
@@ -183,14 +209,14 @@ class Outgoing:
             sizes = [sum(row[9] for row in mine) for mine in rows]
         if max(sizes) > self._chunk_bytes_max or not self._current(block):
             return None
-        if placed.raw and block not in self._resume:
+        if place.raw and block not in self._resume:
             if shard not in self._alike:  # the same for all of them
                 self._alike[shard] = self._cut(block, shard, pieces, sizes, 0)
             if not self._by_block:
                 return self._alike[shard]
             return [(block, part.of(block)) for _, part in self._alike[shard]]
         copy_id, start = self._resume.get(block, (0, 0))
-        if copy_id != placed.header.copy_id:
+        if copy_id != int(self._hold.rows["header"]["copy_id"][block]):
             start = 0
         return self._cut(block, shard, pieces, sizes, start)
 
@@ -220,36 +246,41 @@ class Outgoing:
             nbytes += size
         yield Part(block, first + begin, len(sizes) - begin, nbytes)
 
-    def _read(self, part: Part) -> tuple[bytes, list[Buffer]]:
-        """(table entries, stored bytes) of a part; views of the arena."""
-        placed = self._placed[part.block]
-        assert placed is not None and self._spec is not None
-        view = self._view(placed)
-        if placed.raw:
-            shard = self._shards[part.block]
-            mine = chunks(self._spec, shard)[part.first : part.first + part.count]
-            table = _raw_entries(self._spec, shard)[part.first : part.first + part.count]
+    def _raw(self, parts: Sequence[Part]) -> tuple[list[bytes], list[Buffer]]:
+        """(table entries, stored bytes) of parts of raw blocks; views of the arena."""
+        assert self._spec is not None
+        rows, sums, payload, shard = list[NDArray[np.void]](), list[int](), list[Buffer](), None
+        for part in parts:
+            if self._shards[part.block] is not shard:  # neighbours mostly share one object
+                shard = self._shards[part.block]
+                table = raw_table(self._spec, shard)
+            view, ends, last = self._place(part.block).view, table.ends, part.first + part.count
+            rows.append(table.entries[part.first : last])
+            payload.append(view[ends[part.first] : ends[last]])
             if not self._by_block:
-                table = table.copy()
-                table["xxh3"] = [xxh3(view[piece.offset : piece.offset + piece.nbytes]) for piece in mine]
-            return table.tobytes(), [view[mine[0].offset : mine[-1].offset + mine[-1].nbytes]]
-        record, by_chunk = self._records[part.block]
-        rows = [row for planes in by_chunk[part.first : part.first + part.count] for row in planes]
-        return np.array(rows, ENTRY_DTYPE).tobytes(), [record.view[row[8] : row[8] + row[9]] for row in rows]
+                sums += [xxh3(view[ends[one] : ends[one + 1]]) for one in range(part.first, last)]
+        joined = np.concatenate(rows)
+        if sums:
+            joined["xxh3"] = sums
+        packed, at, tables = joined.tobytes(), 0, []
+        for part in parts:
+            tables.append(packed[at : at + part.count * ENTRY_BYTES])
+            at += part.count * ENTRY_BYTES
+        return tables, payload
 
-
-@lru_cache(maxsize=64)
-def _raw_entries(spec: ModelSpec, shard: Shard) -> NDArray[np.void]:
-    """Entries of a shard's raw chunks, as a record of them would have, but for the checksums."""
-    pieces = chunks(spec, shard)
-    table = np.zeros(len(pieces), ENTRY_DTYPE)
-    data_start = HEADER_BYTES + len(pieces) * ENTRY_BYTES
-    for row, piece in enumerate(pieces):
-        table[row] = (
-            piece.layer, piece.component, 0, piece.head_first, piece.head_count,
-            RAW, 0, 0, data_start + piece.offset, piece.nbytes, piece.nbytes, 0,
-        )  # fmt: skip
-    return table
+    def _one_by_one(self, parts: Sequence[Part]) -> tuple[list[bytes], list[Buffer]]:
+        """`_raw` where some are encoded."""
+        tables, payload = list[bytes](), list[Buffer]()
+        for part in parts:
+            if self._place(part.block).raw:
+                found, data = self._raw([part])
+            else:
+                record, by_chunk = self._records[part.block]
+                rows = [row for planes in by_chunk[part.first : part.first + part.count] for row in planes]
+                found, data = [np.array(rows, ENTRY_DTYPE).tobytes()], [record.view[r[8] : r[8] + r[9]] for r in rows]
+            tables += found
+            payload += data
+        return tables, payload
 
 
 def _by_layer(cuts: Sequence[tuple[int, list[tuple[int, Part]]]], *, first_alone: bool) -> Iterator[list[Part]]:
@@ -258,7 +289,13 @@ def _by_layer(cuts: Sequence[tuple[int, list[tuple[int, Part]]]], *, first_alone
     first, sent = -1, False
     if first_alone and cuts:
         first = min(parts[0][0] for _, parts in cuts)
-        mine = [part.of(block) for block, parts in cuts for layer, part in parts if layer == first]
+        mine = [
+            part.of(block)
+            for block, parts in cuts
+            for _, part in takewhile(
+                lambda cut: cut[0] == first, parts
+            )  # the others are looked at when it is on its way
+        ]
         for message in _messages(mine):
             yield message
             sent = True

@@ -156,7 +156,7 @@ class WorkerService(PinCalls):
             outgoing = Outgoing(
                 node.catalog.spec(root),
                 wanted.shards,
-                hold.blocks,
+                hold,
                 later=len(wanted) - len(now),
                 layers=layers or None,
                 chunk_bytes_max=node.config.server.message_bytes_max - FRAME_SLACK_BYTES,

@@ -118,8 +118,7 @@ class DataClient:
         places = landing.places(header, nbytes)
         if sum(map(len, places)) != nbytes:
             raise Corrupt("a frame's data does not fit its places")
-        for place in places:
-            self._link.fill(place)
+        self._link.fill_all(places)
         landing.landed()
         return True
 

@@ -218,6 +218,26 @@ class DataLink:
                 raise self._ended()
             done += got
 
+    def fill_all(self, targets: Sequence[memoryview]) -> None:
+        """Thread. `fill` of one after the other, in few calls: between two, others take the interpreter."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            for target in targets:
+                self.fill(target)
+            return
+        at = 0
+        while at < len(targets):
+            some = targets[at : at + BUFFERS_AT_ONCE]
+            size = sum(map(len, some))
+            got = self._socket.recvmsg_into(some, 0, socket.MSG_WAITALL)[0] if size else 0
+            if size and not got:
+                raise self._ended()
+            for target in some:
+                at += 1
+                if got < len(target):
+                    self.fill(target[got:])  # a signal came: rarely, so the rest of one by itself
+                    break
+                got -= len(target)
+
     def take_frame(self) -> tuple[int, bytes, int]:
         """Thread. `receive_frame`."""
         packed = memoryview(bytearray(frames.HEAD.size))

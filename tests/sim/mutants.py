@@ -12,10 +12,10 @@ from typing import Any
 from unittest import mock
 
 from coordinator.session import Session
+from kvstore.client.arrivals import Arrivals
 from kvstore.client.bulk import Raws
 from kvstore.client.host_link import Mapped
 from kvstore.client.pieces import Piece
-from kvstore.client.stream_source import Arrivals
 from kvstore.directory.announce import Delta, Inbox, Receiver
 from kvstore.directory.answers import Match
 from kvstore.directory.directory import Directory
