@@ -20,6 +20,7 @@ from kvstore.errors import (
     ServiceError,
     Unavailable,
 )
+from kvstore.transport.base import CallContext
 from kvstore.transport.local_client import map_descriptor
 from kvstore.transport.local_frames import LocalLimits
 from kvstore.transport.methods import COORDINATOR, WORKER_LOCAL
@@ -157,6 +158,58 @@ async def test_a_cancelled_caller_leaves_the_connection_whole(net: Net) -> None:
 
 
 # memory
+
+
+async def test_what_is_done_meanwhile_is_done_once_the_request_has_left(net: Net) -> None:
+    client = await net.client()
+    seen: list[int] = []
+    call = client.call(WORKER_LOCAL["Match"], match(b"ab"), timeout_s=5, meanwhile=lambda: seen.append(1))
+    assert (await call)[0].blocks == 2 and seen == [1]
+
+
+async def test_what_fails_meanwhile_ends_the_call_and_its_reply_comes_late(net: Net) -> None:
+    client = await net.client()
+    late: list[Any] = []
+    client.on_late = lambda method, reply, segments: late.append((reply.hold, segments))
+
+    def fails() -> None:
+        raise BadRequest("does not fit")
+
+    with pytest.raises(BadRequest, match="does not fit"):
+        await client.call(WORKER_LOCAL["Open"], worker_pb2.OpenRequest(deadline_ms=1), timeout_s=5, meanwhile=fails)
+    await soon(lambda: late)
+    [(hold, [segment])] = late
+    assert hold == 1 and not client.closed
+    segment.close()
+    assert (await client.call(WORKER_LOCAL["Match"], match(b"a"), timeout_s=5))[0].blocks == 1
+
+
+async def test_a_handler_that_has_its_answer_gives_it_at_once(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    """No task; what the caller need not wait for comes after the reply; errors arrive as any handler's."""
+    client = await net.client()
+    order: list[str] = []
+
+    def hint(request: worker_pb2.HintRequest, context: CallContext) -> worker_pb2.HintReply:
+        [peer] = net.server._peers
+        order.append(f"{len(peer._tasks)} tasks")
+        sent = peer.link.send
+        peer.link.send = lambda *frame: (order.append("reply"), sent(*frame))
+        context.after(lambda: order.append("after"))
+        if request.root == b"over":
+            raise Overloaded("later")
+        if request.root == b"bug":
+            raise ZeroDivisionError("secret of the server")
+        return worker_pb2.HintReply(blocks=7)
+
+    net.service.hint = hint  # type: ignore[attr-defined]
+    reply, _ = await client.call(WORKER_LOCAL["Hint"], worker_pb2.HintRequest(), timeout_s=5)
+    assert reply.blocks == 7 and order == ["0 tasks", "reply", "after"]
+    with pytest.raises(Overloaded, match="later"):
+        await client.call(WORKER_LOCAL["Hint"], worker_pb2.HintRequest(root=b"over"), timeout_s=5)
+    with pytest.raises(ServiceError, match="ZeroDivisionError"):
+        await client.call(WORKER_LOCAL["Hint"], worker_pb2.HintRequest(root=b"bug"), timeout_s=5)
+    assert order.count("after") == 1, "nothing is done after an error"
+    assert "secret" in caplog.text
 
 
 async def test_staging_is_written_by_the_client_and_read_by_the_worker(net: Net) -> None:

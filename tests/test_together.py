@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,9 @@ def test_wanted_is_the_sequence_of_its_pairs() -> None:
 class Lane:
     """Blocks of 64 KiB in one segment of plain memory, and rows that name them."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, cuts: Sequence[int] = ()) -> None:
+        """`cuts`: where the copy of all bytes is cut in two."""
+        self.count, self.cuts = count, cuts
         self.segment = np.zeros(4096 + count * UNIT_BYTES, np.uint8)
         self.generations = self.segment[: 8 * count].view(np.uint64)
         self.data = self.segment[4096:].reshape(count, UNIT_BYTES)
@@ -108,16 +111,35 @@ class Lane:
         bounds = np.array([Fidelity.EXACT, max(Fidelity), max(Tier)], np.int64)
         outcomes, sources = np.full(self.count, -1, np.int64), np.empty((self.count, 2), np.uint64)
         words = np.ascontiguousarray(rows).view(np.uint64).reshape(-1, WORDS)
-        landing.land(words, self.keys, template, fixed, bounds, self.table, self.places, sources, outcomes)
+        landing.check(words, self.keys, template, fixed, bounds, self.table, sources, outcomes)
+        ends = np.cumsum(self.places[:, 2]).view(np.int64)
+        cuts = [0, *self.cuts, int(ends[-1])]
+        for first, last in reversed(list(itertools.pairwise(cuts))):
+            landing.copy(self.places, ends, sources, outcomes, first, last)
+        landing.reused(words, sources, outcomes)
         found: list[int] = outcomes.tolist()
         return found
 
 
-def test_blocks_land_where_they_are_wanted() -> None:
-    lane = Lane(3)
+@pytest.mark.parametrize("cuts", [(), (1,), (UNIT_BYTES,), (5, UNIT_BYTES - 1, UNIT_BYTES + 1, 3 * UNIT_BYTES - 63)])
+@pytest.mark.parametrize("count", [3, 70])  # the larger one goes past the caches
+def test_blocks_land_where_they_are_wanted(count: int, cuts: tuple[int, ...]) -> None:
+    lane = Lane(count, cuts)
     lane.data[:] = np.random.default_rng(1).integers(0, 256, lane.data.shape, np.uint8)
-    assert lane.land(lane.rows()) == [landing.ARRIVED] * 3
+    assert lane.land(lane.rows()) == [landing.ARRIVED] * count
     assert np.array_equal(lane.into, lane.data)
+
+
+def test_pieces_of_blocks_land_where_they_are_wanted() -> None:
+    """Pages of an engine: a block goes to several places."""
+    lane = Lane(2, (3, 40_000, UNIT_BYTES + 20_000))
+    lane.data[:] = np.random.default_rng(3).integers(0, 256, lane.data.shape, np.uint8)
+    size = UNIT_BYTES // 4
+    pages = np.zeros((8, size), np.uint8)
+    order = [5, 2, 7, 0, 1, 6, 3, 4]
+    lane.places = np.array([[at // 4, at % 4 * size, size, pages[order[at]].ctypes.data] for at in range(8)], np.uint64)
+    assert lane.land(lane.rows()) == [landing.ARRIVED] * 2
+    assert np.array_equal(pages[order].reshape(lane.data.shape), lane.data)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvstore.checksum import xxh3
-from kvstore.client import direct, sources
+from kvstore.client import sources
 from kvstore.client.bulk import Raws
 from kvstore.client.host_link import HostLink
 from kvstore.client.needs import LayerReady
@@ -25,6 +25,7 @@ from kvstore.wire import common_pb2, worker_pb2
 from tests.service_cluster import STORE, blocks_of, check
 from tests.service_helpers import FULL, LARGE, prompt, until
 from tests.worker_met import SIZE, Met, meeting, open_request, put_block, raw
+from workers import local
 
 
 @pytest.fixture
@@ -53,6 +54,49 @@ async def test_open_passes_a_segment_once_and_release_is_idempotent(met: Met) ->
         await met.locally("Release", worker_pb2.ReleaseRequest(holds=[first.hold]))
     assert len(met.holds()) == 1
     await other.close()
+
+
+async def test_holds_that_come_back_with_an_open_end_whatever_becomes_of_it(met: Met) -> None:
+    prefix = prompt(12, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    hits = met.worker.store.stack.hits[Tier.HOT]
+    first, _ = await met.locally("Open", open_request(prefix, 3))
+    assert met.holds() == [first.hold] and met.worker.store.stack.hits[Tier.HOT] == hits + 3
+    second, _ = await met.locally("Open", open_request(prefix, 3, release=[first.hold, 77]))
+    assert met.holds() == [second.hold]
+    third, _ = await met.locally("Open", open_request(prompt(99, 1), 1, release=[second.hold], redis=True))
+    assert met.holds() == [third.hold] and not third.blocks[0].length
+    with pytest.raises(BadRequest):
+        await met.locally("Open", open_request(prefix, 3, least=9, release=[third.hold]))
+    assert met.holds() == []
+
+
+async def test_holds_of_a_connection_are_bounded_by_those_that_are_not_given_back(
+    met: Met, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "HOLDS_MAX", 2)
+    prefix = prompt(13, 1)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    holds = [(await met.locally("Open", open_request(prefix, 1)))[0].hold for _ in range(2)]
+    with pytest.raises(Overloaded):
+        await met.locally("Open", open_request(prefix, 1, release=[77, 78]))  # not its own
+    assert met.holds() == holds
+    await met.locally("Open", open_request(prefix, 1, release=holds[:1]))
+    assert len(met.holds()) == 2 and holds[0] not in met.holds()
+
+
+async def test_memory_that_does_not_fit_is_told_and_leaves_no_hold(met: Met) -> None:
+    """The request has left when the caller's memory is looked at."""
+    prefix = prompt(15, 3)
+    client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
+    await client.put(FULL, prefix, blocks_of(prefix))
+    plan = await client.match(FULL, prefix)
+    with pytest.raises(BadRequest):
+        await client.get(plan, [[bytearray(SIZE), bytearray(SIZE), bytearray(SIZE - 1)]])
+    await until(lambda: not met.holds(), "the hold is given back")
+    check(plan, await client.get(plan), 3)
 
 
 async def test_what_belongs_to_a_connection_ends_with_it(met: Met) -> None:
@@ -166,20 +210,16 @@ async def test_a_slot_reused_before_it_is_read_the_short_way_is_a_miss(
     client = await met.cluster.client(alone=True, workers=(met.worker.socket,))
     await client.put(FULL, prefix, blocks_of(prefix))
     plan = await client.match(FULL, prefix)
-    land, loop = landing.land, asyncio.get_running_loop()
+    copy = landing.copy
 
     def late(*arguments: Any) -> None:
-        asyncio.run_coroutine_threadsafe(expire(), loop).result(5)
-        land(*arguments)
-
-    async def expire() -> None:
         for hold in met.holds():
             met.worker.store.release(hold)
         met.worker.store.purge("default")
+        copy(*arguments)
 
     check(plan, await client.get(plan), 3)  # the control
-    monkeypatch.setattr(direct, "INLINE_BYTES", 0)
-    monkeypatch.setattr(landing, "land", late)
+    monkeypatch.setattr(landing, "copy", late)
     result = await client.get(plan)
     assert result.tiers == [[None, None, None]] and result.blocks == 0
     assert client.counters["failed_reused"] == 3
@@ -256,10 +296,10 @@ async def test_what_is_forged_in_an_answer_is_a_miss(
     check(plan, await client.get(plan), 3)  # the control
     opened = HostLink.open
 
-    async def forge(link: HostLink, request: Any, *, timeout_s: float) -> Any:
+    async def forge(link: HostLink, request: Any, *, timeout_s: float, **options: Any) -> Any:
         if older:
             link.sends_rows = False
-        reply = await opened(link, request, timeout_s=timeout_s)
+        reply = await opened(link, request, timeout_s=timeout_s, **options)
         keys = worker_pb2.ShardKeys(shard=request.blocks[0].shard, keys=pack_keys(other.keys))
         theirs = await opened(link, worker_pb2.OpenRequest(root=LARGE.root, blocks=[keys]), timeout_s=timeout_s)
         link.release(theirs.hold)

@@ -110,9 +110,9 @@ def get_request(prefix: Chain, count: int, **changes: Any) -> worker_pb2.GetRequ
     return worker_pb2.GetRequest(root=prefix.root, blocks=[keys], **changes)
 
 
-def open_request(prefix: Chain, count: int) -> worker_pb2.OpenRequest:
+def open_request(prefix: Chain, count: int, **changes: Any) -> worker_pb2.OpenRequest:
     keys = worker_pb2.ShardKeys(shard=shard_to_wire(WHOLE), keys=pack_keys(prefix.keys[:count]))
-    return worker_pb2.OpenRequest(root=FULL.root, blocks=[keys], deadline_ms=2000)
+    return worker_pb2.OpenRequest(root=FULL.root, blocks=[keys], deadline_ms=2000, **changes)
 
 
 def raw(prefix: Chain, depth: int) -> bytes:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.errors import BadRequest, Overloaded
+import numpy as np
+
+from kvstore.errors import BadRequest, DeadlineExceeded, KVStoreError, Overloaded
 from kvstore.open_rows import FOUND, LATER, absent
 from kvstore.spec import ModelSpec
 from kvstore.store.arena import ArenaSegment
+from kvstore.store.holds import Hold
+from kvstore.store.opening import Begun
 from kvstore.store.staging import StagingSegment
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
@@ -35,7 +40,7 @@ class Peer:
 
 
 class LocalService(PinCalls):
-    """One coroutine per call of `WorkerLocal`."""
+    """One function per call of `WorkerLocal`: a coroutine where it may have to wait."""
 
     def __init__(self, node: Node, prefetching: Prefetching) -> None:
         super().__init__(node)
@@ -67,33 +72,76 @@ class LocalService(PinCalls):
     async def hello(self, request: worker_pb2.LocalHelloRequest, context: CallContext) -> common_pb2.HelloReply:
         return self._node.hello(request.hello)
 
-    async def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
+    def match(self, request: common_pb2.MatchRequest, context: CallContext) -> common_pb2.MatchReply:
         return self._node.match(request, context.namespace)
 
-    async def open(self, request: worker_pb2.OpenRequest, context: CallContext) -> worker_pb2.OpenReply:
-        """Where the blocks lie; they stay there until the hold ends. Segments are passed once per connection."""
+    def open(
+        self, request: worker_pb2.OpenRequest, context: CallContext
+    ) -> worker_pb2.OpenReply | Coroutine[Any, Any, worker_pb2.OpenReply]:
+        """Where the blocks lie; they stay there until the hold ends. Segments are passed once per connection. At once,
+        if nothing has to be loaded; the holds that are given back end afterwards then."""
+        try:
+            return self._open(request, context)
+        except KVStoreError:
+            self._end_holds(self._peer(context), request.release)
+            raise
+
+    def _open(
+        self, request: worker_pb2.OpenRequest, context: CallContext
+    ) -> worker_pb2.OpenReply | Coroutine[Any, Any, worker_pb2.OpenReply]:
         node, peer = self._node, self._peer(context)
+        begin = node.system.clock.monotonic()
         root = digest_from_wire("root", request.root)
         wanted = wanted_from_wire(request.blocks, node.config.worker.keys_max)
         least = least_from_wire(request.least)
-        self._end_holds(peer, request.release)
         node.asked_bytes(root, wanted)
         if len(peer.holds) >= HOLDS_MAX:
+            self._end_holds(peer, request.release)
+        if len(peer.holds) >= HOLDS_MAX:
             raise Overloaded(f"{HOLDS_MAX} holds on one connection: release some")
+        begun = node.store.opening.begin(context.namespace, root, node.now(root, wanted), least, redis=request.redis)
+        peer.holds[begun.hold.id] = None
+
+        def served() -> None:
+            self._end_holds(peer, request.release)
+            node.store.opening.served(begun)
+            node.gets.add(node.system.clock.monotonic() - begin)
+
+        context.after(served)
+        if begun.away:
+            self._end_holds(peer, request.release)  # they may have to make room
+            return self._open_later(begun, request, len(wanted), context)
+        return self._opened(begun.hold, request, len(wanted), context)
+
+    async def _open_later(
+        self, begun: Begun, request: worker_pb2.OpenRequest, count: int, context: CallContext
+    ) -> worker_pb2.OpenReply:
+        """DeadlineExceeded when loading takes longer than the request allows."""
         timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
-        begin = node.system.clock.monotonic()
-        now = node.now(root, wanted)
-        hold = await node.open(context.namespace, root, now, least, redis=request.redis, timeout_s=timeout_s)
-        peer.holds[hold.id] = None
-        reply = worker_pb2.OpenReply(hold=hold.id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._node.store.opening.finish(begun)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{count} blocks were not loaded within {timeout_s:.3f} s") from None
+        finally:
+            if not self._node.store.opening.holds.alive(begun.hold.id):
+                self._peer(context).holds.pop(begun.hold.id, None)
+        return self._opened(begun.hold, request, count, context)
+
+    def _opened(
+        self, hold: Hold, request: worker_pb2.OpenRequest, count: int, context: CallContext
+    ) -> worker_pb2.OpenReply:
+        """`count`: of the blocks that were asked for; what is not opened now is to be asked for later."""
+        reply, peer = worker_pb2.OpenReply(hold=hold.id), self._peer(context)
         for segment in hold.segments.values():
             self._share(segment, peer, reply, context)
-        later = absent(len(wanted) - len(now), LATER)
+        rows = hold.rows
+        if count > len(rows):
+            rows = np.concatenate([rows, absent(count - len(rows), LATER)])
         if request.rows:
-            reply.rows = hold.rows.tobytes() + later.tobytes()
+            reply.rows = rows.tobytes()
         else:
-            reply.blocks.extend(_message(row) for row in (*hold.rows, *later))
-        node.gets.add(node.system.clock.monotonic() - begin)
+            reply.blocks.extend(map(_message, rows))
         return reply
 
     def _share(self, segment: ArenaSegment, peer: Peer, reply: worker_pb2.OpenReply, context: CallContext) -> None:
@@ -109,7 +157,7 @@ class LocalService(PinCalls):
             )
         )
 
-    async def release(self, request: worker_pb2.ReleaseRequest, context: CallContext) -> worker_pb2.ReleaseReply:
+    def release(self, request: worker_pb2.ReleaseRequest, context: CallContext) -> worker_pb2.ReleaseReply:
         """Idempotent; only the connection's own holds."""
         self._end_holds(self._peer(context), request.holds)
         return worker_pb2.ReleaseReply()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_char
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from kvstore.client.host_link import HostLink, Table
 from kvstore.client.links import Links
 from kvstore.client.plan import HitPlan, is_redis
 from kvstore.client.rates import Rates
+from kvstore.client.slices import Slices
 from kvstore.client.targets import Target, target_of
 from kvstore.directory.membership import Member
 from kvstore.errors import Corrupt, DeadlineExceeded, KVStoreError
@@ -39,12 +41,6 @@ CALL_BLOCKS_MAX = 4096
 CALL_BYTES_MAX = 128 << 20
 """Of one call; a larger get is left to the loop, which cuts it."""
 
-BATCH_BYTES = 32 << 20
-"""Raw bytes that one turn of a byte mover copies: long enough to pay for the turn, short enough to end soon."""
-
-INLINE_BYTES = 256 << 10
-"""Raw bytes that are copied on the spot: handing them over takes longer."""
-
 FIRST_SHARE = 0.4
 """Of the time that is left: a worker that hangs leaves time for another way."""
 
@@ -53,15 +49,30 @@ PROBLEMS = {1: "missing", 3: "unmapped", 4: "Corrupt", 6: "reused"}
 """Outcomes of `kvstore.kernels.landing` that say enough not to ask a holder again; the loop sees to the others."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
-    """Blocks of one needed shard, and where they go."""
+    """Blocks of one needed shard."""
 
     index: int  # of the shard among the needed ones
     shard: Shard
     depths: range
     nbytes: int  # of a block
-    places: array[int]  # four a piece of memory: block, offset in it, bytes, address
+    keys: bytes  # back to back
+    target: Ground | None = None  # where they go, once that is known
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The caller's memory for a part, and what the compiled loops use (`kvstore.kernels.landing`)."""
+
+    places: Columns  # (p, 4) uint64, a row for each piece of memory: block, offset in it, bytes, address
+    ends: Columns  # (p,) int64, of each piece among all bytes
+    keys: Columns  # (n, 2) words
+    template: Columns
+    fixed: Columns
+    bounds: Columns
+    sources: Columns
+    outcomes: Columns
     kept: list[Target]  # what keeps that memory where it is, beside the caller
 
 
@@ -74,20 +85,18 @@ class Direct:
         self._namespace, self._links, self._system = namespace_digest(namespace), links, system
         self._failed, self._rates, self._counters = failed, rates, counters
 
-    async def get(self, plan: HitPlan, result: GetResult, first: int, end: float) -> None:
-        """Deliver what comes this way: sets its tiers, bytes and fidelity in the result. Mutates the memory there.
-        BadRequest for memory that does not fit."""
+    async def get(self, plan: HitPlan, first: int, end: float, ready: Callable[[], GetResult]) -> bool:
+        """Deliver what comes this way; whether that is all. `ready` makes the result, or gives it again: its tiers,
+        bytes and fidelity are set. Mutates the memory there."""
         holder = self._holder(plan, first)
         if holder is None:
-            return
-        parts = [_part(plan, result, index, shard, first) for index, shard in enumerate(plan.shards)]
-        begun = self._system.clock.monotonic()
-        timeout_s = (end - begun) * (FIRST_SHARE if holder.address else 1.0)
-        before = result.bytes
+            return False
+        parts = [_part(plan, index, shard, first) for index, shard in enumerate(plan.shards)]
+        timeout_s = (end - self._system.clock.monotonic()) * (FIRST_SHARE if holder.address else 1.0)
         try:
             async with self._links.local.use(holder.socket, timeout_s=timeout_s) as link:
                 if link.sends_rows:
-                    await self._read(link, holder.id, plan, result, parts, timeout_s)
+                    return await self._read(link, holder.id, plan, ready, parts, timeout_s)
         except asyncio.CancelledError:
             if self._system.clock.monotonic() >= end:
                 self._blame(plan, holder.id, parts)
@@ -98,7 +107,7 @@ class Direct:
             self._blame(plan, holder.id, parts)  # it hangs: another way to the same worker would too
         except KVStoreError as error:
             self._counters[f"errors_{type(error).__name__}"] += 1
-        self._rates.note(holder.id, Tier.HOT, result.bytes - before, self._system.clock.monotonic() - begun)
+        return False
 
     def _holder(self, plan: HitPlan, first: int) -> Member | None:
         """The worker of this host that has all that is needed, as it is needed, raw in memory; None where it is not so
@@ -123,55 +132,79 @@ class Direct:
         return holder if 0 < blocks <= CALL_BLOCKS_MAX and nbytes <= CALL_BYTES_MAX else None
 
     async def _read(
-        self, link: HostLink, holder: str, plan: HitPlan, result: GetResult, parts: Sequence[Part], timeout_s: float
-    ) -> None:
-        keys = [b"".join(plan.keys[part.depths.start : part.depths.stop]) for part in parts]
+        self, link: HostLink, holder: str, plan: HitPlan, ready: Callable[[], GetResult], parts: Sequence[Part],
+        timeout_s: float,
+    ) -> bool:  # fmt: skip
+        """Whether all came."""
+        begun = self._system.clock.monotonic()
         request = worker_pb2.OpenRequest(
             root=plan.spec.root,
-            blocks=[
-                worker_pb2.ShardKeys(shard=shard_to_wire(part.shard), keys=packed)
-                for part, packed in zip(parts, keys, strict=True)
-            ],
+            blocks=[worker_pb2.ShardKeys(shard=shard_to_wire(part.shard), keys=part.keys) for part in parts],
             least=int(plan.least),  # type: ignore[arg-type]
             redis=True,  # what the worker does not hold may just have moved there
             deadline_ms=max(1, int(timeout_s * 1000)),
         )
-        reply = await link.open(request, timeout_s=timeout_s)
+
+        def meanwhile() -> None:
+            for part in parts:
+                self._prepare(plan, part, ready().buffers[part.index])
+
+        reply = await link.open(request, timeout_s=timeout_s, meanwhile=meanwhile)
         try:
             if len(reply.rows) != ROW_BYTES * sum(len(part.depths) for part in parts):
                 raise Corrupt(f"{len(reply.rows)} bytes of rows: not one for each block that was asked for")
             rows = np.frombuffer(reply.rows, np.uint64).reshape(-1, WORDS)
             at = 0
-            for part, packed in zip(parts, keys, strict=True):
+            for part in parts:
                 mine = rows[at : at + len(part.depths)]
                 at += len(part.depths)
-                outcomes = await self._land(link.table(), plan, part, mine, packed)
-                self._note(holder, plan, result, part, mine, outcomes)
+                self._note(holder, plan, ready(), part, mine, await self._land(link.table(), part, mine))
+            self._rates.note(holder, Tier.HOT, ready().bytes, self._system.clock.monotonic() - begun)
+            return ready().bytes == sum(len(part.depths) * part.nbytes for part in parts)
         finally:
             link.release(reply.hold)
 
-    async def _land(self, table: Table, plan: HitPlan, part: Part, rows: Columns, packed: bytes) -> Columns:
-        """(n,) how each block of a part ended. It runs in byte movers, a batch each."""
-        names = (plan.spec.root, self._namespace, part.shard.digest, plan.spec.block_tokens, part.nbytes)
-        template, fixed = raw_row(*names)
-        bounds = np.array([plan.least, max(Fidelity), max(Tier)], np.int64)
-        keys = np.frombuffer(packed, np.uint64).reshape(-1, 2)
-        places = np.frombuffer(part.places, np.uint64).reshape(-1, 4)
-        outcomes, sources = np.empty(len(rows), np.int64), np.empty((len(rows), 2), np.uint64)
+    def _prepare(self, plan: HitPlan, part: Part, row: Sequence[Any]) -> None:
+        """Sets the part's target: all that can be done before the worker has answered. BadRequest."""
+        count, nbytes = len(part.depths), part.nbytes
+        pieces, kept, from_buffer = array("Q"), list[Target](), c_char.from_buffer
+        for block, given in enumerate(row[part.depths.start : part.depths.stop]):
+            if type(given) is memoryview and given.nbytes == nbytes and given.c_contiguous and not given.readonly:
+                pieces.extend((block, 0, nbytes, addressof(from_buffer(given))))
+                continue
+            kept.append(target_of(given, nbytes))
+            for start, length, address in kept[-1].places(0, nbytes):
+                pieces.extend((block, start, length, address))
+        places = np.frombuffer(pieces, np.uint64).reshape(-1, 4)
+        template, fixed = raw_row(
+            plan.spec.root, self._namespace, part.shard.digest, plan.spec.block_tokens, part.nbytes
+        )
+        part.target = Ground(
+            places=places,
+            ends=np.cumsum(places[:, 2]).view(np.int64),
+            keys=np.frombuffer(part.keys, np.uint64).reshape(count, 2),
+            template=template,
+            fixed=fixed,
+            bounds=np.array([plan.least, max(Fidelity), max(Tier)], np.int64),
+            sources=np.empty((count, 2), np.uint64),
+            outcomes=np.empty(count, np.int64),
+            kept=kept,
+        )
 
-        def land(at: slice, these: Columns) -> None:
-            from kvstore.kernels import landing
+    async def _land(self, table: Table, part: Part, rows: Columns) -> Columns:
+        """(n,) how each block of a part ended."""
+        from kvstore.kernels import landing
 
-            landing.land(rows[at], keys[at], template, fixed, bounds, table.places, these, sources[at], outcomes[at])
+        to = part.target
+        assert to is not None, "an answer before the request had left"
+        landing.check(rows, to.keys, to.template, to.fixed, to.bounds, table.places, to.sources, to.outcomes)
 
-        batches = list(_batches(part, places))
-        if len(rows) * part.nbytes <= INLINE_BYTES:
-            land(*batches[0])
-        elif len(batches) == 1:
-            await self._system.pool.run(land, *batches[0])
-        else:
-            await asyncio.gather(*(self._system.pool.run(land, *batch) for batch in batches))
-        return outcomes
+        def copy(first: int, last: int) -> None:
+            landing.copy(to.places, to.ends, to.sources, to.outcomes, first, last)
+
+        await Slices(copy, int(to.ends[-1])).run(self._system.pool)
+        landing.reused(rows, to.sources, to.outcomes)
+        return to.outcomes
 
     def _note(
         self, holder: str, plan: HitPlan, result: GetResult, part: Part, rows: Columns, outcomes: Columns
@@ -203,29 +236,8 @@ class Direct:
 _TIERS = {int(tier): tier for tier in Tier}
 
 
-def _part(plan: HitPlan, result: GetResult, index: int, shard: Shard, first: int) -> Part:
-    """A shard's needed blocks, and the caller's memory for them. BadRequest."""
-    depths, nbytes = wanted_depths(plan, shard, first), block_bytes(plan.spec, shard)
-    row, places, kept, from_buffer = result.buffers[index], array("Q"), list[Target](), c_char.from_buffer
-    for block, depth in enumerate(depths):
-        given = row[depth]
-        if type(given) is memoryview and given.nbytes == nbytes and given.c_contiguous and not given.readonly:
-            places.extend((block, 0, nbytes, addressof(from_buffer(given))))
-            continue
-        kept.append(target_of(given, nbytes))
-        for start, length, address in kept[-1].places(0, nbytes):
-            places.extend((block, start, length, address))
-    return Part(index, shard, depths, nbytes, places, kept)
-
-
-def _batches(part: Part, places: Columns) -> Iterator[tuple[slice, Columns]]:
-    """(which blocks, where they go), about BATCH_BYTES each."""
-    count, step = len(part.depths), max(1, BATCH_BYTES // part.nbytes)
-    if count <= step:
-        yield slice(0, count), places
-        return
-    for at in range(0, count, step):
-        low, high = np.searchsorted(places[:, 0], (at, at + step))
-        mine = places[low:high].copy()
-        mine[:, 0] -= np.uint64(at)
-        yield slice(at, min(count, at + step)), mine
+def _part(plan: HitPlan, index: int, shard: Shard, first: int) -> Part:
+    """A shard's needed blocks."""
+    depths = wanted_depths(plan, shard, first)
+    keys = b"".join(plan.keys[depths.start : depths.stop])
+    return Part(index, shard, depths, block_bytes(plan.spec, shard), keys)

@@ -16,7 +16,7 @@ from kvstore.errors import Corrupt, DeadlineExceeded, Overloaded, ServiceError, 
 from kvstore.header_columns import Columns, Mask
 from kvstore.seams import System
 from kvstore.store.arena import UNIT_BYTES, generation_at, table_bytes
-from kvstore.transport.base import LocalChannel, MappedSegment, Method
+from kvstore.transport.base import LocalChannel, MappedSegment, Meanwhile, Method
 from kvstore.transport.methods import WORKER_LOCAL
 from kvstore.wire import common_pb2, worker_pb2
 
@@ -127,8 +127,11 @@ class HostLink:
         reply, _ = await self._channel.call(method, request, timeout_s=timeout_s)
         return reply
 
-    async def open(self, request: worker_pb2.OpenRequest, *, timeout_s: float) -> worker_pb2.OpenReply:
-        """Blocks held until `release`. New segments are mapped and known to `mapped` when this returns.
+    async def open(
+        self, request: worker_pb2.OpenRequest, *, timeout_s: float, meanwhile: Meanwhile | None = None
+    ) -> worker_pb2.OpenReply:
+        """Blocks held until `release`. New segments are mapped and known to `mapped` when this returns. `meanwhile` is
+        called when the request has left.
 
         Holds that were given back before end first: they may have to make room for what is opened now.
         """
@@ -138,7 +141,9 @@ class HostLink:
         elif self._releasing is not None:
             await asyncio.wait([self._releasing])
         request.rows = self.sends_rows
-        reply, passed = await self._channel.call(WORKER_LOCAL["Open"], request, timeout_s=timeout_s)
+        reply, passed = await self._channel.call(
+            WORKER_LOCAL["Open"], request, timeout_s=timeout_s, meanwhile=meanwhile
+        )
         assert isinstance(reply, worker_pb2.OpenReply)
         self._keep_all(reply, passed)
         if len(passed) != len(reply.segments):

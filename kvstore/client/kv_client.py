@@ -246,21 +246,28 @@ class KVClient:
         """
         self._check_process()
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
-        result, needs = prepare(plan, into, first, layers, planes), list[Need]()
-        if not result.wanted:
-            return result
+        made, needs, whole = list[GetResult](), list[Need](), False
+
+        def ready() -> GetResult:  # at its first use: a request may leave before
+            if not made:
+                made.append(prepare(plan, into, first, layers, planes))
+            return made[0]
+
         end = self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE)
         try:
             async with asyncio.timeout(timeout_s):
                 if layers is None and on_layer is None and not planes and not self.config.verify_memory:
-                    await self._direct.get(plan, result, first, end)
-                needs = missing(plan, result, layers)
+                    whole = await self._direct.get(plan, first, end, ready)
+                if not whole:
+                    needs = missing(plan, ready(), layers)
                 if needs:
                     await self._fetch(plan, needs, first, layers, planes, on_layer, end).run()
         except TimeoutError:
             self.counters["errors_DeadlineExceeded"] += 1
-            needs = needs or missing(plan, result, layers)
-        conclude(plan, result, needs, first, self.counters)
+            needs = needs or missing(plan, ready(), layers)
+        result = ready()
+        if result.wanted:
+            conclude(plan, result, needs, first, self.counters)
         return result
 
     def _fetch(

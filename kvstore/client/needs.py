@@ -125,16 +125,17 @@ def delivered_blocks(plan: HitPlan, tiers: Sequence[Sequence[Tier | None]], firs
     blocks = plan.blocks
     windows: list[tuple[int, list[int]]] = []  # (blocks needed, how many in a row end at each depth)
     for shard, row in zip(plan.shards, tiers, strict=True):
+        window = rule_of(plan.spec, shard.group).window_blocks
+        if not window:
+            if None in row[first:blocks]:
+                blocks = row.index(None, first)
+            continue
         streaks = []
         streak = 0
         for depth in range(plan.blocks):
             streak = streak + 1 if depth < first or row[depth] is not None else 0
             streaks.append(streak)
-        window = rule_of(plan.spec, shard.group).window_blocks
-        if window:
-            windows.append((window, streaks))
-        else:
-            blocks = min(blocks, next((d for d, streak in enumerate(streaks) if streak <= d), plan.blocks))
+        windows.append((window, streaks))
     while blocks and any(streaks[blocks - 1] < min(window, blocks) for window, streaks in windows):
         blocks -= 1
     return blocks

@@ -1,6 +1,7 @@
-"""What a client does with every block that a worker of its host has opened: one compiled call for all of a shard.
+"""What a client does with every block that a worker of its host has opened: compiled calls for all of a shard.
 
-Addresses are plain integers; the caller keeps what lies there alive and in bounds.
+`check` first, then `copy` of every range of bytes, by whoever has time and in any order, then `reused`. Addresses are
+plain integers; the caller keeps what lies there alive and in bounds.
 """
 
 from __future__ import annotations
@@ -43,19 +44,17 @@ def _examined(row: Any, keys: Any, index: Any, template: Any, fixed: Any, bounds
 
 
 @jit_borrowing
-def land(
-    rows: Any, keys: Any, template: Any, fixed: Any, bounds: Any, segments: Any, parts: Any, sources: Any,
-    outcomes: Any,
+def check(
+    rows: Any, keys: Any, template: Any, fixed: Any, bounds: Any, segments: Any, sources: Any, outcomes: Any
 ) -> None:  # fmt: skip
-    """Check the rows of open blocks, copy what they name to where it is wanted, look at the generations afterwards.
-    Mutates memory at the parts' addresses; `outcomes`, (n,); `sources`, (n, 2) for its own use.
+    """Check the rows of open blocks, find where they are mapped. Mutates `outcomes`, (n,); `sources`, (n, 2) for the
+    use of the other calls: the addresses of a block's bytes and of its generation.
 
     `rows`: (n, 24) words from the worker; `keys`: (n, 2), those asked for. `template`, `fixed`: (24,) what each row
     must be, its length too, and in which bits. `bounds`: the least fidelity, the highest one and the highest tier.
-    `segments`: (s, 5) as they are mapped here: id, address, bytes, offset of data, log2 of a unit's bytes. `parts`:
-    (p, 4): block, offset in it, bytes, address.
+    `segments`: (s, 5) as they are mapped here: id, address, bytes, offset of data, log2 of a unit's bytes.
     """
-    known, total = np.int64(0), np.uint64(0)
+    known = np.int64(0)
     for index in range(outcomes.size):
         row = np.uint64(rows.ctypes.data) + np.uint64(ROW_BYTES * index)
         outcome = _examined(row, keys, index, template, fixed, bounds)
@@ -72,18 +71,36 @@ def land(
                 else:
                     sources[index, 0] = segments[at, 1] + offset
                     sources[index, 1] = segments[at, 1] + ((offset - data) >> segments[at, 4]) * np.uint64(8)
-                    total += length
         outcomes[index] = outcome
-    past_caches = total >= np.uint64(STREAM_BYTES)
-    for part in range(parts.shape[0]):
-        block = np.int64(parts[part, 0])
+
+
+@jit_borrowing
+def copy(parts: Any, ends: Any, sources: Any, outcomes: Any, first: Any, last: Any) -> None:
+    """Copy bytes `first` to `last` of all parts, laid end to end, where their block has ARRIVED. Mutates memory at the
+    parts' addresses. Ranges that do not overlap may be copied at the same time.
+
+    `parts`: (p, 4): block, offset in it, bytes, address; `ends`: (p,) where each part ends among all bytes.
+    """
+    past_caches = ends[ends.size - 1] >= STREAM_BYTES
+    part = np.searchsorted(ends, first, side="right")
+    at = first
+    while at < last:
+        begin, end = ends[part] - np.int64(parts[part, 2]), min(last, ends[part])
+        block, skipped = np.int64(parts[part, 0]), np.uint64(at - begin)
         if outcomes[block] == ARRIVED:
-            source = sources[block, 0] + parts[part, 1]
+            target, source = parts[part, 3] + skipped, sources[block, 0] + parts[part, 1] + skipped
             if past_caches:
-                _stream(parts[part, 3], source, parts[part, 2])
+                _stream(target, source, np.uint64(end - at))
             else:
-                _memcpy(parts[part, 3], source, parts[part, 2])
+                _memcpy(target, source, np.uint64(end - at))
+        at = end
+        part += 1
     fence()
+
+
+@jit_borrowing
+def reused(rows: Any, sources: Any, outcomes: Any) -> None:
+    """After the copies: blocks whose generation is another one now are REUSED. Mutates `outcomes`."""
     for index in range(outcomes.size):
         if outcomes[index] == ARRIVED:
             row = np.uint64(rows.ctypes.data) + np.uint64(ROW_BYTES * index)
@@ -92,6 +109,6 @@ def land(
 
 
 _WORDS, _NUMBERS, _ROWS = "uint64[::1]", "int64[::1]", "uint64[:, ::1]"
-cast(Any, land).compile(
-    f"void({_ROWS}, {_ROWS}, {_WORDS}, {_WORDS}, {_NUMBERS}, {_ROWS}, {_ROWS}, {_ROWS}, {_NUMBERS})"
-)
+cast(Any, check).compile(f"void({_ROWS}, {_ROWS}, {_WORDS}, {_WORDS}, {_NUMBERS}, {_ROWS}, {_ROWS}, {_NUMBERS})")
+cast(Any, copy).compile(f"void({_ROWS}, {_NUMBERS}, {_ROWS}, {_NUMBERS}, int64, int64)")
+cast(Any, reused).compile(f"void({_ROWS}, {_ROWS}, {_NUMBERS})")

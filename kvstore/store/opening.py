@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +18,21 @@ from kvstore.store.stack import Stack
 from kvstore.store.together import find, prepared
 from kvstore.types import BlockId, Fidelity, Keys, Tier
 from kvstore.wanted import Pair, Wanted
+
+
+@dataclass(slots=True)
+class Begun:
+    """Blocks that are being opened, and what is still to be done."""
+
+    hold: Hold
+    namespace: str
+    root: bytes
+    wanted: Wanted
+    least: Fidelity
+    redis: bool  # look there too
+    away: list[int] = field(default_factory=list)  # which of them to load
+    used: list[Rows] = field(default_factory=list)  # known here, and the policy not yet told
+    poor: int = 0  # here, and not good enough
 
 
 class Opening:
@@ -40,48 +56,63 @@ class Opening:
     ) -> Hold:
         """(shard digest, key) blocks in the arena, held until `release` or `hold_max_s`; None for each that is not to
         be had. `redis`: look there too. Cancelled: nothing is held."""
-        stack, wanted = self.stack, Wanted.of(wanted)
+        begun = self.begin(namespace, root, Wanted.of(wanted), least, redis=redis)
+        await self.finish(begun)
+        self.served(begun)
+        return begun.hold
+
+    def begin(self, namespace: str, root: bytes, wanted: Wanted, least: Fidelity, *, redis: bool) -> Begun:
+        """Open what lies in the arena. Mutates. The caller sees to the rest: `finish`, then `served`."""
         hold = self.holds.begin(len(wanted))
+        begun = Begun(hold, namespace, root, wanted, least, redis and self.stack.redis is not None)
         try:
-            away = self._here(hold, namespace, root, wanted, least, redis and stack.redis is not None)
-            if away:
-                loads = [self._load(hold, index, namespace, root, wanted[index], least, redis) for index in away]
-                for error in await asyncio.gather(*loads, return_exceptions=True):
-                    if error is not None:
-                        raise error
+            self._here(begun)
         except BaseException:
             self.holds.end(hold.id)
-            self.movement.nudge()
             raise
-        self._served(hold, wanted, namespace, root)
-        return hold
+        return begun
 
-    def _here(
-        self, hold: Hold, namespace: str, root: bytes, wanted: Wanted, least: Fidelity, elsewhere: bool
-    ) -> list[int]:
-        """Take what lies in the arena; which of the others to load. `elsewhere`: also those not known here. Mutates."""
-        stack = self.stack
-        away, used, poor, at = list[int](), list[Rows](), 0, 0
-        for shard, keys in wanted.groups:
+    async def finish(self, begun: Begun) -> None:
+        """Load what does not. Mutates; nothing is held when it raises."""
+        if not begun.away:
+            return
+        try:
+            self._used(begun)
+            loads = [self._load(begun, index) for index in begun.away]
+            for error in await asyncio.gather(*loads, return_exceptions=True):
+                if error is not None:
+                    raise error
+        except BaseException:
+            self.release(begun.hold.id)
+            raise
+
+    def _here(self, begun: Begun) -> None:
+        """Take what lies in the arena; which of the others to load. Mutates."""
+        stack, hold, at = self.stack, begun.hold, 0
+        names, least, elsewhere = (begun.namespace, begun.root), begun.least, begun.redis
+        for shard, keys in begun.wanted.groups:
             if prepared():
-                taken = find(stack, namespace, shard, root, keys, least, hold.words[at : at + len(keys)])
+                taken = find(stack, *names, shard, keys, least, hold.words[at : at + len(keys)])
                 self.holds.keep(hold, range(at, at + len(keys)), taken)
                 known, missing, refused = taken.known, taken.away(elsewhere), taken.poor
             else:
-                known, missing, refused = self._one_by_one(hold, at, namespace, shard, root, keys, least, elsewhere)
-            used.append(known)
-            poor += refused
-            away += [at + index for index in missing]
+                known, missing, refused = self._one_by_one(hold, at, *names, shard, keys, least, elsewhere)
+            begun.used.append(known)
+            begun.poor += refused
+            begun.away += [at + index for index in missing]
             at += len(keys)
-        deepest_first = np.concatenate(used or [np.zeros(0, np.int64)])[
-            ::-1
-        ]  # so that no parent is older than its child
-        stack.planes.opened(namespace, least, len(deepest_first) + poor)
-        stack.advice.opened(deepest_first, stack.system.clock.monotonic())
-        return away
+
+    def _used(self, begun: Begun) -> None:
+        """Tell the policy, once. Mutates."""
+        if begun.used:
+            stack, used = self.stack, np.concatenate(begun.used)
+            stack.planes.opened(begun.namespace, begun.least, len(used) + begun.poor)
+            # deepest first, so that no parent is older than its child
+            stack.advice.opened(used[::-1], stack.system.clock.monotonic())
+            begun.used = []
 
     def _one_by_one(
-        self, hold: Hold, first: int, namespace: str, shard: bytes, root: bytes, keys: Keys, least: Fidelity,
+        self, hold: Hold, first: int, namespace: str, root: bytes, shard: bytes, keys: Keys, least: Fidelity,
         elsewhere: bool,
     ) -> tuple[Rows, list[int], int]:  # fmt: skip
         """What `find` and `Holds.keep` do, until those are at hand: rows known, which are away, how many too poor."""
@@ -107,18 +138,10 @@ class Opening:
             self.holds.take(hold, *mine, level)
         return np.array(known, np.int64), away, poor
 
-    async def _load(
-        self,
-        hold: Hold,
-        index: int,
-        namespace: str,
-        root: bytes,
-        wanted: Pair,
-        least: Fidelity,
-        redis: bool,
-    ) -> None:
-        residency = self.stack.residency
-        found = await self.loading.load(BlockId(namespace, *wanted), root, least, redis=redis)
+    async def _load(self, begun: Begun, index: int) -> None:
+        residency, hold, root, least = self.stack.residency, begun.hold, begun.root, begun.least
+        id = BlockId(begun.namespace, *begun.wanted[index])
+        found = await self.loading.load(id, root, least, redis=begun.redis)
         if found is None:
             return
         level, same = self.stack.mapped(found.row, least), residency.rows.root_of(found.row) == root
@@ -127,19 +150,21 @@ class Opening:
         else:
             residency.unpin(found.row)
 
-    def _served(self, hold: Hold, wanted: Wanted, namespace: str, root: bytes) -> None:
-        """Count, and promote what lies below."""
-        residency, found = self.stack.residency, hold.rows[hold.rows["state"] == FOUND]
+    def served(self, begun: Begun) -> None:
+        """Count what is open, tell the policy, promote what lies below. Mutates."""
+        self._used(begun)
+        residency, hold = self.stack.residency, begun.hold
+        found = hold.rows[hold.rows["state"] == FOUND]
         for tier, count in enumerate(np.bincount(found["tier"]).tolist()):
             if count:
                 self.stack.hits[Tier(tier)] += count
         raw_bytes = int(found["header"]["raw_length"].sum())
         self.stack.counters["misses"] += len(hold.rows) - len(found)
-        spec = self.stack.catalog.spec(root) if raw_bytes else None
+        spec = self.stack.catalog.spec(begun.root) if raw_bytes else None
         if spec is not None:  # a rank loads its part of a block: as many tokens as its bytes are of the whole block's
             self.stack.saved_tokens += spec.block_tokens * raw_bytes / sum(map(spec.group_bytes, spec.groups))
         below = np.flatnonzero((hold.rows["state"] == FOUND) & (hold.rows["raw"] == 0)).tolist()
-        rows = [residency.find(namespace, *wanted[at]) for at in below]
+        rows = [residency.find(begun.namespace, *begun.wanted[at]) for at in below]
         self.promotion.promote([row for row in rows if row is not None])
 
     def release(self, hold_id: int) -> None:

@@ -70,7 +70,7 @@ class Taken:
 
 
 def find(
-    stack: Stack, namespace: str, shard: bytes, root: bytes, keys: Keys, least: Fidelity, rows: Columns
+    stack: Stack, namespace: str, root: bytes, shard: bytes, keys: Keys, least: Fidelity, rows: Columns
 ) -> Taken:  # fmt: skip
     """Open what lies in the arena. Mutates `rows`, (n, WORDS) words, those of the blocks that are open; pins and holds
     of these, until `end`."""

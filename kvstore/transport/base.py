@@ -68,10 +68,15 @@ class CallContext:
     deadline: float | None = None  # of the server's monotonic clock
     connection: Connection | None = None  # local socket only
     attachments: list[tuple[Segment, bool]] = field(default_factory=list)  # (segment, writable) passed with the reply
+    afterwards: list[Callable[[], None]] = field(default_factory=list)  # done once the reply is on its way
 
     def attach(self, segment: Segment, *, writable: bool) -> None:
         """Pass memory along with the reply. Local socket only."""
         self.attachments.append((segment, writable))
+
+    def after(self, what: Callable[[], None]) -> None:
+        """What the caller need not wait for: done right after the reply, before anything else. Local socket only."""
+        self.afterwards.append(what)
 
 
 class MappedSegment(Protocol):
@@ -105,6 +110,10 @@ class Channel(Protocol):
     async def close(self) -> None: ...
 
 
+Meanwhile = Callable[[], None]
+"""What a caller has to do before it can use the reply, and the peer need not wait for."""
+
+
 class LocalChannel(Protocol):
     """A client's connection to a worker on its host.
 
@@ -115,7 +124,10 @@ class LocalChannel(Protocol):
     on_late: Callable[[Method, Any, list[MappedSegment]], None] | None
     hello: Any  # HelloReply of the worker
 
-    async def call(self, method: Method, request: Message, *, timeout_s: float) -> tuple[Any, list[MappedSegment]]: ...
+    async def call(
+        self, method: Method, request: Message, *, timeout_s: float, meanwhile: Meanwhile | None = None
+    ) -> tuple[Any, list[MappedSegment]]:
+        """`meanwhile` is called once, when the request has left; what it raises ends the call."""
 
     @property
     def closed(self) -> bool: ...

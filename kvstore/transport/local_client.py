@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from kvstore.errors import BadRequest, Corrupt, DeadlineExceeded, KVStoreError, Unavailable
 from kvstore.transport import local_frames as frames
-from kvstore.transport.base import Credentials, MappedSegment, Method
+from kvstore.transport.base import Credentials, MappedSegment, Meanwhile, Method
 from kvstore.transport.local_frames import Frame, LocalLimits
 from kvstore.transport.local_link import Link, close_all
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION, WORKER_LOCAL
@@ -96,7 +96,9 @@ class LocalClient:
     def closed(self) -> bool:
         return self._link.closed
 
-    async def call(self, method: Method, request: Message, *, timeout_s: float) -> tuple[Any, list[MappedSegment]]:
+    async def call(
+        self, method: Method, request: Message, *, timeout_s: float, meanwhile: Meanwhile | None = None
+    ) -> tuple[Any, list[MappedSegment]]:
         """The reply and the memory passed with it, in the order of the worker's `attach`."""
         number = frames.number(method)
         message = request.SerializeToString()
@@ -107,7 +109,7 @@ class LocalClient:
                 while self._link.full:
                     self._room.clear()
                     await self._room.wait()
-                frame, descriptors = await self._exchange(method, number, message)
+                frame, descriptors = await self._exchange(method, number, message, meanwhile)
         except TimeoutError:
             raise DeadlineExceeded(f"{self._path}: no answer to {method.name} within {timeout_s} s") from None
         return self._open(method, frame, descriptors)
@@ -125,7 +127,9 @@ class LocalClient:
         except DeadlineExceeded as error:
             raise Unavailable(str(error)) from None
 
-    async def _exchange(self, method: Method, number: int, message: bytes) -> tuple[Frame, list[int]]:
+    async def _exchange(
+        self, method: Method, number: int, message: bytes, meanwhile: Meanwhile | None
+    ) -> tuple[Frame, list[int]]:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         self._last_call = call = (self._last_call + 1) & 0xFFFFFFFF
@@ -133,15 +137,26 @@ class LocalClient:
         self._pending[call] = (method, future)
         self._link.send(frames.encode(frames.REQUEST, number, call, message))
         try:
+            if meanwhile is not None:
+                meanwhile()
+        except BaseException:
+            del self._pending[call]
+            self._leave(call, method)
+            raise
+        try:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:  # it came just now
                 self._take_late(method, *future.result())
             elif self._pending.pop(call, None) is not None:
-                self._late[call] = method
-                if len(self._late) > self._limits.inflight_max:
-                    self._link.end(Unavailable(f"{self._path}: the worker answers too slowly"))
+                self._leave(call, method)
             raise
+
+    def _leave(self, call: int, method: Method) -> None:
+        """Nobody waits for that call any more."""
+        self._late[call] = method
+        if len(self._late) > self._limits.inflight_max:
+            self._link.end(Unavailable(f"{self._path}: the worker answers too slowly"))
 
     def _on_frame(self, frame: Frame, descriptors: list[int]) -> None:
         if frame.kind == frames.ERROR and frame.call == 0:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 import socket  # noqa: TID251 - the real socket
 import stat
 from collections import deque
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from kvstore.errors import (
     BadRequest,
@@ -37,7 +39,8 @@ _HELLO = WORKER_LOCAL["Hello"]
 
 
 class LocalServer:
-    """`kvstore.transport.base.Server` on one socket file. The service has one coroutine per `WorkerLocal` method."""
+    """`kvstore.transport.base.Server` on one socket file. The service has one function per `WorkerLocal` method, which
+    returns the reply, sent at once, or a coroutine that returns it."""
 
     def __init__(self, path: str, service: object, auth: Authenticator, limits: LocalLimits) -> None:
         self.address = path
@@ -112,7 +115,7 @@ class Peer:
         self._admitted: CallContext | None = None  # once greeted
         self._greeting = False
         self._backlog: deque[Frame] = deque()  # of one read at most: reading pauses while there is one
-        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._tasks: dict[asyncio.Task[None], Coroutine[Any, Any, Any]] = {}
         self._cleaned = asyncio.Event()
         self._hello_timer = self._loop.call_later(HELLO_MAX_S, self._hello_missing)
 
@@ -142,58 +145,66 @@ class Peer:
     def _dispatch(self) -> None:
         """Start what may run; read only while nothing waits."""
         while self._backlog and len(self._tasks) < self._limits.inflight_max and not self.link.full:
-            task = self._loop.create_task(self._answer(self._backlog.popleft()))
-            self._tasks[task] = None
-            task.add_done_callback(self._done)
+            frame = self._backlog.popleft()
+            context, answer = self._begin(frame)
+            if answer is not None:
+                task = self._loop.create_task(self._later(frame, answer, context))
+                self._tasks[task] = answer
+                task.add_done_callback(self._done)
         if self._backlog or self.link.full or len(self._tasks) >= self._limits.inflight_max:
             self.link.pause()
         else:
             self.link.resume()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(task)
+        self._tasks.pop(task).close()  # if it was cancelled before it began
         if self.link.closed:
             self._clean_when_idle()
         else:
             self._dispatch()
 
-    async def _answer(self, frame: Frame) -> None:
-        method = frames.METHODS.get(frame.method)
+    def _begin(self, frame: Frame) -> tuple[CallContext, Coroutine[Any, Any, Any] | None]:
+        """Answer a call, or begin to: then the coroutine that has the answer."""
+        context = self._admitted or CallContext("", "", "", self.connection.peer)
         try:
-            if method is None:
-                raise Incompatible(f"method {frame.method} of the local socket is not known here")
-            async with asyncio.timeout(self._limits.call_max_s):
-                reply, context = await self._run(method, frame)
-            message = reply.SerializeToString()
-            if len(message) > self._limits.message_bytes_max:
-                raise Overloaded(f"the reply to {method.name} has {len(message)} bytes: ask for less")
-            descriptors = [_descriptor(segment) for segment, _ in context.attachments]
-            flags = bytes(frames.WRITABLE if writable else 0 for _, writable in context.attachments)
-            self.link.send(frames.encode(frames.REPLY, frame.method, frame.call, message, flags), descriptors)
+            method, request = _request(frame)
+            context = self._greet(request) if method is _HELLO else self._context(context)
+            answer = getattr(self._server.service, method.attribute)(request, context)
+            if inspect.iscoroutine(answer):
+                return context, answer
+            self._reply(frame, answer, context)
         except KVStoreError as error:
             self._fail(frame, error)
+        except Exception as error:
+            LOG.exception("WorkerLocal.%s failed", _name(frame))
+            self._fail(frame, _broken(error))
+        return context, None
+
+    async def _later(self, frame: Frame, answer: Coroutine[Any, Any, Any], context: CallContext) -> None:
+        try:
+            async with asyncio.timeout(self._limits.call_max_s):
+                reply = await answer
+            self._reply(frame, reply, context)
         except TimeoutError:
             self._fail(frame, DeadlineExceeded(f"the call took longer than {self._limits.call_max_s} s"))
+        except KVStoreError as error:
+            self._fail(frame, error)
         except Exception as error:
-            LOG.exception("WorkerLocal.%s failed", method.name if method else frame.method)
-            self._fail(frame, KVStoreError(f"the call failed in the server: {type(error).__name__}"))
+            LOG.exception("WorkerLocal.%s failed", _name(frame))
+            self._fail(frame, _broken(error))
 
-    async def _run(self, method: Method, frame: Frame) -> tuple[Any, CallContext]:
-        assert method.request is not None
-        try:
-            request: Any = method.request.FromString(frame.payload)
-        except DecodeError:
-            raise BadRequest(f"the request to {method.name} is not a {method.request.DESCRIPTOR.name}") from None
-        if method is _HELLO:
-            context = self._greet(request)
-        else:
-            assert self._admitted is not None
-            context = self._context(self._admitted)
-        reply = await getattr(self._server.service, method.attribute)(request, context)
-        if method is _HELLO:
+    def _reply(self, frame: Frame, reply: Message, context: CallContext) -> None:
+        if self._admitted is None:  # only a Hello comes here then
             self._admitted = context
             self._hello_timer.cancel()
-        return reply, context
+        message = reply.SerializeToString()
+        if len(message) > self._limits.message_bytes_max:
+            raise Overloaded(f"the reply to {_name(frame)} has {len(message)} bytes: ask for less")
+        descriptors = [_descriptor(segment) for segment, _ in context.attachments]
+        flags = bytes(frames.WRITABLE if writable else 0 for _, writable in context.attachments)
+        self.link.send(frames.encode(frames.REPLY, frame.method, frame.call, message, flags), descriptors)
+        for what in context.afterwards:
+            what()
 
     def _greet(self, request: Any) -> CallContext:
         if self._admitted is not None:
@@ -226,6 +237,27 @@ class Peer:
             except Exception:
                 LOG.exception("cleaning up after %s failed", self.connection.peer)
         self._server.forget(self)
+
+
+def _name(frame: Frame) -> str:
+    method = frames.METHODS.get(frame.method)
+    return method.name if method else str(frame.method)
+
+
+def _broken(error: Exception) -> KVStoreError:
+    return KVStoreError(f"the call failed in the server: {type(error).__name__}")
+
+
+def _request(frame: Frame) -> tuple[Method, Any]:
+    """What is called, and with what. Incompatible, BadRequest."""
+    method = frames.METHODS.get(frame.method)
+    if method is None:
+        raise Incompatible(f"method {frame.method} of the local socket is not known here")
+    assert method.request is not None
+    try:
+        return method, method.request.FromString(frame.payload)
+    except DecodeError:
+        raise BadRequest(f"the request to {method.name} is not a {method.request.DESCRIPTOR.name}") from None
 
 
 def _descriptor(segment: Any) -> int:

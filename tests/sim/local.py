@@ -6,6 +6,7 @@ The kernel loses nothing, so links do no harm here; what goes wrong is that an e
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,15 @@ from kvstore.errors import (
     Unavailable,
     from_code,
 )
-from kvstore.transport.base import Authenticator, CallContext, Connection, Credentials, MappedSegment, Method
+from kvstore.transport.base import (
+    Authenticator,
+    CallContext,
+    Connection,
+    Credentials,
+    MappedSegment,
+    Meanwhile,
+    Method,
+)
 from kvstore.transport.local_frames import number
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION, WORKER_LOCAL
 from kvstore.wire import common_pb2, worker_pb2
@@ -83,7 +92,9 @@ class MemoryLocalChannel:
     def closed(self) -> bool:
         return self._ended is not None
 
-    async def call(self, method: Method, request: Message, *, timeout_s: float) -> tuple[Any, list[MappedSegment]]:
+    async def call(
+        self, method: Method, request: Message, *, timeout_s: float, meanwhile: Meanwhile | None = None
+    ) -> tuple[Any, list[MappedSegment]]:
         number(method)
         data = request.SerializeToString()
         reply: asyncio.Future[tuple[bytes, list[MappedSegment]]] = asyncio.get_running_loop().create_future()
@@ -93,9 +104,14 @@ class MemoryLocalChannel:
                     raise type(self._ended)(str(self._ended))
                 self._pending[reply] = None
                 self._network.later(self._delay(), lambda: self._arrive(method, data, reply))
+                if meanwhile is not None:
+                    meanwhile()
                 message, segments = await reply
         except TimeoutError:
             raise DeadlineExceeded(f"{self._server.address}: no answer to {method.name} within {timeout_s} s") from None
+        except BaseException:
+            reply.cancel()
+            raise
         finally:
             self._pending.pop(reply, None)
         assert method.reply is not None
@@ -149,8 +165,11 @@ class MemoryLocalChannel:
             context = self._server.context(_HELLO, self._credentials, self._client, None)
             context.connection = self._connection
             handler = getattr(self._server.services["WorkerLocal"], method.attribute)
-            message = (await handler(request, context)).SerializeToString()
+            answer = handler(request, context)
+            message = (await answer if inspect.isawaitable(answer) else answer).SerializeToString()
             self._network.later(self._delay(), lambda: self._deliver(method, message, context, reply))
+            for what in context.afterwards:
+                what()
             return
         except KVStoreError as failure:
             error = from_code(failure.code, str(failure))

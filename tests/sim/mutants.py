@@ -68,13 +68,8 @@ def _prepare_blindly(self: Raws) -> None:
     self._marks.clear()
 
 
-_land = landing.land
-
-
-def _land_blindly(*arguments: Any) -> None:
-    _land(*arguments)
-    outcomes = arguments[-1]
-    outcomes[outcomes == landing.REUSED] = landing.ARRIVED
+def _never_reused(*arguments: Any) -> None:
+    """Nobody looks at the generations."""
 
 
 _check, _begin = Arrivals._check, Piece.begin
@@ -184,7 +179,7 @@ MUTANTS = (
     Mutant("purge-fence", "copies are taken from workers that have yet to do a purge",
            ((Purges, "fences", lambda *_, **__: False),), seed=6),
     Mutant("reader-generation", "a reader on the same host does not look at generations",
-           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly), (landing, "land", _land_blindly)),
+           ((Mapped, "current", _always), (Raws, "prepare", _prepare_blindly), (landing, "reused", _never_reused)),
            seed=49, rare=True),
     Mutant("epoch-fence", "a message of an older life is taken",
            ((Membership, "register", _register_any), (Membership, "current", _always), (Inbox, "open", _open_any)),

@@ -10,11 +10,12 @@ from random import Random
 from unittest import mock
 
 from coordinator.runtime import CoordinatorRuntime
-from kvstore.client import bulk, direct, host_link, sources
+from kvstore.client import bulk, host_link, slices, sources
 from kvstore.client.kv_client import KVClient
 from kvstore.client.pinning import Pin
 from kvstore.client.plan import HitPlan
 from kvstore.client.purging import purge_all, purge_id
+from kvstore.client.slices import Slices
 from kvstore.directory.membership import Member
 from kvstore.keys import Chain
 from kvstore.spec import Shard
@@ -48,7 +49,8 @@ LEARNED_SEEDS = 2000  # from this seed on the policy that learns decides, LRU be
 RAW_SEEDS = 1000  # from this seed on clients get and put by raw data connections, where gRPC serves before it
 SCALE = (
     (sources, "INLINE_BYTES", 0),  # small reads take their time, too
-    (direct, "INLINE_BYTES", 0),
+    (Slices, "run", lambda copy, pool: pool.run(copy._work)),  # by a byte mover, as most of a large one is
+    (slices, "LAST_SLICES", 0),
     (outgoing, "MESSAGE_BYTES", 4 << 10),  # a few blocks, so that things happen between two messages of a Get
     (data, "TAKEN_BYTES", 4 << 10),
     (arena, "UNIT_BYTES", arena.PAGE_BYTES),  # so that neighbours do not keep a block's space from being used again
