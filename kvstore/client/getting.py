@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -67,6 +67,20 @@ def prepare(plan: HitPlan, into: Buffers | None, first: int, layers: range | Non
             if len(given) < len(depths) or any(buffer is None for buffer in given):
                 raise BadRequest(f"no buffer was given for one of the blocks {depths.start} to {depths.stop - 1}")
     return result
+
+
+def preparing(
+    plan: HitPlan, into: Buffers | None, first: int, layers: range | None, planes: int
+) -> Callable[[], GetResult]:
+    """`prepare` at its first call, the same result at each: a request may leave before. BadRequest."""
+    made: list[GetResult] = []
+
+    def ready() -> GetResult:
+        if not made:
+            made.append(prepare(plan, into, first, layers, planes))
+        return made[0]
+
+    return ready
 
 
 def missing(plan: HitPlan, result: GetResult, layers: range | None) -> list[Need]:

@@ -16,7 +16,7 @@ from kvstore.auth import client_credentials
 from kvstore.client.bulk import ready
 from kvstore.client.direct import Direct
 from kvstore.client.fetch import Failed, Fetch
-from kvstore.client.getting import Buffers, GetResult, conclude, missing, prepare
+from kvstore.client.getting import Buffers, GetResult, conclude, missing, preparing
 from kvstore.client.hinting import NO_HINT, Hinter
 from kvstore.client.layer_stream import LayerStream
 from kvstore.client.links import Coordinators, Links
@@ -246,13 +246,7 @@ class KVClient:
         """
         self._check_process()
         timeout_s = self.config.get_timeout_s if timeout_s is None else timeout_s
-        made, needs, whole = list[GetResult](), list[Need](), False
-
-        def ready() -> GetResult:  # at its first use: a request may leave before
-            if not made:
-                made.append(prepare(plan, into, first, layers, planes))
-            return made[0]
-
+        ready, needs, whole = preparing(plan, into, first, layers, planes), list[Need](), False
         end = self.system.clock.monotonic() + timeout_s * (1 - SETTLE_SHARE)
         try:
             async with asyncio.timeout(timeout_s):
