@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +13,8 @@ from kvstore.client.slices import SLICE_BYTES, Slices
 from kvstore.machine.system import ThreadPool
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+NEVER = threading.Event()  # waiting for it is a copy that takes its time
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ class Copy:
 
     def __call__(self, first: int, last: int) -> None:
         self.going += 1
-        time.sleep(self.pause)
+        NEVER.wait(self.pause)
         self.ranges.append((first, last))
         self.threads.add(threading.get_ident())
         self.going -= 1
@@ -107,7 +108,7 @@ async def test_a_slice_that_fails_fails_the_copy(pool: ThreadPool, by_loop: bool
     here = threading.get_ident()
 
     def copy(first: int, last: int) -> None:
-        time.sleep(0.005)
+        NEVER.wait(0.005)
         if (threading.get_ident() == here) == by_loop:
             raise MemoryError
 
