@@ -16,7 +16,7 @@ from kvstore.checksum import xxh3
 from kvstore.client.arrivals import Arrivals
 from kvstore.client.in_place import InPlace, raw_parts
 from kvstore.client.pieces import Asked, Piece, bound
-from kvstore.client.raw_headers import raw_headers
+from kvstore.client.raw_headers import RawHeaders
 from kvstore.client.targets import Target
 from kvstore.errors import Corrupt, DataError, Unavailable
 from kvstore.format import ENTRY_DTYPE
@@ -163,25 +163,38 @@ def test_parts_that_are_none_are_not_taken_as_columns(case: Case) -> None:
     assert raw_parts(case.arrivals.blocks, changed().parts, nbytes) is None
 
 
-def test_headers_as_columns_are_those_that_are_bound_one_by_one(case: Case) -> None:
-    packed = [header_of(number).pack() for number in range(BLOCKS)]
-    found = raw_headers(case.asked, case.pieces, packed)
-    assert found == [(Fidelity.EXACT, Fidelity.EXACT, xxh3(raw)) for raw in RAWS]
-    for at in range(len(packed[1])):
-        other = bytearray(packed[1])
+def test_what_is_said_of_a_raw_block_is_what_its_header_is_bound_to(case: Case) -> None:
+    headers = RawHeaders(case.asked, WHOLE)
+    piece, packed = case.pieces[1], header_of(1).pack()
+    assert headers.said(piece.key, packed) == (Fidelity.EXACT, Fidelity.EXACT, xxh3(RAWS[1]))
+    for at in range(len(packed)):
+        other = bytearray(packed)
         other[at] ^= 1
         try:
-            bound(case.asked, case.pieces[1], bytes(other))
+            bound(case.asked, piece, bytes(other))
             good = True
         except DataError:
             good = False
-        assert (raw_headers(case.asked, case.pieces, [packed[0], bytes(other), packed[2]]) is not None) == good, at
+        assert (headers.said(piece.key, bytes(other)) is not None) == good, at
     for wrong in (
         header_of(1, key=bytes(16)), header_of(1, tokens=5), header_of(1, shard=bytes(16)),
         header_of(1, computed_on=Fidelity.NEAR), header_of(1, stored=Fidelity.COMPACT),
     ):  # fmt: skip
-        assert raw_headers(case.asked, case.pieces, [packed[0], wrong.pack(), packed[2]]) is None
-    assert raw_headers(case.asked, case.pieces, [packed[0], b"", packed[2]]) is None
+        assert headers.said(piece.key, wrong.pack()) is None
+    assert headers.said(piece.key, b"") is None and headers.said(piece.key, packed + b"\0") is None
+
+
+async def test_what_is_expected_is_what_comes_or_made_anew(case: Case) -> None:
+    case.pieces[1].copy_id, case.pieces[1].chunks = xxh3(RAWS[1]), 4  # the first two layers came before it broke
+    case.into[1][: TABLE.ends[4]] = RAWS[1][: TABLE.ends[4]]
+    case.arrivals.expect()
+    case.announce()
+    assert [len(item.missing) for item in case.arrivals.blocks if item is not None] == [12, 8, 12]
+    for layer in range(6):
+        case.send(*case.frame(layer))
+    case.arrivals.note(case.noted)
+    await case.arrivals.finish()
+    assert [piece.tier for piece in case.pieces] == [Tier.HOT] * 3 and case.into == RAWS
 
 
 async def test_many_places_are_filled_in_order_or_the_end_is_told() -> None:

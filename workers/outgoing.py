@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,9 @@ from kvstore.client.pieces import layers_before
 from kvstore.codecs import PLANES_MAX
 from kvstore.errors import DataError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, Entry, Record, grouped, worth
-from kvstore.header import Header
+from kvstore.header import HEADER_BYTES, Header
 from kvstore.layout import Chunk, chunks
-from kvstore.open_rows import FOUND
+from kvstore.open_rows import FOUND, ROW_BYTES
 from kvstore.raw_table import raw_table
 from kvstore.spec import ModelSpec, Shard
 from kvstore.store.tiered import Hold
@@ -28,8 +29,9 @@ MESSAGE_BYTES = 2 << 20
 """Payload of one message; a larger chunk makes a larger one. Half of it costs a sixth more processor time."""
 
 
-FIRST_SHARE = 4
-"""Of it, the first message has that part, the next twice as much, and so on."""
+FIRST_SHARE = 2
+"""Of it, the first message has that part, the next ones twice as much and so on: a reader that is woken once has its
+first layer sooner than by two smaller ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,12 @@ class Outgoing:
         """`spec` None: of a model that nobody has put a block of. `resume`: block -> (copy id, first chunk) of those
         the reader has in part. `planes`: of nested chunks; 0: all there are. `purges`: told in the first message."""
         self._spec, self._shards, self._hold = spec, shards, hold
+        self._rows = hold.rows.tobytes()
         self._places = [_Place.of(hold, row) for row in hold.words.tolist()]
         self._later = later  # blocks after those held that the caller has to ask for again
         self._layers, self._chunk_bytes_max = layers, chunk_bytes_max
-        self._bases = [] if spec is None else [layers_before(spec, index) for index in range(len(spec.groups))]
         self._records: dict[int, tuple[Record, list[list[Entry]]]] = {}
         self._resume = resume or {}
-        self._alike: dict[Shard, list[tuple[int, Part]]] = {}  # the parts of any raw block of a shard
         self._planes = planes or PLANES_MAX
         self._purges = purges
         self._by_block = by_block  # the reader sums whole blocks, so raw chunks need no sums
@@ -126,6 +127,8 @@ class Outgoing:
             if parts:
                 cuts.append((block, parts))
         header.blocks.extend([worker_pb2.BlockInfo(state=worker_pb2.BLOCK_LATER)] * self._later)
+        if self._by_block:
+            return header.SerializeToString(), _messages(part.of(block) for block, parts in cuts for _, part in parts)
         return header.SerializeToString(), _by_layer(cuts, first_alone=first_alone)
 
     def start(self) -> tuple[bytes, list[list[Part]], bytes | None]:
@@ -158,7 +161,7 @@ class Outgoing:
 
     def each(self) -> Iterator[tuple[bytes, Sequence[Buffer]]]:
         """Advanced in a byte mover. All frames as `scattered` ones, the first without data."""
-        header, messages = self._plan(first_alone=not self._by_block)
+        header, messages = self._plan(first_alone=True)
         yield header, ()
         for parts in messages:
             made = self.scattered(parts)
@@ -174,7 +177,7 @@ class Outgoing:
 
     def _header(self, block: int) -> bytes:
         """Packed; what the planes that are sent make of it."""
-        packed: bytes = self._hold.rows["header"][block].tobytes()
+        packed = self._rows[block * ROW_BYTES : block * ROW_BYTES + HEADER_BYTES]
         if block not in self._records:
             return packed
         header = Header.unpack(packed, checked=True)
@@ -192,16 +195,18 @@ class Outgoing:
         """(layer of the model, part) of the layers asked for, layers ascending, or those of a block like it; None where
         the block can't be served."""
         assert self._spec is not None, "nothing can be placed of an unknown model"
-        shard = self._shards[block]
+        shard, whole = self._shards[block], self._by_block and self._layers is None
+        if place.raw and block not in self._resume:
+            parts, largest = _raw_cut(self._spec, shard, self._layers, whole, MESSAGE_BYTES)
+            if largest > self._chunk_bytes_max or not self._current(block):
+                return None
+            return parts
         pieces = chunks(self._spec, shard)
         if place.raw:
             sizes = [piece.nbytes for piece in pieces]
         else:
             try:
                 record = Record.parse(place.view)
-            except DataError:
-                return None
-            try:
                 rows = [mine[: self._planes] for mine in grouped(record.table.tolist(), pieces)]
             except DataError:
                 return None
@@ -209,42 +214,12 @@ class Outgoing:
             sizes = [sum(row[9] for row in mine) for mine in rows]
         if max(sizes) > self._chunk_bytes_max or not self._current(block):
             return None
-        if place.raw and block not in self._resume:
-            if shard not in self._alike:  # the same for all of them
-                self._alike[shard] = self._cut(block, shard, pieces, sizes, 0)
-            if not self._by_block:
-                return self._alike[shard]
-            return [(block, part.of(block)) for _, part in self._alike[shard]]
         copy_id, start = self._resume.get(block, (0, 0))
         if copy_id != int(self._hold.rows["header"]["copy_id"][block]):
             start = 0
-        return self._cut(block, shard, pieces, sizes, start)
-
-    def _cut(
-        self, block: int, shard: Shard, pieces: Sequence[Chunk], sizes: Sequence[int], start: int
-    ) -> list[tuple[int, Part]]:
-        """(layer of the model, part) of the layers asked for, from chunk `start` on."""
-        if self._by_block and self._layers is None:
-            return [(block, part) for part in self._split(block, start, sizes[start:])] if sizes[start:] else []
-        base = self._bases[shard.group]
-        found: list[tuple[int, Part]] = []
-        for index in range(start + 1, len(pieces) + 1):
-            if index == len(pieces) or pieces[index].layer != pieces[start].layer:
-                layer = base + pieces[start].layer
-                if self._layers is None or layer in self._layers:
-                    found += [(layer, part) for part in self._split(block, start, sizes[start:index])]
-                start = index
-        return found
-
-    def _split(self, block: int, first: int, sizes: Sequence[int]) -> Iterator[Part]:
-        """Parts of a layer's chunks, none of more than a message unless it is one chunk."""
-        begin, nbytes = 0, 0
-        for index, size in enumerate(sizes):
-            if index > begin and nbytes + size > MESSAGE_BYTES:
-                yield Part(block, first + begin, index - begin, nbytes)
-                begin, nbytes = index, 0
-            nbytes += size
-        yield Part(block, first + begin, len(sizes) - begin, nbytes)
+        return _cut(
+            block, pieces, sizes, start, layers_before(self._spec, shard.group), self._layers, whole, MESSAGE_BYTES
+        )
 
     def _raw(self, parts: Sequence[Part]) -> tuple[list[bytes], list[Buffer]]:
         """(table entries, stored bytes) of parts of raw blocks; views of the arena."""
@@ -283,31 +258,79 @@ class Outgoing:
         return tables, payload
 
 
+@lru_cache(maxsize=64)
+def _raw_cut(
+    spec: ModelSpec, shard: Shard, layers: range | None, whole: bool, message_bytes: int
+) -> tuple[list[tuple[int, Part]], int]:
+    """(`_cut` of a raw block, with 0 as its number; its largest chunk's bytes): alike for all of a shard. Pure."""
+    pieces = chunks(spec, shard)
+    sizes = [piece.nbytes for piece in pieces]
+    return _cut(0, pieces, sizes, 0, layers_before(spec, shard.group), layers, whole, message_bytes), max(sizes)
+
+
+def _cut(
+    block: int,
+    pieces: Sequence[Chunk],
+    sizes: Sequence[int],
+    start: int,
+    base: int,
+    layers: range | None,
+    whole: bool,
+    message_bytes: int,
+) -> list[tuple[int, Part]]:
+    """(layer of the model, part) of the layers asked for, from chunk `start` on; `whole`: nobody waits for a layer.
+    `base`: layers of the model before the group's. Pure."""
+    if whole:
+        return [(block, part) for part in _split(block, start, sizes[start:], message_bytes)] if sizes[start:] else []
+    found: list[tuple[int, Part]] = []
+    for index in range(start + 1, len(pieces) + 1):
+        if index == len(pieces) or pieces[index].layer != pieces[start].layer:
+            layer = base + pieces[start].layer
+            if layers is None or layer in layers:
+                found += [(layer, part) for part in _split(block, start, sizes[start:index], message_bytes)]
+            start = index
+    return found
+
+
+def _split(block: int, first: int, sizes: Sequence[int], message_bytes: int) -> Iterator[Part]:
+    """Parts of a layer's chunks, none of more than a message unless it is one chunk."""
+    begin, nbytes = 0, 0
+    for index, size in enumerate(sizes):
+        if index > begin and nbytes + size > message_bytes:
+            yield Part(block, first + begin, index - begin, nbytes)
+            begin, nbytes = index, 0
+        nbytes += size
+    yield Part(block, first + begin, len(sizes) - begin, nbytes)
+
+
 def _by_layer(cuts: Sequence[tuple[int, list[tuple[int, Part]]]], *, first_alone: bool) -> Iterator[list[Part]]:
     """Messages, layer by layer across all blocks. `cuts`: (block, (layer, part) of it or of one like it), layers
     ascending, none of them empty. What comes later is made when it is asked for."""
-    first, sent = -1, False
+    layers = _layers(cuts)
+    sent = False
     if first_alone and cuts:
-        first = min(parts[0][0] for _, parts in cuts)
-        mine = [
-            part.of(block)
-            for block, parts in cuts
-            for _, part in takewhile(
-                lambda cut: cut[0] == first, parts
-            )  # the others are looked at when it is on its way
-        ]
-        for message in _messages(mine):
+        for message in _messages(next(layers)):
             yield message
             sent = True
-    others: dict[int, list[Part]] = {}
-    for block, parts in cuts:
-        for layer, part in parts:
-            if layer != first:
-                others.setdefault(layer, []).append(part.of(block))
-    yield from _messages([part for layer in sorted(others) for part in others[layer]], whole=sent)
+    yield from _messages(chain.from_iterable(layers), whole=sent)
 
 
-def _messages(parts: Sequence[Part], *, whole: bool = False) -> Iterator[list[Part]]:
+def _layers(cuts: Sequence[tuple[int, list[tuple[int, Part]]]]) -> Iterator[list[Part]]:
+    """Parts of one layer after the other, blocks in their order."""
+    left = [(block, parts, 0) for block, parts in cuts]
+    while left:
+        layer, mine, later = min(parts[at][0] for _, parts, at in left), list[Part](), []
+        for block, parts, at in left:
+            while at < len(parts) and parts[at][0] == layer:
+                mine.append(parts[at][1].of(block))
+                at += 1
+            if at < len(parts):
+                later.append((block, parts, at))
+        left = later
+        yield mine
+
+
+def _messages(parts: Iterable[Part], *, whole: bool = False) -> Iterator[list[Part]]:
     """Parts packed into messages, their order kept. Unless `whole` the first are smaller: somebody may wait for the
     first layer."""
     message: list[Part] = []

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvstore.checksum import xxh3
 from kvstore.client.pieces import LATER, Asked, Piece, Span, bound, span_of
-from kvstore.client.raw_headers import raw_headers
+from kvstore.client.raw_headers import RawHeaders
 from kvstore.codecs import RAW
 from kvstore.errors import BadRequest, Corrupt, DataError
 from kvstore.format import ENTRY_BYTES, ENTRY_DTYPE, decode_chunks
@@ -26,6 +25,8 @@ from kvstore.wire import worker_pb2
 
 FRAMES_AHEAD = 4
 """Frames of a stream that may wait for a byte mover while the next ones arrive."""
+
+_TIERS = {int(tier): tier for tier in Tier}
 
 Landed = list[tuple[int, int, int]]
 """(block, first chunk, chunks; -1 where they are no good) of each part of a frame."""
@@ -41,15 +42,24 @@ class Arriving:
     """A block on its way in. `raw` is the target itself, or scratch for one that is cut, or scattered."""
 
     piece: Piece
-    copy_id: int
-    stored: Fidelity  # as the worker sends it
     table: RawTable  # of its shard: what the chunks have to be
-    tier: Tier
     raw: memoryview
     span: Span | None  # of the bytes that go on to the target as they come; None: at the end
     missing: dict[int, None]  # chunks
     direct: bool  # `raw` is the target
+    copy_id: int = 0
+    stored: Fidelity = Fidelity.EXACT  # as the worker sends it
+    tier: Tier = Tier.HOT
     whole: bool | None = None  # whether its bytes are those of its copy; None: not looked at since something came
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What is known before the worker has answered."""
+
+    headers: dict[int, RawHeaders]  # by identity of the stored shard
+    tables: dict[int, RawTable]
+    items: list[Arriving | None]  # those that begin at the first chunk, where the caller wants them
 
 
 class Arrivals:
@@ -60,9 +70,24 @@ class Arrivals:
     ) -> None:
         self._pool, self._asked, self._ordered, self._arrived = pool, asked, ordered, arrived
         self.blocks: list[Arriving | None] = []
+        self._expected: _Expected | None = None
         self._landing: deque[asyncio.Task[None]] = deque()
         for piece in ordered:
             piece.problem = "missing"
+
+    def expect(self) -> None:
+        """In the event loop, best while the worker is at it: what can be known before its answer. Mutates."""
+        self._expected = self._known()
+        self._arrived()
+
+    def _known(self) -> _Expected:
+        spec, asked, items = self._asked.spec, self._asked, list[Arriving | None]()
+        shards = {id(piece.shard): piece.shard for piece in self._ordered}
+        tables = {at: raw_table(spec, shard) for at, shard in shards.items()}
+        for piece in self._ordered:
+            simple = not piece.chunks and is_direct(piece)
+            items.append(_begun(asked, piece, tables[id(piece.shard)]) if simple else None)
+        return _Expected({at: RawHeaders(asked, shard) for at, shard in shards.items()}, tables, items)
 
     def announce(self, header: worker_pb2.GetHeader) -> None:
         """The first header says what will come. Mutates. Corrupt."""
@@ -70,35 +95,35 @@ class Arrivals:
             infos = header.blocks
             if len(infos) != len(self._ordered):
                 raise Corrupt(f"{len(self._ordered)} blocks were asked for and {len(infos)} answered")
-            at = 0
-            for _, group in groupby(self._ordered, key=lambda piece: id(piece.shard)):
-                mine = list(group)
-                self.blocks += self._announced(mine, infos[at : at + len(mine)])
-                at += len(mine)
+            expected = self._expected or self._known()
+            self.blocks = [
+                self._announced(expected, *one) for one in zip(self._ordered, infos, expected.items, strict=True)
+            ]
 
-    def _announced(self, pieces: Sequence[Piece], infos: Sequence[worker_pb2.BlockInfo]) -> list[Arriving | None]:
-        """Those of one stored shard."""
-        found = [info.state == worker_pb2.BLOCK_FOUND for info in infos]
-        raw = raw_headers(self._asked, pieces, [info.header for info in infos]) if all(found) else None
-        table, items = raw_table(self._asked.spec, pieces[0].shard), list[Arriving | None]()
-        for index, (piece, info) in enumerate(zip(pieces, infos, strict=True)):
-            if not found[index]:
-                piece.problem = LATER if info.state == worker_pb2.BLOCK_LATER else "missing"
-                items.append(None)
-                continue
-            try:
-                if raw is not None:
-                    piece.fidelity, stored, copy_id = raw[index]
-                else:
-                    header = bound(self._asked, piece, info.header)
-                    stored, copy_id = header.stored, header.copy_id
-                tier = Tier(info.tier)
-            except (DataError, ValueError) as error:
-                piece.problem = type(error).__name__
-                items.append(None)
-                continue
-            items.append(self._begun(piece, copy_id, stored, table, tier) if piece.begin(copy_id) else None)
-        return items
+    def _announced(
+        self, expected: _Expected, piece: Piece, info: worker_pb2.BlockInfo, item: Arriving | None
+    ) -> Arriving | None:
+        if info.state != worker_pb2.BLOCK_FOUND:
+            piece.problem = LATER if info.state == worker_pb2.BLOCK_LATER else "missing"
+            return None
+        packed = info.header
+        said = expected.headers[id(piece.shard)].said(piece.key, packed)
+        try:
+            if said is not None:
+                piece.fidelity, stored, copy_id = said
+            else:
+                header = bound(self._asked, piece, packed)
+                stored, copy_id = header.stored, header.copy_id
+            tier = _TIERS.get(info.tier) or Tier(info.tier)
+        except (DataError, ValueError) as error:
+            piece.problem = type(error).__name__
+            return None
+        if not piece.begin(copy_id):
+            return None
+        if item is None or piece.chunks:
+            item = _begun(self._asked, piece, expected.tables[id(piece.shard)])
+        item.copy_id, item.stored, item.tier = copy_id, stored, tier
+        return item
 
     async def take(self, frame: bytes) -> None:
         """Mutates. Corrupt where the stream is none: it is of no more use then."""
@@ -111,19 +136,6 @@ class Arrivals:
 
     async def _come(self, frame: bytes) -> None:
         self.note(await self._pool.run(self._land, frame))
-
-    def _begun(self, piece: Piece, copy_id: int, stored: Fidelity, table: RawTable, tier: Tier) -> Arriving:
-        span, direct, count = span_of(self._asked.spec, piece.shard, piece.wanted), is_direct(piece), len(table.chunks)
-        if direct:
-            assert piece.target.whole is not None
-            raw = piece.target.whole
-        else:
-            if piece.scratch is None:
-                piece.scratch, piece.chunks = memoryview(bytearray(table.ends[-1])), 0
-            raw = piece.scratch
-        wanted = range(count) if self._asked.layers is None else _wanted(span, count)
-        missing = dict.fromkeys(range(max(wanted.start, piece.chunks), wanted.stop))
-        return Arriving(piece, copy_id, stored, table, tier, raw, span, missing, direct)
 
     def _land(self, frame: bytes) -> Landed:
         """Runs in a byte mover: decode the chunks of a frame to their places."""
@@ -248,6 +260,21 @@ class Arrivals:
 
     def _same(self, item: Arriving) -> bool:
         return xxh3(item.raw) == item.copy_id if item.whole is None else item.whole
+
+
+def _begun(asked: Asked, piece: Piece, table: RawTable) -> Arriving:
+    """Mutates a piece that is not received where it goes: it gets memory of its own."""
+    span, direct, count = span_of(asked.spec, piece.shard, piece.wanted), is_direct(piece), len(table.chunks)
+    if direct:
+        assert piece.target.whole is not None
+        raw = piece.target.whole
+    else:
+        if piece.scratch is None:
+            piece.scratch, piece.chunks = memoryview(bytearray(table.ends[-1])), 0
+        raw = piece.scratch
+    wanted = range(count) if asked.layers is None else _wanted(span, count)
+    missing = dict.fromkeys(range(max(wanted.start, piece.chunks), wanted.stop))
+    return Arriving(piece, table, raw, span, missing, direct)
 
 
 def _wanted(span: Span | None, count: int) -> range:

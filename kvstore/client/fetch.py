@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 from kvstore.client.host_link import HostLink
 from kvstore.client.links import Links
@@ -20,7 +19,7 @@ from kvstore.client.sources import read_local
 from kvstore.client.stream_source import read_remote
 from kvstore.client.targets import Target
 from kvstore.config import ClientConfig
-from kvstore.directory.matching import make_plan
+from kvstore.directory.matching import Cover, make_plan
 from kvstore.directory.membership import Member
 from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
 from kvstore.layout import block_bytes
@@ -98,9 +97,7 @@ class Fetch:
             self._runs[run.shard].append(run)
         self._last: Shard | None = None
         self._last_runs: list[PlanRun] = []
-        shards = list(dict.fromkeys(shard for shard, _ in groupby(need.shard for need in needs)))
-        covers = [make_plan(plan.spec, [shard], self._stored).covers[0] for shard in shards]
-        self._covers = dict(zip(shards, covers, strict=True))
+        self._covers: dict[Shard, Cover] = {}  # of shards that nobody has whole
         self._owners: dict[int, Need] = {}  # piece identity -> its need, while open
         self._sizes = {shard: block_bytes(plan.spec, shard) for shard in self._stored}
         self._alone = len({run.holder for run in plan.runs}) == 1  # nobody else to ask
@@ -129,6 +126,8 @@ class Fetch:
             chosen = [need.shard]  # then nothing is better
         else:
             have = partial(self._have, need)
+            if need.shard not in self._covers:
+                self._covers[need.shard] = make_plan(self._plan.spec, [need.shard], self._stored).covers[0]
             chosen = ways(need.shard, self._stored, self._covers[need.shard], have)
         need.failed, need.tier, need.fidelity = not chosen, None, Fidelity.EXACT
         key, spec = self._plan.keys[depth], self._plan.spec

@@ -70,7 +70,7 @@ class InPlace:
             landed = [self._arrivals.land(part, place, there=there, alone=True) for part, place, there in parts]
         if self._at_once is None:
             self._later += landed
-        else:
+        elif landed:
             self._at_once(landed)
 
     def _checked(self, raw: RawParts) -> Landed:

@@ -53,6 +53,7 @@ async def read_remote(
             request.resume.append(resume)
     arrivals = Arrivals(pool, asked, ordered, arrived)
     failure: KVStoreError | None = None
+    expecting = asyncio.get_running_loop().call_soon(arrivals.expect)  # once this waits for the worker
     try:
         left_s = timeout_s
         if raw is not None:
@@ -68,6 +69,7 @@ async def read_remote(
     except KVStoreError as error:
         failure = error
     finally:
+        expecting.cancel()
         await arrivals.settle()
     await arrivals.finish()
     if failure is not None:
