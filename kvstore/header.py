@@ -51,7 +51,6 @@ class Header:
         namespace: str,
         spec: ModelSpec,
         shard: Shard,
-        *,
         key: bytes,
         parent: bytes,
         group: bytes,
@@ -60,13 +59,7 @@ class Header:
         copy_id: int = 0,
     ) -> Header:
         """Of raw bytes about to be put. BadRequest where a part does not fit."""
-        for name, digest in (("key", key), ("parent", parent), ("group", group)):
-            if len(digest) != KEY_BYTES:
-                raise BadRequest(f"{name} has {len(digest)} bytes: give {KEY_BYTES}")
-        if not 0 <= depth < 1 << 32:
-            raise BadRequest(f"depth is {depth}: give a block's index in its chain")
-        if depth == 0 and parent != spec.root:
-            raise BadRequest("the first block's parent is not the root of its spec")
+        _check_place(key, parent, group, depth, spec.root)
         return cls(
             key=key,
             parent=parent,
@@ -81,6 +74,16 @@ class Header:
             tokens=spec.block_tokens,
             raw_length=block_bytes(spec, shard),
         )
+
+    def beside(
+        self, key: bytes, parent: bytes, group: bytes, depth: int, computed_on: Fidelity, copy_id: int
+    ) -> Header:
+        """`new` of another block of the same namespace, spec and shard. BadRequest."""
+        _check_place(key, parent, group, depth, self.root)
+        return Header(
+            key, parent, self.root, group, depth, self.namespace, self.shard, copy_id, computed_on, Fidelity.EXACT,
+            self.tokens, self.raw_length,
+        )  # fmt: skip
 
     @property
     def fidelity(self) -> Fidelity:
@@ -177,6 +180,19 @@ class Header:
             self.key, self.parent, self.root, self.group, self.depth, self.namespace, self.shard, copy_id,
             self.computed_on, self.stored, self.tokens, self.raw_length,
         )  # fmt: skip
+
+
+def _check_place(key: bytes, parent: bytes, group: bytes, depth: int, root: bytes) -> None:
+    """BadRequest for what can't be a block's place in a chain."""
+    if len(key) == len(parent) == len(group) == KEY_BYTES and 0 < depth < 1 << 32:
+        return
+    for name, digest in (("key", key), ("parent", parent), ("group", group)):
+        if len(digest) != KEY_BYTES:
+            raise BadRequest(f"{name} has {len(digest)} bytes: give {KEY_BYTES}")
+    if not 0 <= depth < 1 << 32:
+        raise BadRequest(f"depth is {depth}: give a block's index in its chain")
+    if depth == 0 and parent != root:
+        raise BadRequest("the first block's parent is not the root of its spec")
 
 
 def short_check(packed: Buffer) -> int:

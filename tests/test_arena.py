@@ -240,6 +240,22 @@ class TestSegments:
         assert table_bytes(64 * MIB) == 8192
 
 
+def test_slots_taken_together_lie_side_by_side_where_they_can(arena: Arena) -> None:
+    first = arena.allocate("n", 8 * KIB)
+    assert first is not None
+    found = arena.allocate_all("n", 8 * KIB - 1, 5)
+    assert found == [(first.segment, first.offset + (1 + at) * 8 * KIB) for at in range(5)]
+    arena.validate()
+    for segment, offset in found[1:4:2]:
+        arena.free(Slot(segment, offset, 8 * KIB, 0))
+    arena.validate()
+    rest = arena.allocate_all("n", 8 * KIB, 1 << 20)
+    assert {found[1], found[3]} <= set(rest), "one by one where they don't fit in one piece: holes too"
+    assert len(set(rest)) == len(rest) and not set(rest) & {found[0], found[2], found[4]}
+    arena.validate()
+    assert arena.allocate_all("n", 8 * KIB, 3) == [] == arena.allocate_all("n", 8 * KIB, 0)
+
+
 def test_churn_leaves_95_percent_usable() -> None:
     """Mixed sizes, freed oldest first until the next one fits: the share of the capacity that live blocks take."""
     arena = Arena(PlainMemory(), 64 * MIB, 16 * MIB)

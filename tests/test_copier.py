@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvstore.checksum import xxh3
+from kvstore.errors import BadRequest
 from kvstore.store import copier
 from kvstore.store.copier import Copier
 
@@ -69,3 +70,23 @@ async def test_the_next_turn_is_handed_over_before_one_ends_and_no_more(monkeypa
     assert len(asked) == 2, "one mover copies, one turn waits for it"
     gate.set()
     assert await asyncio.gather(*tasks) == [xxh3(bytes(source))] * 20
+
+
+async def test_a_long_call_goes_in_turns_and_one_that_fails_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copier, "TURN_BYTES", 2000)
+    turns = list[int]()
+
+    class Pool(NowPool):
+        async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+            turns.append(len(args[0]))
+            return function(*args)
+
+    made = Copier(Pool(), 1)
+    blocks = [bytes([i]) * 1000 for i in range(5)]
+    jobs = [(memoryview(block), memoryview(bytearray(1000))) for block in blocks]
+    assert await made.copy_all(jobs) == [xxh3(block) for block in blocks] and turns == [2, 2, 1]
+    assert [bytes(target) for _, target in jobs] == blocks
+    wrong = [(memoryview(bytes(2000)), memoryview(bytearray(2000))), (memoryview(bytes(2000)), memoryview(bytes(2000)))]
+    good, bad = await asyncio.gather(made.copy_all(jobs), made.copy_all(wrong), return_exceptions=True)
+    assert good == [xxh3(block) for block in blocks] and isinstance(bad, BadRequest)
+    assert not made._line and not made._running

@@ -15,6 +15,7 @@ from kvstore.header import HEADER_BYTES, Header
 from kvstore.header_columns import HEADERS, as_bytes, hold, kinds
 from kvstore.policies.base import Lru
 from kvstore.policies.s3fifo import S3Fifo
+from kvstore.residency.admitting import admit_all
 from kvstore.residency.bulk import take_in
 from kvstore.residency.check import validate
 from kvstore.residency.residency import Residency
@@ -134,3 +135,58 @@ def test_digests_as_bytes() -> None:
     assert as_bytes(headers["key"], headers["shard"])[3] == key_of(1, 2) + SLIDING
     groups = kinds(headers["shard"], headers["root"])
     assert [(digests[0], at.tolist()) for digests, at in groups] == [(FULL, [0, 2, 4]), (SLIDING, [1, 3, 5])]
+
+
+@pytest.mark.parametrize("policy", [Lru, S3Fifo])
+def test_blocks_admitted_together_are_what_they_are_one_by_one(policy: type[Lru] | type[S3Fifo]) -> None:
+    """Into a shard that has blocks: children and parents of theirs, before and after them, and in one call."""
+    for seed in range(30):
+        rng = Random(seed)
+        one, other = Residency(LEVELS, policy), Residency(LEVELS, policy)
+        for shard in (FULL, SLIDING):
+            headers = blocks_of(rng, shard)
+            while headers:
+                some, headers = headers[:5], headers[5:]
+                places = [place(rng.randrange(1000), 1 + rng.randrange(9000)) for _ in some]
+                for header, where in zip(some, places, strict=True):
+                    one.admit("n", header, HOT, where, leaf_first=shard == FULL)
+                admit_all(other, "n", some, HOT, places, leaf_first=shard == FULL)
+                validate(other)
+                if rng.random() < 0.3 and (row := one.victim(HOT)) is not None:
+                    assert other.victim(HOT) == row
+                    one.drop(row, HOT)
+                    other.drop(row, HOT)
+        for name in (
+            "present",
+            "depth",
+            "raw",
+            "parent",
+            "child",
+            "next",
+            "prev",
+            "same",
+            "orphan",
+            "fidelity",
+            "root",
+        ):
+            assert getattr(one.rows, name) == getattr(other.rows, name), name
+        assert one.rows.below == other.rows.below and one.rows.records == other.rows.records
+        assert (one.used, one.held, one.raw_bytes, one.blocks) == (
+            other.used,
+            other.held,
+            other.raw_bytes,
+            other.blocks,
+        )
+
+
+def test_each_of_many_is_told_of_after_those_before_it_and_before_its_policy() -> None:
+    residency, told = Residency(LEVELS, Lru), list[tuple[int, int]]()
+
+    def coming(header: Header) -> None:
+        told.append((header.depth, sum(map(residency.policies[HOT].holds, residency.rows))))
+        assert (residency.find("n", FULL, header.parent) is not None) == (header.depth > 0)
+
+    headers = [header_of(0, depth) for depth in range(4)]
+    admit_all(residency, "n", headers, HOT, [place(depth) for depth in range(4)], leaf_first=True, coming=coming)
+    assert told == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    validate(residency)

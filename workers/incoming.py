@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvstore.errors import BadRequest
-from kvstore.header import Header
-from kvstore.spec import ModelSpec, Shard
+from kvstore.spec import ModelSpec
 from kvstore.wire import worker_pb2
-from workers.node import Answer, Node, Offered
+from workers.node import Answer, Node
 
 
 class PutBlocks:
@@ -21,9 +20,7 @@ class PutBlocks:
         self._spec = ModelSpec.from_json(header.spec_json)
         if not 1 <= len(header.blocks) <= node.config.worker.keys_max:
             raise BadRequest(f"{len(header.blocks)} blocks in one Put: give 1 to {node.config.worker.keys_max}")
-        self._blocks: list[tuple[Shard, Header]] = [
-            node.put_block(namespace, self._spec, message) for message in header.blocks
-        ]
+        self._blocks = node.put_blocks(namespace, self._spec, header.blocks)
         self._answer = Answer(node)
         self._index = 0  # of the block that is coming in
         self._buffer = memoryview(b"")
@@ -38,7 +35,7 @@ class PutBlocks:
         """The next blocks, whole; mutates. Their memory may be reused when this returns."""
         mine = self._blocks[self._index : self._index + len(raws)]
         self._index += len(raws)
-        offered = [Offered(shard, header, raw) for (shard, header), raw in zip(mine, raws, strict=True)]
+        offered = [(shard, header, raw) for (shard, header), raw in zip(mine, raws, strict=True)]
         await self._answer.take(self._namespace, self._spec, offered)
 
     @property

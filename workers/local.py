@@ -15,11 +15,12 @@ from kvstore.spec import ModelSpec
 from kvstore.store.arena import ArenaSegment
 from kvstore.store.holds import Hold
 from kvstore.store.opening import Begun
+from kvstore.store.putting import Offer
 from kvstore.store.staging import StagingSegment
 from kvstore.transport.base import CallContext, Connection
 from kvstore.wire import common_pb2, worker_pb2
 from kvstore.wireform import digest_from_wire, least_from_wire, wanted_from_wire
-from workers.node import Answer, Node, Offered
+from workers.node import Answer, Node
 from workers.pinning import PinCalls
 from workers.prefetching import Prefetching
 
@@ -197,14 +198,14 @@ class LocalService(PinCalls):
         if len(request.blocks) > node.config.worker.keys_max:
             raise BadRequest(f"{len(request.blocks)} blocks in one Commit: at most {node.config.worker.keys_max}")
         spec = ModelSpec.from_json(request.spec_json)
-        blocks = [(message.offset, *node.put_block(context.namespace, spec, message)) for message in request.blocks]
-        for offset, _, header in blocks:
-            if offset + header.raw_length > staging.nbytes:
-                raise BadRequest(f"a block at {offset} ends outside the staging segment of {staging.nbytes} bytes")
-        view = staging.segment.view
-        offered = [
-            Offered(shard, header, view[offset : offset + header.raw_length]) for offset, shard, header in blocks
-        ]
+        described = node.put_blocks(context.namespace, spec, request.blocks)
+        view, nbytes, offered = staging.segment.view, staging.nbytes, list[Offer]()
+        for message, (shard, header) in zip(request.blocks, described, strict=True):
+            begin = message.offset
+            end = begin + header.raw_length
+            if end > nbytes:
+                raise BadRequest(f"a block at {begin} ends outside the staging segment of {nbytes} bytes")
+            offered.append((shard, header, view[begin:end]))
         answer = Answer(node)
         await answer.take(context.namespace, spec, offered)
         return answer.message()

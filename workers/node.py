@@ -22,6 +22,7 @@ from kvstore.spec import ModelSpec, Shard
 from kvstore.store.arena import PAGE_BYTES
 from kvstore.store.codec_use import Use
 from kvstore.store.identity import Identity
+from kvstore.store.putting import Offer
 from kvstore.store.tiered import Hold, TieredStore
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
 from kvstore.types import Fidelity
@@ -44,6 +45,8 @@ STATES = {
     "dropped": worker_pb2.BLOCK_DROPPED,
     "refused": worker_pb2.BLOCK_REFUSED,
 }
+
+_FIDELITIES = {int(fidelity): fidelity for fidelity in Fidelity}
 
 OPEN_SHARE = 8
 """One call opens at most this part of the arena: what it asks beyond it comes later, when the rest is released."""
@@ -201,30 +204,34 @@ class Node:
         except TimeoutError:
             raise DeadlineExceeded(f"{len(wanted)} blocks were not loaded within {timeout_s:.3f} s") from None
 
-    def put_block(self, namespace: str, spec: ModelSpec, message: worker_pb2.PutBlock) -> tuple[Shard, Header]:
-        """What a put says of one block, checked against the spec. BadRequest."""
-        shard = shard_from_wire(message.shard)
+    def put_blocks(
+        self, namespace: str, spec: ModelSpec, messages: Sequence[worker_pb2.PutBlock]
+    ) -> list[tuple[Shard, Header]]:
+        """What a put says of its blocks, checked against the spec. BadRequest."""
+        found: list[tuple[Shard, Header]] = []
+        told: common_pb2.Shard | None = None
+        header: Header | None = None  # of the last one, whose shard `told` names
+        for message in messages:
+            named = message.shard
+            if named != told:
+                told, header, shard = named, None, shard_from_wire(named)
+                size = self._block_bytes(spec, shard)
+            if message.raw_bytes != size:
+                raise BadRequest(f"a block of {message.raw_bytes} bytes was put: by its spec and shard it has {size}")
+            computed_on = _FIDELITIES.get(message.computed_on)
+            if computed_on is None:
+                raise BadRequest(f"computed_on is {message.computed_on}: give 1 (compact), 2 (near) or 3 (exact)")
+            place = (message.key, message.parent, message.group, message.depth, computed_on, message.copy_id)
+            header = Header.new(namespace, spec, shard, *place) if header is None else header.beside(*place)
+            found.append((shard, header))
+        return found
+
+    def _block_bytes(self, spec: ModelSpec, shard: Shard) -> int:
+        """Raw bytes of a block. BadRequest where that is more than is stored."""
         size = block_bytes(spec, shard)
-        if message.raw_bytes != size:
-            raise BadRequest(f"a block of {message.raw_bytes} bytes was put: by its spec and shard it has {size}")
         if size > self.config.store.block_bytes_max:
             raise BadRequest(f"a block of {size} bytes: at most {self.config.store.block_bytes_max} are stored here")
-        try:
-            computed_on = Fidelity(message.computed_on)
-        except ValueError:
-            raise BadRequest(f"computed_on is {message.computed_on}: give 1 (compact), 2 (near) or 3 (exact)") from None
-        header = Header.new(
-            namespace,
-            spec,
-            shard,
-            key=message.key,
-            parent=message.parent,
-            group=message.group,
-            depth=message.depth,
-            computed_on=computed_on,
-            copy_id=message.copy_id,
-        )
-        return shard, header
+        return size
 
     def left(self, deadline: float | None) -> float | None:
         """Seconds until a deadline of the monotonic clock."""
@@ -291,15 +298,6 @@ def _codec(name: str, use: Use) -> common_pb2.CodecUse:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """One block of a put; `source` is read until the store has answered."""
-
-    shard: Shard
-    header: Header
-    source: memoryview
-
-
 class Answer:
     """The reply to a put as its blocks are taken in."""
 
@@ -308,7 +306,7 @@ class Answer:
         self._states: list[worker_pb2.BlockState] = []
         self._seq = 0
 
-    async def take(self, namespace: str, spec: ModelSpec, blocks: Sequence[Offered]) -> None:
+    async def take(self, namespace: str, spec: ModelSpec, blocks: Sequence[Offer]) -> None:
         """Offer blocks to the store, a few at a time; mutates. Their sources may be reused when this returns."""
         if self._node.draining:
             self._node.counters["puts_draining"] += len(blocks)
@@ -316,9 +314,7 @@ class Answer:
             return
         store = self._node.store
         for at in range(0, len(blocks), TOGETHER):
-            some = blocks[at : at + TOGETHER]
-            outcomes = await store.put_all(namespace, spec, [(one.shard, one.header, one.source) for one in some])
-            for outcome in outcomes:
+            for outcome in await store.put_all(namespace, spec, blocks[at : at + TOGETHER]):
                 self._states.append(STATES[outcome.state])
                 self._seq = max(self._seq, outcome.seq)
 

@@ -47,9 +47,7 @@ class Advice:
 
     def storing(self, namespace: str, header: Header, now_s: float) -> None:
         """A block is about to be stored, and what hangs on it after it. Mutates."""
-        spaces = self._residency.spaces(namespace)
-        names = self._residency.names
-        space = next((number for number in spaces if names[number][1] == header.shard), None)
+        space = self._residency.space_of(namespace, header.shard)
         above = Columns.ident_of(space, header.parent) if header.depth and space is not None else 0
         coming = Columns.ident_of(space, header.key) if space is not None else 0
         lost = above and self._residency.find(namespace, header.shard, header.parent) is None

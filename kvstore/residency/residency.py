@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from kvstore.header import Header
 from kvstore.policies.base import Eligible, Lru, Policy
+from kvstore.residency.admitting import admit_all
 from kvstore.residency.family import Family, top_of
 from kvstore.residency.key_table import KeyTable
 from kvstore.residency.rows import ALL_PLANES, NONE, Rows
@@ -78,6 +79,10 @@ class Residency:
     def find(self, namespace: str, shard: bytes, key: bytes) -> int | None:
         space = self._spaces.get((namespace, shard))
         return None if space is None else self._index[space].get(key)
+
+    def space_of(self, namespace: str, shard: bytes) -> int | None:
+        """The number of a (namespace, shard), None where it never had a block."""
+        return self._spaces.get((namespace, shard))
 
     def id(self, row: int) -> BlockId:
         namespace, shard = self.names[self.rows.space[row]]
@@ -212,26 +217,22 @@ class Residency:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location, *, leaf_first: bool) -> int:
         """A new block with its first copy; its row. Mutates."""
-        space = self.space(namespace, header)
-        index, rows, key = self._index[space], self.rows, header.key
-        row = rows.take()
-        rows.space[row] = space
-        rows.leaf_first[row] = leaf_first
-        rows.set_header(row, header)
-        index.add(key, row)
-        if leaf_first:
-            self.family.join(row, header.parent, index.get(header.parent) if header.depth else None, key)
-        else:
-            self.free[namespace] = None
-        self.add(row, level, location, header.stored)
+        [row] = admit_all(self, namespace, [header], level, [location], leaf_first=leaf_first)
         return row
 
+    def came(self, namespace: str, level: int, blocks: int, nbytes: int, raw_bytes: int) -> None:
+        """Count first copies of new blocks; `nbytes`: their footprints. Mutates."""
+        self.used[level] += nbytes
+        self.held[namespace][level] += nbytes
+        self.raw_bytes[level] += raw_bytes
+        self.blocks[level] += blocks
+
     def add(self, row: int, level: int, location: Location, stored: Fidelity = Fidelity.EXACT) -> None:
-        """A copy, worth `stored`, is complete at a level. Mutates."""
+        """One more copy, worth `stored`, is complete at a level. Mutates."""
         rows, bit, length = self.rows, 1 << level, location.length
         present = rows.present[row]
-        assert not present & bit and not rows.gone[row], f"row {row} is at level {level} already, or gone"
-        before = self.family.stays(row) if present else 0
+        assert present and not present & bit, f"row {row} is at level {level} already, or nowhere"
+        before = self.family.stays(row)
         rows.present[row] = present | bit
         rows.segment[level][row], rows.offset[level][row] = location.segment, location.offset
         rows.length[level][row] = length
@@ -248,8 +249,7 @@ class Residency:
             self.family.moved(row, before, self.family.stays(row))
         policy = self.ranks[rows.secondary[row]][level]
         policy.admit(row, rows.ident(row), footprint, rows.above(row), rows.depth[row])
-        if present:
-            self._ready(row)
+        self._ready(row)
 
     def drop(self, row: int, level: int, *, evicted: bool = True, force: bool = False) -> Location:
         """A copy is given up; where it lay. With the last copy the block is gone and its subtree next in line. Pinned

@@ -129,6 +129,20 @@ class Arena:
         self.used += need
         return Slot(segment.id, offset, nbytes, segment.generations[segment.unit(offset)])
 
+    def allocate_all(self, namespace: str, nbytes: int, count: int) -> list[tuple[int, int]]:
+        """`allocate` of so many alike, (segment, offset) each, side by side if they can, until there is no space."""
+        need, found, free = _pages(max(1, nbytes)), list[tuple[int, int]](), self._free.get(namespace)
+        first = free.take(need * count) if free is not None and count > 1 else None
+        if first is None:
+            while len(found) < count and (slot := self.allocate(namespace, nbytes)) is not None:
+                found.append((slot.segment, slot.offset))
+            return found
+        addresses, segment = range(first, first + need * count, need), self._segments[first >> SEGMENT_SHIFT]
+        self._live.update(dict.fromkeys(addresses, need))
+        segment.live += need * count
+        self.used += need * count
+        return [(segment.id, address - (segment.id << SEGMENT_SHIFT)) for address in addresses]
+
     def free(self, slot: Slot) -> None:
         """Give a slot back; while a reader holds its unit the space waits. AssertionError for one that is not live."""
         assert slot.segment << SEGMENT_SHIFT | slot.offset in self._live, f"{slot} is freed twice"

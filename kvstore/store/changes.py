@@ -31,12 +31,13 @@ class Changes:
         assert namespace not in self._outboxes
         self._outboxes[namespace] = Outbox(self.limit, head=blocks)
 
-    def push(self, namespace: str, change: Change) -> int:
-        """The change's number. Mutates, and tells the subscribers."""
-        seq = self.outbox(namespace).push(change)
-        for subscriber in self._subscribers:
-            subscriber(namespace, seq, change)
-        return seq
+    def push(self, namespace: str, *changes: Change) -> None:
+        """Number them. Mutates, and tells the subscribers."""
+        outbox, subscribers = self.outbox(namespace), self._subscribers
+        for change in changes:
+            seq = outbox.push(change)
+            for subscriber in subscribers:
+                subscriber(namespace, seq, change)
 
     def heads(self) -> dict[str, int]:
         """The last number given, by namespace."""

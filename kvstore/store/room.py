@@ -245,6 +245,17 @@ class Room:
         fits = nbytes <= self.stack.tiers[level].capacity
         return self.reserve(level, namespace, nbytes) if fits and not self._lines[level] else None
 
+    def at_once_all(self, level: int, namespace: str, nbytes: int, count: int) -> list[Location]:
+        """`at_once` of so many alike, until one finds no room. Mutates."""
+        tier, found = self.stack.arena_tier(level), list[Location]()
+        assert tier is not None, f"level {level} does not lie in the arena"
+        if not self._lines[level] and self.stack.quota.over(namespace, level, count * tier.footprint(nbytes)) <= 0:
+            found = tier.reserve_all(namespace, nbytes, count)
+            self.growth.poke()
+        while len(found) < count and (place := self.at_once(level, namespace, nbytes)) is not None:
+            found.append(place)
+        return found
+
     async def wait(self, level: int, namespace: str, nbytes: int, wait_s: float) -> Location | None:
         """`reserve`, and if need be wait for room: for moves at most `wait_s`, for new segments GROWTH_WAIT_S besides.
 

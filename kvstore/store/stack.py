@@ -7,7 +7,7 @@ A flip is: residency, the tier's space, the announcement. Bytes are moved by oth
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from kvstore.histogram import Histogram
 from kvstore.policies.advice import Advice
 from kvstore.policies.base import make_policies, prepared
 from kvstore.quotas import Quotas
+from kvstore.residency.admitting import Coming, admit_all
 from kvstore.residency.bulk import take_in
 from kvstore.residency.handover import hand_over
 from kvstore.residency.residency import Level, Residency
@@ -211,10 +212,27 @@ class Stack:
 
     def admit(self, namespace: str, header: Header, level: int, location: Location) -> int:
         """A new block; its row. Mutates."""
-        leaf_first = self._leaf_first(header.root, header.shard)
-        row = self.residency.admit(namespace, header, level, location, leaf_first=leaf_first)
-        self.changes.push(namespace, self.announced(row))
+        [row] = self.admit_all(namespace, [header], level, [location])
         return row
+
+    def admit_all(
+        self,
+        namespace: str,
+        headers: Sequence[Header],
+        level: int,
+        places: Sequence[Location],
+        coming: Coming | None = None,
+    ) -> list[int]:
+        """New blocks of one spec and shard; their rows. Mutates."""
+        residency, first = self.residency, headers[0]
+        leaf_first, tier = self._leaf_first(first.root, first.shard), residency.levels[level].tier
+        rows = admit_all(residency, namespace, headers, level, places, leaf_first=leaf_first, coming=coming)
+        changes = [
+            Added(h.root, h.shard, h.key, h.parent, h.group, h.depth, tier, h.fidelity, place.length)
+            for h, place in zip(headers, places, strict=True)
+        ]
+        self.changes.push(namespace, *changes)
+        return rows
 
     def _leaf_first(self, root: bytes, shard: bytes) -> bool:
         spec, found = self.catalog.spec(root), self.catalog.shard(shard)

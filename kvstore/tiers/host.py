@@ -80,9 +80,18 @@ class ArenaTier:
         self._blocks += 1
         return Location(slot.segment, slot.offset, nbytes)
 
-    def filled(self) -> None:
-        """Count one reserved space as written. Mutates."""
-        self._writes += 1
+    def reserve_all(self, namespace: str, nbytes: int, count: int) -> list[Location]:
+        """`reserve` of so many alike, as many as there is room for, side by side where it is in one piece. Mutates."""
+        footprint = self.footprint(nbytes)
+        room = min(self.capacity - self._used, self.arena.capacity - self.arena.used) // footprint
+        slots = self.arena.allocate_all(namespace, nbytes, max(0, min(count, room)))
+        self._used += footprint * len(slots)
+        self._blocks += len(slots)
+        return [Location(segment, offset, nbytes) for segment, offset in slots]
+
+    def filled(self, count: int = 1) -> None:
+        """Count reserved spaces as written. Mutates."""
+        self._writes += count
 
     def slot(self, location: Location) -> Slot:
         """The arena's name of a location. Its generation is what `Arena.hold` returns, not here."""
