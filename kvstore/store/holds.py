@@ -9,7 +9,7 @@ import numpy as np
 
 from kvstore.header import Header
 from kvstore.header_columns import Columns
-from kvstore.open_rows import FOUND, WORDS, absent, short_checks
+from kvstore.open_rows import FOUND, OPEN_ROWS, WORDS, absent, short_checks
 from kvstore.policies.usage import Rows
 from kvstore.residency.bulk import column
 from kvstore.residency.headers import fill
@@ -40,14 +40,21 @@ class Placed:
         return self.segment.view[self.offset : self.offset + self.length]
 
 
+_ABSENT = absent(1).view(np.uint64).reshape(1, WORDS)
+
+
 class Hold:
     """What `open` answers. Ends with `release(id)`."""
 
     def __init__(self, id: int, count: int) -> None:
         self.id = id
-        self.rows = absent(count)  # (count,) OPEN_ROWS, one a wanted block
-        self.words = self.rows.view(np.uint64).reshape(count, WORDS)  # the same memory
+        self.words = np.repeat(_ABSENT, count, axis=0)  # (count, WORDS), one row a wanted block
         self.segments: dict[int, ArenaSegment] = {}  # those that the rows name
+
+    @property
+    def rows(self) -> Columns:
+        """(count,) OPEN_ROWS: the same memory, with names."""
+        return self.words.view(OPEN_ROWS)[:, 0]
 
     @property
     def blocks(self) -> list[Placed | None]:
