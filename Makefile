@@ -35,6 +35,7 @@ demo: setup
 
 # Two parts, so that what measures nothing but needs quiet (Ray, processes) does not compete with the rest.
 test: setup
+	$(BIN)/kvstore compile
 	$(BIN)/python -m pytest -q -m "not ray and not slow" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q -m "ray and not slow"
 

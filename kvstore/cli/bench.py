@@ -13,6 +13,7 @@ from rich.table import Table
 import kvstore.bench
 from kvstore.bench.report import Report
 from kvstore.cli.common import EXIT_FAULT, EXIT_OK, command, json_flag, print_json
+from kvstore.cli.compiling import compiled
 from kvstore.errors import ConfigError
 
 NOT_BENCHES = ("report", "baselines")
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     as_json = arguments.json or len(rest) < len(arguments.rest)
     if arguments.quick and "--quick" not in rest:
         rest.append("--quick")
+    if not {"-h", "--help"} & set(rest):
+        compiled()  # else some of what is measured waits for them
     report: Report = importlib.import_module(f"kvstore.bench.{arguments.name}").main(rest)
     if as_json:
         print_json(report.as_json())

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kvstore.cli import bench, data, demo, doctor, drain, engine_events, fleet, replay, servers, top
+from kvstore.cli import bench, compiling, data, demo, doctor, drain, engine_events, fleet, replay, servers, top
 from kvstore.cli.common import EXIT_INTERRUPTED, EXIT_OK, Parser, note
 from kvstore.errors import KVStoreError
 
@@ -36,7 +36,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     commands = made.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for group in (fleet, top, doctor, demo, servers, engine_events, drain, replay, data, bench):
+    for group in (fleet, top, doctor, demo, servers, engine_events, drain, replay, data, compiling, bench):
         group.add(commands)
     fleet.add_hidden(commands)
     return made
