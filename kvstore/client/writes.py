@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvstore.client.host_link import HostLink, Space, Staging
+from kvstore.client.slices import Slices
 from kvstore.client.targets import address_of
 from kvstore.errors import Overloaded, ServiceError, Unavailable
 from kvstore.seams import Pool
@@ -110,8 +111,7 @@ async def put_local(
                 raise Unavailable("the connection ended, and its staging memory with it")
             request = _commit(stored, part, staging, space)
             async with copying:  # one after the other: the worker has the first while the second is copied
-                await pool.run(_copy, part, view)
-            await asyncio.sleep(0)  # the next copy begins before the worker wakes, and maybe takes this processor
+                await _copy(pool, part, view)
             return note(part, await link.commit(request, timeout_s=timeout_s))
 
     parts = [items[at : at + step] for at in range(0, len(items), step)]
@@ -122,15 +122,28 @@ async def put_local(
     return [outcome for outcome in outcomes if isinstance(outcome, CommitToken)]
 
 
-def _copy(part: Sequence[Item], view: memoryview) -> None:
-    """Runs in a byte mover."""
-    from kvstore.kernels.moves import move  # compiled, or read from its cache, at the first use
+_kernels: list[Any] = []
 
-    sources = np.array([address_of(item.raw) for item in part], np.uint64)
-    lengths = np.array([len(item.raw) for item in part], np.uint64)
-    starts = np.cumsum(lengths, dtype=np.uint64) - lengths
-    assert int(lengths.sum()) <= len(view), "a part that is larger than its space"
-    move(starts + np.uint64(address_of(view)), sources, lengths)
+
+def _prepare() -> None:
+    """Thread: have what copies at hand; compiled the first time on a machine, or read from its cache."""
+    from kvstore.kernels import landing
+
+    _kernels.append(landing.copy)
+
+
+async def _copy(pool: Pool, part: Sequence[Item], view: memoryview) -> None:
+    """The part's blocks into `view`, one behind the other. Cancelled: only when nobody copies any more."""
+    if not _kernels:
+        await pool.run(_prepare)
+    count, size = len(part), len(part[0].raw)
+    assert count * size <= len(view), "a part that is larger than its space"
+    numbers, places, sources = np.arange(count), np.zeros((count, 4), np.uint64), np.zeros((count, 2), np.uint64)
+    places[:, 0], places[:, 2], places[:, 3] = numbers, size, address_of(view) + numbers * size
+    sources[:, 0] = [address_of(item.raw) for item in part]
+    ends, all_there = (numbers + 1) * size, np.zeros(count, np.int64)
+    copy = _kernels[0]
+    await Slices(lambda first, last: copy(places, ends, sources, all_there, first, last), count * size).run(pool)
 
 
 def _commit(stored: Stored, part: Sequence[Item], staging: Staging, space: Space) -> worker_pb2.CommitRequest:
