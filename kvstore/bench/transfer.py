@@ -22,12 +22,14 @@ from kvstore.bench.transfer_blocks import (
     Shape,
     client,
     cold_bytes,
+    incomplete,
     plan_of,
     prompts,
     put_slice,
     rates,
     take_turns,
 )
+from kvstore.client.getting import GetResult
 from kvstore.client.kv_client import KVClient
 from kvstore.client.plan import HitPlan
 from kvstore.config import Config, override
@@ -117,7 +119,7 @@ class Bench:
     async def get(self, by: KVClient, number: int) -> None:
         into = self.memory.slice_of(self.memory.targets, number)
         found = await by.get(self.plans[number], [into])
-        assert found.blocks == self.shape.together, by.counters
+        self._all(found, by)
 
     async def put(self, by: KVClient, number: int) -> None:
         await put_slice(by, self.memory, self._writes[number], number)
@@ -134,8 +136,13 @@ class Bench:
         plan = await plan_of(by, self._writes[number])
         into = self.memory.slice_of(self.memory.copies, number)
         found = await by.get(plan, [into])
-        assert found.blocks == self.shape.together
+        self._all(found, by)
         self.wrong += self.memory.wrong(self.memory.copies, number)
+
+    def _all(self, found: GetResult, by: KVClient) -> None:
+        """Unavailable unless all of a slice came: its time would be that of something else."""
+        if found.blocks != self.shape.together:
+            raise incomplete(f"a get brought {found.blocks} of {self.shape.together} blocks", by)
 
     async def host(self, report: Report, rounds: int) -> None:
         """Gets and puts through shared memory."""
@@ -200,7 +207,8 @@ class Bench:
             begin = now()
             found = await by.get(self.plans[number], [into], on_layer=lambda ready, seen=seen: seen.append(now()))  # type: ignore[misc]
             took = now() - begin
-            assert found.blocks == self.shape.together and len(seen) == self.shape.layers, by.counters
+            self._all(found, by)
+            assert len(seen) == self.shape.layers, "a layer was not told"
             self.wrong += self.memory.wrong(self.memory.targets, number)
             if turn >= 0:
                 first.append((seen[0] - begin) * 1e3)

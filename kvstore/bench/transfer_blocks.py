@@ -12,6 +12,7 @@ from kvstore.bench.tiers_blocks import COLD_BYTES, Buffers, differing, random_bu
 from kvstore.client.kv_client import KVClient
 from kvstore.client.plan import HitPlan
 from kvstore.config import ClientConfig
+from kvstore.errors import Unavailable
 from kvstore.keys import Chain, chain
 from kvstore.machine.system import RealClock, real_system
 from kvstore.spec import Group, ModelSpec
@@ -115,7 +116,8 @@ async def put_slice(into: KVClient, memory: Memory, prompt: Chain, number: int, 
     twice."""
     views = memory.slice_of(memory.sources, number)
     states = (await into.put(prompt.spec, prompt, views)).states
-    assert set(states) <= ({"committed", "held"} if again else {"committed"}), (states, into.counters)
+    if not set(states) <= ({"committed", "held"} if again else {"committed"}):
+        raise incomplete(f"of {len(states)} blocks that were put some were {', '.join(sorted(set(states)))}", into)
 
 
 async def plan_of(by: KVClient, prompt: Chain) -> HitPlan:
@@ -124,7 +126,13 @@ async def plan_of(by: KVClient, prompt: Chain) -> HitPlan:
         plan = await by.match(prompt.spec, prompt)
         if plan.blocks == len(prompt):
             return plan
-    raise AssertionError(f"{plan.blocks} of {len(prompt)} blocks are known")
+    raise incomplete(f"{plan.blocks} of {len(prompt)} blocks are known", by)
+
+
+def incomplete(what: str, by: KVClient) -> Unavailable:
+    """What a bench ends with that can't move its blocks; mostly others keep the machine busy."""
+    errors = ", ".join(f"{name} {count}" for name, count in sorted(by.counters.items()) if name.startswith("errors_"))
+    return Unavailable(f"{what} ({errors or 'no errors'}): measure again when the machine is less busy")
 
 
 async def take_turns(
