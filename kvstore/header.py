@@ -174,13 +174,6 @@ class Header:
             return self
         return replace(self, chunk_count=0, stored_length=0, checksum=0, validity_length=0)
 
-    def with_copy(self, copy_id: int) -> Header:
-        """Of raw bytes in memory with that checksum."""
-        return Header(
-            self.key, self.parent, self.root, self.group, self.depth, self.namespace, self.shard, copy_id,
-            self.computed_on, self.stored, self.tokens, self.raw_length,
-        )  # fmt: skip
-
 
 def _check_place(key: bytes, parent: bytes, group: bytes, depth: int, root: bytes) -> None:
     """BadRequest for what can't be a block's place in a chain."""

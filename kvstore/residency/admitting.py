@@ -24,19 +24,22 @@ def admit_all(
     places: Sequence[Location],
     *,
     leaf_first: bool,
+    copy_ids: Sequence[int] | None = None,
     coming: Coming | None = None,
 ) -> list[int]:
-    """New blocks of one shard, in this order, each with its first copy at `level`; their rows. Mutates."""
+    """New blocks of one shard, in this order, each with its first copy at `level`; their rows. `copy_ids`: what to keep
+    instead of those of the headers. Mutates."""
     space, rows, family = residency.space(namespace, headers[0]), residency.rows, residency.family
     index, policy, bit = residency.index(space), residency.policies[level], 1 << level
     present, planes, granule = rows.present, rows.planes[level], residency.levels[level].granule
     if not leaf_first:
         residency.free[namespace] = None
     ident_of, taken, held, raw = rows.ident_of, list[int](), 0, 0
-    for header, place in zip(headers, places, strict=True):
+    ids = [header.copy_id for header in headers] if copy_ids is None else copy_ids
+    for header, place, copy_id in zip(headers, places, ids, strict=True):
         key, parent, depth, row = header.key, header.parent, header.depth, rows.take()
         rows.space[row], rows.leaf_first[row] = space, leaf_first
-        rows.set_header(row, header)
+        rows.set_header(row, header, copy_id)
         index.add(key, row)
         if coming is not None:
             coming(header)

@@ -216,8 +216,8 @@ class Rows:
             self._roots.append(root)
         return number
 
-    def set_header(self, row: int, header: Header) -> None:
-        """Of a row whose space is set. Mutates."""
+    def set_header(self, row: int, header: Header, copy_id: int | None = None) -> None:
+        """Of a row whose space is set; `copy_id`: another one than the header's. Mutates."""
         assert header.shard == self._digests[self.space[row]][1], "a header of another shard"
         computed_on, stored = header.computed_on, header.stored
         self.fidelity[row] = computed_on if computed_on < stored else stored
@@ -226,7 +226,8 @@ class Rows:
             root = self.root_number(header.root)
         self.root[row], self.depth[row], self.raw[row] = root, header.depth, header.raw_length
         _RECORD.pack_into(
-            self.records, row * RECORD_BYTES, header.key, header.parent, header.group, header.copy_id,
+            self.records, row * RECORD_BYTES, header.key, header.parent, header.group,
+            header.copy_id if copy_id is None else copy_id,
             header.checksum, header.stored_length, header.chunk_count, header.tokens, computed_on, stored,
         )  # fmt: skip
 

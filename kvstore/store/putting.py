@@ -190,11 +190,15 @@ class Putting:
 
     def _held(self, id: BlockId, header: Header) -> bool:
         """Whether a copy as good is there; then it was used just now."""
+        row = self.stack.residency.find(id.namespace, id.shard, id.key)
+        return row is not None and self._as_good(row, id.namespace, header)
+
+    def _as_good(self, row: int, namespace: str, header: Header) -> bool:
+        """The same of a copy that is there."""
         residency = self.stack.residency
-        row = residency.find(id.namespace, id.shard, id.key)
-        if row is None or residency.fidelity(row) < header.fidelity:
+        if residency.fidelity(row) < header.fidelity:
             return False
-        self.stack.advice.storing(id.namespace, header, self.stack.system.clock.monotonic())
+        self.stack.advice.storing(namespace, header, self.stack.system.clock.monotonic())
         residency.touch(row)
         return True
 
@@ -239,28 +243,29 @@ class Putting:
     def _keep(self, namespace: str, going: Sequence[Going], sums: Sequence[int]) -> list[PutOutcome]:
         """The bytes are there, with these checksums: each block is committed, and its place is the block's, or not.
         Mutates."""
-        stack, fresh = self.stack, list[tuple[Going, Header]]()
+        stack, fresh = self.stack, list[tuple[Going, int]]()
         for one, copy_id in zip(going, sums, strict=True):
             id, header = one.id, one.header
             if header.copy_id not in (0, copy_id):
                 one.outcome = self._end("refused", why="the bytes do not have the announced checksum")
-            elif self._held(id, header):  # loaded from Redis meanwhile
+            elif (row := stack.residency.find(namespace, id.shard, id.key)) is None:
+                fresh.append((one, copy_id))
+            elif self._as_good(row, namespace, header):  # loaded from Redis meanwhile
                 one.outcome = self._end("held", stack.changes.outbox(namespace).head)
             else:
-                row = stack.residency.find(namespace, id.shard, id.key)
-                if row is not None:
-                    stack.counters["replaced"] += 1
-                    stack.remove(row)
-                fresh.append((one, header.with_copy(copy_id)))
+                stack.counters["replaced"] += 1
+                stack.remove(row)
+                fresh.append((one, copy_id))
         now_s = stack.system.clock.monotonic()
-        for _, alike in groupby(fresh, key=lambda pair: pair[1].shard):
+        for _, alike in groupby(fresh, key=lambda pair: pair[0].id.shard):
             mine = list(alike)
             stack.admit_all(
                 namespace,
-                [header for _, header in mine],
+                [one.header for one, _ in mine],
                 stack.HOT,
                 [one.place for one, _ in mine],
-                lambda header: stack.advice.storing(namespace, header, now_s),
+                copy_ids=[copy_id for _, copy_id in mine],
+                coming=lambda header: stack.advice.storing(namespace, header, now_s),
             )
         if fresh:
             stack.hot.filled(len(fresh))

@@ -221,12 +221,16 @@ class Stack:
         headers: Sequence[Header],
         level: int,
         places: Sequence[Location],
+        *,
+        copy_ids: Sequence[int] | None = None,
         coming: Coming | None = None,
     ) -> list[int]:
-        """New blocks of one spec and shard; their rows. Mutates."""
+        """New blocks of one spec and shard; their rows. `copy_ids`: where the headers don't know them. Mutates."""
         residency, first = self.residency, headers[0]
         leaf_first, tier = self._leaf_first(first.root, first.shard), residency.levels[level].tier
-        rows = admit_all(residency, namespace, headers, level, places, leaf_first=leaf_first, coming=coming)
+        rows = admit_all(
+            residency, namespace, headers, level, places, leaf_first=leaf_first, copy_ids=copy_ids, coming=coming
+        )
         changes = [
             Added(h.root, h.shard, h.key, h.parent, h.group, h.depth, tier, h.fidelity, place.length)
             for h, place in zip(headers, places, strict=True)
