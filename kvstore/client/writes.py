@@ -122,27 +122,16 @@ async def put_local(
     return [outcome for outcome in outcomes if isinstance(outcome, CommitToken)]
 
 
-_kernels: list[Any] = []
-
-
-def _prepare() -> None:
-    """Thread: have what copies at hand; compiled the first time on a machine, or read from its cache."""
-    from kvstore.kernels import landing
-
-    _kernels.append(landing.copy)
-
-
 async def _copy(pool: Pool, part: Sequence[Item], view: memoryview) -> None:
     """The part's blocks into `view`, one behind the other. Cancelled: only when nobody copies any more."""
-    if not _kernels:
-        await pool.run(_prepare)
+    from kvstore.kernels.landing import copy  # at hand since the client began (`bulk.ready`)
+
     count, size = len(part), len(part[0].raw)
     assert count * size <= len(view), "a part that is larger than its space"
     numbers, places, sources = np.arange(count), np.zeros((count, 4), np.uint64), np.zeros((count, 2), np.uint64)
     places[:, 0], places[:, 2], places[:, 3] = numbers, size, address_of(view) + numbers * size
     sources[:, 0] = [address_of(item.raw) for item in part]
     ends, all_there = (numbers + 1) * size, np.zeros(count, np.int64)
-    copy = _kernels[0]
     await Slices(lambda first, last: copy(places, ends, sources, all_there, first, last), count * size).run(pool)
 
 
