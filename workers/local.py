@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from kvstore.errors import BadRequest, DeadlineExceeded, KVStoreError, Overloaded
+from kvstore.errors import BadRequest, KVStoreError, Overloaded
 from kvstore.open_rows import FOUND, LATER, absent
 from kvstore.spec import ModelSpec
 from kvstore.store.arena import ArenaSegment
@@ -120,10 +119,7 @@ class LocalService(PinCalls):
         """DeadlineExceeded when loading takes longer than the request allows."""
         timeout_s = request.deadline_ms / 1000 if request.deadline_ms else None
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._node.store.opening.finish(begun)
-        except TimeoutError:
-            raise DeadlineExceeded(f"{count} blocks were not loaded within {timeout_s:.3f} s") from None
+            await self._node.finish(begun, timeout_s)
         finally:
             if not self._node.store.opening.holds.alive(begun.hold.id):
                 self._peer(context).holds.pop(begun.hold.id, None)

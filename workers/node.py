@@ -22,6 +22,7 @@ from kvstore.spec import ModelSpec, Shard
 from kvstore.store.arena import PAGE_BYTES
 from kvstore.store.codec_use import Use
 from kvstore.store.identity import Identity
+from kvstore.store.opening import Begun
 from kvstore.store.putting import Offer
 from kvstore.store.tiered import Hold, TieredStore
 from kvstore.transport.methods import CAPABILITIES, PROTOCOL_VERSION
@@ -198,11 +199,20 @@ class Node:
         timeout_s: float | None,
     ) -> Hold:
         """Blocks held and in memory until `store.release`. DeadlineExceeded, and nothing held, when it takes longer."""
+        begun = self.store.opening.begin(namespace, root, wanted, least, redis=redis)
+        await self.finish(begun, timeout_s)
+        self.store.opening.served(begun)
+        return begun.hold
+
+    async def finish(self, begun: Begun, timeout_s: float | None) -> None:
+        """Load what is not in memory. DeadlineExceeded, and nothing held, when it takes longer."""
+        if not begun.away:
+            return
         try:
             async with asyncio.timeout(timeout_s):
-                return await self.store.open(namespace, root, wanted, least=least, redis=redis)
+                await self.store.opening.finish(begun)
         except TimeoutError:
-            raise DeadlineExceeded(f"{len(wanted)} blocks were not loaded within {timeout_s:.3f} s") from None
+            raise DeadlineExceeded(f"{len(begun.wanted)} blocks were not loaded within {timeout_s:.3f} s") from None
 
     def put_blocks(
         self, namespace: str, spec: ModelSpec, messages: Sequence[worker_pb2.PutBlock]
