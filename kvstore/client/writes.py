@@ -112,6 +112,7 @@ async def put_local(
             request = _commit(stored, part, staging, space)
             async with copying:  # one after the other: the worker has the first while the second is copied
                 await _copy(pool, part, view)
+            await asyncio.sleep(0)  # byte movers are asked for the next part first: the commit wakes another process
             return note(part, await link.commit(request, timeout_s=timeout_s))
 
     parts = [items[at : at + step] for at in range(0, len(items), step)]
