@@ -77,6 +77,21 @@ async def test_one_that_resigned_and_begins_again_does_too(tier: RedisTier, raw:
     await life.announcer.stop()
 
 
+async def test_who_is_fenced_is_elected_above_what_is_known(tier: RedisTier, raw: Raw, system: System) -> None:
+    """The one before had a clock that was ahead, and Redis has lost its counter since."""
+    await put(tier, sample(0))
+    life = Life(system, tier, "w")
+    before = await life.elected()
+    known = before + 10**15  # of coordinators: eleven days ahead
+    source: Any = life.announcer._source
+    await source.fenced(known)
+    async with asyncio.timeout(10):
+        while len(life.epochs) == 1 or not life.announcer.elected:
+            await asyncio.sleep(0.01)
+    assert life.epochs == [before, known + 1], "at once, not step by step"
+    await life.announcer.stop()
+
+
 @pytest.mark.parametrize("worker", ["a", "b"])
 async def test_only_one_of_two_announces(tier: RedisTier, raw: Raw, system: System, worker: str) -> None:
     await put(tier, sample(0))

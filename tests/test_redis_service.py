@@ -101,6 +101,9 @@ async def test_one_announcer_with_growing_epochs(tier: RedisTier, server: Embedd
     raw("HSET", tier.index.space(NAMESPACE).key("meta"), "epoch", fourth + 10**17)
     await tier.resign(NAMESPACE, "a")
     assert await tier.elect(NAMESPACE, "a", 30.0) == fourth + 10**17 + 1, "exact beyond 2^53"
+    assert await tier.elect(NAMESPACE, "a", 30.0, 2 * 10**18) == fourth + 10**17 + 1, "a renewal stays"
+    await tier.resign(NAMESPACE, "a")
+    assert await tier.elect(NAMESPACE, "a", 30.0, fourth + 10**17 + 500) == fourth + 10**17 + 501
     await other.close()
 
 

@@ -94,6 +94,7 @@ class RedisAnnouncer:
         self._telling: Announcer | None = None
         self._task: asyncio.Task[None] | None = None
         self._name = ""
+        self._above = 0  # the highest epoch that a coordinator knows better: what Redis forgot of
 
     @property
     def elected(self) -> bool:
@@ -140,9 +141,10 @@ class RedisAnnouncer:
     async def _round(self) -> None:
         source = self._source
         if source is not None and source.fenced_by >= source.epoch:
+            self._above = max(self._above, source.fenced_by)
             await self._end(leaving=False)
             await self._redis.resign(self._namespace, self._name)
-        epoch = await self._redis.elect(self._namespace, self._name, self._config.redis_lease_s)
+        epoch = await self._redis.elect(self._namespace, self._name, self._config.redis_lease_s, self._above)
         if epoch is None:
             await self._end(leaving=False)
         elif self._source is None or self._source.epoch != epoch:

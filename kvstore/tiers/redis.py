@@ -251,9 +251,10 @@ class RedisTier:
         """Remove the namespace's blocks, or those of one model, for all workers; how many."""
         return await self.index.purge(self.index.space(namespace), root)
 
-    async def elect(self, namespace: str, worker: str, lease_s: float) -> int | None:
-        """Epoch under which `worker` announces the index as `redis:<namespace>`, None while another one does."""
-        return await self.index.elect(self.index.space(namespace), worker, lease_s)
+    async def elect(self, namespace: str, worker: str, lease_s: float, above: int = 0) -> int | None:
+        """Epoch under which `worker` announces the index as `redis:<namespace>`, None while another one does. `above`:
+        an epoch that somebody knows already; a new one is higher."""
+        return await self.index.elect(self.index.space(namespace), worker, lease_s, above)
 
     async def resign(self, namespace: str, worker: str) -> None:
         """Let another worker announce at once."""

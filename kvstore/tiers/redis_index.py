@@ -219,15 +219,16 @@ class RedisIndex:
 
     # Announcing it
 
-    async def elect(self, space: Space, worker: str, lease_s: float) -> int | None:
+    async def elect(self, space: Space, worker: str, lease_s: float, above: int = 0) -> int | None:
         """The epoch under which `worker` announces this index for `lease_s`, None while another one does.
 
         Renewed by the same worker it stays; it is drawn anew, greater than any before, when the lease had ended or the
-        index is another incarnation.
+        index is another incarnation. An index that was lost or set back no longer knows those before: then the clock is
+        higher, or `above`, what coordinators told of, where an elected one's clock was ahead.
         """
-        wall, lease_ms = str(self.system.clock.wall_ns()), int(lease_s * 1000)
+        least, lease_ms = str(max(self.system.clock.wall_ns(), above + 1)), int(lease_s * 1000)
         for _ in range(3):
-            reply = await self.run(ELECT, [space.key("meta"), space.key("lease")], [worker, lease_ms, wall])
+            reply = await self.run(ELECT, [space.key("meta"), space.key("lease")], [worker, lease_ms, least])
             if reply != b"":
                 return None if reply is None else int(reply)
             await self.enter(space)

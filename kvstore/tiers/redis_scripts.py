@@ -168,8 +168,8 @@ return {removed, totals()}
 """
 )
 
-# KEYS: meta, lease; ARGV: worker, lease in ms, wall clock in ns. Replies the epoch, nil while another worker has the
-# lease, '' when there is no index. Numbers beyond 2^53 stay strings.
+# KEYS: meta, lease; ARGV: worker, lease in ms, the least epoch that may be drawn. Replies the epoch, nil while another
+# worker has the lease, '' when there is no index. Numbers beyond 2^53 stay strings.
 ELECT = """
 local meta, lease = KEYS[1], KEYS[2]
 local found = redis.call('HGET', meta, 'incarnation')

@@ -263,7 +263,7 @@ def remove(run: Run, given: list[bytes]) -> Any:
 
 def elect(run: Run, given: list[bytes]) -> Any:
     meta, lease = run.keys
-    worker, lease_ms, wall = given
+    worker, lease_ms, least = given
     found = run.field(meta, b"incarnation")
     if found is None:
         return b""
@@ -273,7 +273,7 @@ def elect(run: Run, given: list[bytes]) -> Any:
     if holder is not None and run.field(lease, b"incarnation") == found:
         run.data.expire(lease, int(lease_ms), run.now)
         return run.field(lease, b"epoch")
-    epoch = max(run.add(meta, b"epoch", 1), int(wall))
+    epoch = max(run.add(meta, b"epoch", 1), int(least))
     run.put(meta, epoch=b"%d" % epoch)
     run.data.unlink(lease)
     run.put(lease, worker=worker, incarnation=found, epoch=b"%d" % epoch)
