@@ -89,6 +89,29 @@ class TestRedis:
         for depth in range(MANY):
             assert await both.get(depth, redis=True) == both.raw(depth)
 
+    async def test_what_redis_gives_for_a_copy_on_a_disk_that_is_down_is_counted_as_its_successor(
+        self, redis: FaultyTier
+    ) -> None:
+        """Another worker left the same block to Redis: here it goes and comes, for a reason that is told."""
+        other = Rig.make(redis=redis)
+        await other.store.start()
+        await other.put_all(MANY)
+        await other.settle()
+        await other.close()
+        ssd = FaultyTier(Tier.SSD, 1 << 30)
+        rig = Rig.make(ssd=ssd, redis=redis)
+        await rig.store.start()
+        await rig.put_all(MANY)
+        await rig.settle()
+        shared = {header.key for _, header, _ in redis.kept.values()}
+        there = [depth for depth in range(MANY) if rig.key(depth) in shared and rig.where(depth) == [Tier.SSD]]
+        assert there
+        ssd.down = True
+        assert await rig.get(there[0], redis=True) == rig.raw(there[0])
+        assert rig.store.counters["replaced"] == 1
+        assert rig.where(there[0]) == [Tier.HOST]
+        await rig.close()
+
     async def test_a_disk_that_does_not_give_is_no_fault_of_redis(self, redis: FaultyTier) -> None:
         """Blocks on their way from SSD to Redis can't be read: they stay, and Redis still takes others."""
         ssd = FaultyTier(Tier.SSD, 256 << 10)

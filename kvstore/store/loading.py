@@ -259,7 +259,8 @@ class Loading:
             stack.host.free(id.namespace, header, place)  # what is here can't be read now, and is worth more
             return None
         else:
-            if row is not None:
+            if row is not None:  # what is here is no better, and can't be read now
+                stack.counters["replaced"] += 1
                 stack.remove(row)
             row = stack.admit(id.namespace, header, stack.HOST, place)
             stack.counters["loads"] += 1
