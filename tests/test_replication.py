@@ -21,6 +21,7 @@ from kvstore.wireform import member_to_wire, shard_to_wire
 from tests.service_cluster import COORDINATOR, MiniCluster, blocks_of, check, found
 from tests.service_helpers import LARGE, prompt
 from tests.service_helpers import until as within
+from workers import draining
 from workers.puller import Job
 from workers.runtime import WorkerRuntime
 
@@ -162,6 +163,28 @@ async def test_who_drains_waits_for_a_worker_that_is_suspected(cluster: MiniClus
     await until(lambda: first.draining.progress().done, "it has drained, or its time is over")
     assert (first.draining.progress().blocks_moved, held(second, prefix)) == (moved, moved)
     assert first.node.counters["drain_timed_out"] == (moved == 0)
+
+
+@pytest.mark.parametrize(("rounds", "moved"), [(draining.REFUSALS_MAX, 20), (3, 0)])
+async def test_who_drains_waits_for_a_taker_that_can_not_reach_it(
+    cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch, rounds: int, moved: int
+) -> None:
+    """A call of the taker to the one that drains hung just before: it answers, and pulls nothing for a while. The
+    control gives up after three rounds."""
+    monkeypatch.setattr(draining, "REFUSALS_MAX", rounds)
+    await cluster.coordinator()
+    first = await cluster.worker("one")
+    client = await cluster.client()
+    prefix = prompt(7, 20)
+    await client.put(prefix.spec, prefix, blocks_of(prefix))
+    second = await cluster.worker("two")
+    await until(lambda: len(first.announcer.view()) == 2, "both are known")
+    channels, _ = second.puller._linked("default")
+    channels.hung.add(first.address)
+    first.draining.begin(20.0)
+    await until(lambda: first.draining.progress().done, "it has drained, or gives up")
+    assert (first.draining.progress().blocks_moved, held(second, prefix)) == (moved, moved)
+    assert second.puller.counters["pull_errors_Unavailable"] > 0, "it could reach it at once"
 
 
 async def test_a_worker_that_drains_takes_no_new_blocks(cluster: MiniCluster) -> None:

@@ -28,11 +28,13 @@ ROWS_A_TURN = 512
 """Blocks looked at before others have their turn."""
 
 AGAIN_S = 0.1
-"""Until what stayed behind is offered once more."""
+"""Until what stayed behind is offered once more; twice as long after each refusal in a row."""
 
-REFUSALS_MAX = 3
-"""Rounds in which all who were asked answered and took nothing more. Who does not answer is asked until the time is
-over: a worker suspected for a moment would otherwise cost every block that only this one has."""
+REFUSALS_MAX = 6
+"""Rounds in which all who were asked answered and left something, over a little more than the time for which a worker
+does not turn to one that hung (`kvstore.client.links`): it may be only that it can't reach this one just now. Who does
+not answer is asked until the time is over: a worker suspected for a moment would otherwise cost every block that only
+this one has."""
 
 BLIND_MAX = 15
 """Rounds in a row without a coordinator to say who is there: then the coordinators are leaving too."""
@@ -123,7 +125,7 @@ class Draining:
             self._progress.groups_done = self._progress.groups - len(groups)
             if groups:
                 refusals = 0 if self._silent else refusals + 1
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(AGAIN_S * 2 ** max(0, refusals - 1))
 
     def _others(self) -> dict[str, common_pb2.Member]:
         """Who may take something, now or once coordinators hear of it again."""
