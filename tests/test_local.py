@@ -184,6 +184,20 @@ async def test_what_fails_meanwhile_ends_the_call_and_its_reply_comes_late(net: 
     assert (await client.call(WORKER_LOCAL["Match"], match(b"a"), timeout_s=5))[0].blocks == 1
 
 
+async def test_what_fails_meanwhile_is_told_also_where_the_request_could_not_leave(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await net.client()
+    monkeypatch.setattr(client._link, "send", lambda frame: client._link.end(Unavailable("cut")))
+
+    def fails() -> None:
+        raise BadRequest("does not fit")
+
+    with pytest.raises(BadRequest, match="does not fit"):
+        await client.call(WORKER_LOCAL["Match"], match(b"a"), timeout_s=5, meanwhile=fails)
+    assert client.closed and not client._pending
+
+
 async def test_a_handler_that_has_its_answer_gives_it_at_once(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     """No task; what the caller need not wait for comes after the reply; errors arrive as any handler's."""
     client = await net.client()

@@ -135,9 +135,8 @@ async def test_a_worker_that_drains_leaves_its_blocks_to_others(cluster: MiniClu
     check(plan, await client.get(plan), 70)
 
 
-@pytest.mark.parametrize(("looks", "moved"), [(6, 20), (10**9, 0)])
-async def test_who_drains_waits_for_a_worker_that_is_suspected(cluster: MiniCluster, looks: int, moved: int) -> None:
-    """The second is hidden when the drain begins: for a few looks, or (the control) for as long as it lasts."""
+async def _holder_and_taker(cluster: MiniCluster) -> tuple[WorkerRuntime, WorkerRuntime, Chain]:
+    """A worker with 20 blocks, one that has nothing and is known to it, and the blocks' chain."""
     await cluster.coordinator()
     first = await cluster.worker("one")
     client = await cluster.client()
@@ -145,6 +144,13 @@ async def test_who_drains_waits_for_a_worker_that_is_suspected(cluster: MiniClus
     await client.put(prefix.spec, prefix, blocks_of(prefix))
     second = await cluster.worker("two")
     await until(lambda: len(first.announcer.view()) == 2, "both are known")
+    return first, second, prefix
+
+
+@pytest.mark.parametrize(("looks", "moved"), [(6, 20), (10**9, 0)])
+async def test_who_drains_waits_for_a_worker_that_is_suspected(cluster: MiniCluster, looks: int, moved: int) -> None:
+    """The second is hidden when the drain begins: for a few looks, or (the control) for as long as it lasts."""
+    first, second, prefix = await _holder_and_taker(cluster)
     seen = 0
 
     def view() -> dict[str, common_pb2.Member]:
@@ -172,13 +178,7 @@ async def test_who_drains_waits_for_a_taker_that_can_not_reach_it(
     """A call of the taker to the one that drains hung just before: it answers, and pulls nothing for a while. The
     control gives up after three rounds."""
     monkeypatch.setattr(draining, "REFUSALS_MAX", rounds)
-    await cluster.coordinator()
-    first = await cluster.worker("one")
-    client = await cluster.client()
-    prefix = prompt(7, 20)
-    await client.put(prefix.spec, prefix, blocks_of(prefix))
-    second = await cluster.worker("two")
-    await until(lambda: len(first.announcer.view()) == 2, "both are known")
+    first, second, prefix = await _holder_and_taker(cluster)
     channels, _ = second.puller._linked("default")
     channels.hung.add(first.address)
     first.draining.begin(20.0)

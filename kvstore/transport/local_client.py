@@ -139,24 +139,15 @@ class LocalClient:
         try:
             if meanwhile is not None:
                 meanwhile()
-        except BaseException:
-            del self._pending[call]
-            self._leave(call, method)
-            raise
-        try:
             return await future
-        except asyncio.CancelledError:
+        except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:  # it came just now
                 self._take_late(method, *future.result())
-            elif self._pending.pop(call, None) is not None:
-                self._leave(call, method)
+            elif self._pending.pop(call, None) is not None:  # nobody waits for it any more
+                self._late[call] = method
+                if len(self._late) > self._limits.inflight_max:
+                    self._link.end(Unavailable(f"{self._path}: the worker answers too slowly"))
             raise
-
-    def _leave(self, call: int, method: Method) -> None:
-        """Nobody waits for that call any more."""
-        self._late[call] = method
-        if len(self._late) > self._limits.inflight_max:
-            self._link.end(Unavailable(f"{self._path}: the worker answers too slowly"))
 
     def _on_frame(self, frame: Frame, descriptors: list[int]) -> None:
         if frame.kind == frames.ERROR and frame.call == 0:
